@@ -1,0 +1,78 @@
+"""Connections to Postgres: pooled, each with deadlines, and the calls that run on them."""
+
+import asyncio
+import select
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import peewee
+import psycopg2
+from playhouse.migrations import Runner
+from playhouse.pool import PooledPostgresqlDatabase
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What says that Postgres is away, as against a statement that it refused.
+Unreachable = (peewee.OperationalError, peewee.InterfaceError, psycopg2.OperationalError, psycopg2.InterfaceError)
+
+# Any number that no other program takes as an advisory lock in the same database.
+MIGRATION_LOCK = 0x76626174
+
+
+class _Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
+    """Does not hand out a connection that the server has closed while it lay idle."""
+
+    def _is_closed(self, conn: Any) -> bool:
+        # An idle connection has nothing to read, unless the server said goodbye or the socket is gone.
+        return super()._is_closed(conn) or bool(select.select([conn], [], [], 0)[0])
+
+
+class Database:
+    """A pool of connections to one database. Every statement ends within `timeout_s`, as does connecting."""
+
+    def __init__(self, url: str, name: str, timeout_s: float = 10, connections: int = 8) -> None:
+        self._pool: peewee.PostgresqlDatabase = _Pool(
+            url,
+            max_connections=connections,
+            timeout=timeout_s,
+            application_name=f"vllm-batch-{name}",
+            connect_timeout=max(2, round(timeout_s)),
+            # A peer that vanished without a word is noticed by TCP, as deadlines by the server are then no use.
+            tcp_user_timeout=round(timeout_s * 1000),
+            keepalives_idle=10,
+            keepalives_interval=5,
+            keepalives_count=3,
+            options=f"-c statement_timeout={round(timeout_s * 1000)} -c lock_timeout={round(timeout_s * 1000)}"
+            f" -c idle_in_transaction_session_timeout={round(timeout_s * 6000)} -c timezone=UTC",
+        )
+        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="database")
+
+    def call(
+        self, function: Callable[Concatenate[peewee.PostgresqlDatabase, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Runs `function(connection, ...)` here. Raises one of `Unreachable` when Postgres is away."""
+        with self._pool.connection_context():
+            return function(self._pool, *args, **kwargs)
+
+    async def run(
+        self, function: Callable[Concatenate[peewee.PostgresqlDatabase, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Runs `function(connection, ...)` in a thread. Raises one of `Unreachable` when Postgres is away."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: self.call(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Closes all connections. Calls that are under way end first."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pool.close_all()  # type: ignore[attr-defined]
+
+
+def migrate(db: peewee.PostgresqlDatabase) -> list[str]:
+    """Brings the schema up to date, also when several processes start at once. Returns the migrations applied."""
+    with db.atomic():
+        db.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+        applied: list[str] = Runner(db, directory=str(Path(__file__).parent / "migrations")).up()
+    return applied

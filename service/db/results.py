@@ -1,0 +1,156 @@
+"""Results: written once, only under a lease that is held; read in order or as finished."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+import peewee
+from psycopg2.extras import execute_values
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one request: a response (`status_code` and `body`) or an error (`error_code`, `error_message`).
+
+    `body` is JSON text. The token counts are those of its `usage`, for the batch's sum.
+    """
+
+    chunk_id: int
+    batch_id: int
+    index: int
+    status_code: int | None = None
+    body: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def is_completed(self) -> bool:
+        """True for an answer with a 2xx status."""
+        return self.status_code is not None and 200 <= self.status_code < 300
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A result as it is read back."""
+
+    index: int
+    sequence: int
+    custom_id: str
+    status_code: int | None
+    body: str | None
+    error_code: str | None
+    error_message: str | None
+    finish_time: datetime
+
+
+# One statement, thus one transaction: the results, the batch's counts and end, and the chunk's, or nothing.
+#
+# `held` fences: without the lease there is nothing to join, and its row lock keeps others from claiming the chunk
+# meanwhile. `batch` locks the batch's row before sequence numbers are taken from its counts, so that they are
+# without gaps and in the order of commits: a reader who has seen number N has seen all before it.
+WRITE = """
+WITH given (chunk_id, batch_id, index, status_code, body, error_code, error_message, is_completed, prompt, completion)
+AS (VALUES %s
+), held AS MATERIALIZED (
+    SELECT id, batch_id FROM chunks
+    WHERE id IN (SELECT chunk_id FROM given) AND state = 'leased' AND incarnation = '{incarnation}'::uuid
+      AND lease_until > clock_timestamp()
+    ORDER BY id FOR UPDATE
+), batch AS MATERIALIZED (
+    SELECT id, completed + failed AS finished FROM batches
+    WHERE id IN (SELECT batch_id FROM held) ORDER BY id FOR UPDATE
+), written AS (
+    INSERT INTO results (batch_id, index, sequence, status_code, body, error_code, error_message, incarnation)
+    SELECT g.batch_id, g.index,
+           batch.finished + row_number() OVER (PARTITION BY g.batch_id ORDER BY g.index),
+           g.status_code, g.body, g.error_code, g.error_message, '{incarnation}'::uuid
+    FROM given g JOIN held ON held.id = g.chunk_id JOIN batch ON batch.id = g.batch_id
+    WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = g.batch_id AND r.index = g.index)
+    ON CONFLICT DO NOTHING
+    RETURNING batch_id, index
+), sums AS (
+    SELECT g.batch_id, g.chunk_id, count(*) AS results, count(*) FILTER (WHERE g.is_completed) AS completed,
+           sum(g.prompt) AS prompt, sum(g.completion) AS completion
+    FROM given g JOIN written w USING (batch_id, index) GROUP BY g.batch_id, g.chunk_id
+), counted AS (
+    UPDATE batches b SET
+        completed = b.completed + s.completed,
+        failed = b.failed + s.results - s.completed,
+        prompt_tokens = b.prompt_tokens + s.prompt,
+        completion_tokens = b.completion_tokens + s.completion,
+        state = CASE WHEN b.completed + b.failed + s.results = b.total AND b.state = 'in_progress'
+                     THEN 'completed' ELSE b.state END,
+        end_time = CASE WHEN b.completed + b.failed + s.results = b.total AND b.state = 'in_progress'
+                        THEN clock_timestamp() ELSE b.end_time END
+    FROM (SELECT batch_id, sum(results) AS results, sum(completed) AS completed, sum(prompt) AS prompt,
+                 sum(completion) AS completion FROM sums GROUP BY batch_id) s
+    WHERE b.id = s.batch_id
+), finished AS (
+    UPDATE chunks c SET
+        unfinished = c.unfinished - s.results,
+        state = CASE WHEN c.unfinished = s.results THEN 'done' ELSE c.state END,
+        worker_id = CASE WHEN c.unfinished = s.results THEN NULL ELSE c.worker_id END,
+        incarnation = CASE WHEN c.unfinished = s.results THEN NULL ELSE c.incarnation END,
+        lease_until = CASE WHEN c.unfinished = s.results THEN NULL ELSE c.lease_until END
+    FROM sums s WHERE c.id = s.chunk_id
+)
+SELECT batch_id, index FROM written
+"""
+TEMPLATE = "(%s::bigint, %s::bigint, %s::integer, %s::integer, %s, %s, %s, %s::boolean, %s::bigint, %s::bigint)"
+
+
+def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation: UUID) -> int:
+    """Stores results under the leases of `incarnation`; a batch with its last result is completed with it.
+
+    Results whose lease is not held any more, or whose request has a result, are left out: writing a group again
+    after a broken connection is safe. Returns how many were stored.
+    """
+    rows = [
+        (
+            result.chunk_id,
+            result.batch_id,
+            result.index,
+            result.status_code,
+            result.body,
+            result.error_code,
+            result.error_message,
+            result.is_completed,
+            result.prompt_tokens,
+            result.completion_tokens,
+        )
+        for result in results
+    ]
+    if not rows:
+        return 0
+    with peewee.__exception_wrapper__, db.cursor() as cursor:
+        sql = WRITE.replace("{incarnation}", str(incarnation))
+        return len(execute_values(cursor, sql, rows, template=TEMPLATE, page_size=len(rows), fetch=True))
+
+
+READ = """
+SELECT r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time
+FROM results r JOIN requests q USING (batch_id, index)
+"""
+
+
+def read_in_order(db: peewee.PostgresqlDatabase, batch_id: int, start: int, limit: int) -> list[StoredResult]:
+    """Up to `limit` results from index `start`, in the order of the requests."""
+    rows = db.execute_sql(
+        READ + "WHERE r.batch_id = %s AND r.index >= %s ORDER BY r.index LIMIT %s", (batch_id, start, limit)
+    )
+    return list(_stored(rows.fetchall()))
+
+
+def read_finished(db: peewee.PostgresqlDatabase, batch_id: int, after: int, limit: int) -> list[StoredResult]:
+    """Up to `limit` results with a sequence number over `after`, in the order in which they were stored."""
+    rows = db.execute_sql(
+        READ + "WHERE r.batch_id = %s AND r.sequence > %s ORDER BY r.sequence LIMIT %s", (batch_id, after, limit)
+    )
+    return list(_stored(rows.fetchall()))
+
+
+def _stored(rows: Sequence[tuple]) -> Iterator[StoredResult]:  # type: ignore[type-arg]
+    return (StoredResult(*row) for row in rows)
