@@ -1,4 +1,4 @@
-"""Settings of all processes, from the environment or `.env`. Wrong ones are all reported together, before anything runs."""
+"""Settings of all processes, from the environment or `.env`. Wrong ones are all reported together, at start."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
 class Settings(BaseSettings):
-    """Every setting with its default; names in the environment have the prefix `BATCH_` unless another is given here."""
+    """Every setting with its default. In the environment a name has the prefix `BATCH_` unless another is given."""
 
     model_config = SettingsConfigDict(
         env_prefix="BATCH_", env_file=ROOT / ".env", extra="ignore", env_ignore_empty=True, frozen=True

@@ -166,4 +166,5 @@ def _by(db: peewee.PostgresqlDatabase, column: str, value: object) -> Batch:
 
 
 def _batch(row: Sequence[Any]) -> Batch:
-    return Batch(*row[:-1], digest=bytes(row[-1]))
+    *columns, digest = row
+    return Batch(*columns, bytes(digest))

@@ -86,7 +86,7 @@ def unanswered(db: peewee.PostgresqlDatabase, chunk: Chunk) -> list[Request]:
 
 
 def renew(db: peewee.PostgresqlDatabase, ids: Sequence[int], incarnation: UUID, lease_s: float) -> set[int]:
-    """Lengthens the leases that are still held; returns their ids. What is missing is lost and must not be worked on."""
+    """Lengthens the leases that are still held; returns their ids. What is missing is lost: stop working on it."""
     rows = db.execute_sql(
         """
         UPDATE chunks SET lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)

@@ -65,7 +65,7 @@ def read(db: peewee.PostgresqlDatabase, worker_id: str | None = None) -> list[Se
     return [_seen(row) for row in query.bind(db).dicts()]
 
 
-def _seen(row: dict[str, Any]) -> SeenBeat:
+def _seen(row: Any) -> SeenBeat:
     beat = Beat(
         worker_id=row["worker_id"],
         incarnation=row["incarnation"],
