@@ -166,5 +166,6 @@ def _by(db: peewee.PostgresqlDatabase, column: str, value: object) -> Batch:
 
 
 def _batch(row: Sequence[Any]) -> Batch:
-    *columns, digest = row
-    return Batch(*columns, bytes(digest))
+    values = list(row)
+    values[-1] = bytes(values[-1])
+    return Batch(*values)

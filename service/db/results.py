@@ -125,7 +125,7 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     ]
     if not rows:
         return 0
-    with peewee.__exception_wrapper__, db.cursor() as cursor:
+    with db.cursor() as cursor:
         sql = WRITE.replace("{incarnation}", str(incarnation))
         return len(execute_values(cursor, sql, rows, template=TEMPLATE, page_size=len(rows), fetch=True))
 
