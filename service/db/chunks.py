@@ -86,12 +86,14 @@ def unanswered(db: peewee.PostgresqlDatabase, chunk: Chunk) -> list[Request]:
 
 
 def renew(db: peewee.PostgresqlDatabase, ids: Sequence[int], incarnation: UUID, lease_s: float) -> set[int]:
-    """Lengthens the leases that are still held; returns their ids. What is missing is lost: stop working on it."""
+    """Lengthens the leases that are still held; returns their ids. What is missing is lost: stop working on it.
+
+    A lease that ran out and that nobody has released is still held: after an outage of Postgres work goes on.
+    """
     rows = db.execute_sql(
         """
         UPDATE chunks SET lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
         WHERE id = ANY(%(ids)s) AND state = 'leased' AND incarnation = %(incarnation)s::uuid
-          AND lease_until > clock_timestamp()
         RETURNING id
         """,
         {"ids": list(ids), "incarnation": str(incarnation), "lease_s": lease_s},
@@ -99,9 +101,17 @@ def renew(db: peewee.PostgresqlDatabase, ids: Sequence[int], incarnation: UUID, 
     return {row[0] for row in rows.fetchall()}
 
 
-def release_expired(db: peewee.PostgresqlDatabase) -> int:
-    """Puts chunks whose lease ran out back into the queue. Returns how many."""
-    return _release(db, "lease_until < clock_timestamp()", {})
+def release_expired(db: peewee.PostgresqlDatabase, lease_s: float) -> int:
+    """Puts chunks whose lease ran out back into the queue. Returns how many.
+
+    Not in the first `lease_s` of Postgres itself: while it was away nobody could renew.
+    """
+    return _release(
+        db,
+        "lease_until < clock_timestamp()"
+        " AND pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => %(lease_s)s)",
+        {"lease_s": lease_s},
+    )
 
 
 def release_worker(db: peewee.PostgresqlDatabase, worker_id: str) -> int:

@@ -20,6 +20,7 @@ Unreachable = (peewee.OperationalError, peewee.InterfaceError, psycopg2.Operatio
 
 # Any number that no other program takes as an advisory lock in the same database.
 MIGRATION_LOCK = 0x76626174
+WORKER_LOCKS = 0x76626175
 
 
 class _Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
@@ -30,23 +31,28 @@ class _Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return super()._is_closed(conn) or bool(select.select([conn], [], [], 0)[0])
 
 
+def connection_options(name: str, timeout_s: float) -> dict[str, Any]:
+    """How to connect: every statement ends within `timeout_s`, as does connecting."""
+    milliseconds = round(timeout_s * 1000)
+    return {
+        "application_name": f"vllm-batch-{name}",
+        "connect_timeout": max(2, round(timeout_s)),
+        # A peer that vanished without a word is noticed by TCP, as deadlines kept by the server are then no use.
+        "tcp_user_timeout": milliseconds,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds}"
+        f" -c idle_in_transaction_session_timeout={milliseconds * 6} -c timezone=UTC",
+    }
+
+
 class Database:
     """A pool of connections to one database. Every statement ends within `timeout_s`, as does connecting."""
 
     def __init__(self, url: str, name: str, timeout_s: float = 10, connections: int = 8) -> None:
         self._pool: peewee.PostgresqlDatabase = _Pool(
-            url,
-            max_connections=connections,
-            timeout=timeout_s,
-            application_name=f"vllm-batch-{name}",
-            connect_timeout=max(2, round(timeout_s)),
-            # A peer that vanished without a word is noticed by TCP, as deadlines by the server are then no use.
-            tcp_user_timeout=round(timeout_s * 1000),
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
-            options=f"-c statement_timeout={round(timeout_s * 1000)} -c lock_timeout={round(timeout_s * 1000)}"
-            f" -c idle_in_transaction_session_timeout={round(timeout_s * 6000)} -c timezone=UTC",
+            url, max_connections=connections, timeout=timeout_s, **connection_options(name, timeout_s)
         )
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="database")
 
@@ -70,9 +76,20 @@ class Database:
         self._pool.close_all()  # type: ignore[attr-defined]
 
 
+def connect(url: str, name: str, timeout_s: float) -> peewee.PostgresqlDatabase:
+    """One connection outside of any pool, not open yet: for who must keep it. It belongs to one thread."""
+    return peewee.PostgresqlDatabase(url, **connection_options(name, timeout_s))
+
+
 def migrate(db: peewee.PostgresqlDatabase) -> list[str]:
     """Brings the schema up to date, also when several processes start at once. Returns the migrations applied."""
     with db.atomic():
         db.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
         applied: list[str] = Runner(db, directory=str(Path(__file__).parent / "migrations")).up()
     return applied
+
+
+def lock_worker(db: peewee.PostgresqlDatabase, worker_id: str) -> bool:
+    """Takes the lock of a worker's identity for as long as this connection lives. False: another process has it."""
+    row = db.execute_sql("SELECT pg_try_advisory_lock(%s, hashtext(%s))", (WORKER_LOCKS, worker_id)).fetchone()
+    return bool(row[0])

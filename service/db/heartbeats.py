@@ -1,6 +1,7 @@
 """The heartbeat of workers, aged by the database's clock alone."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -9,6 +10,18 @@ import peewee
 from service.db.models import Heartbeat
 
 AGE = peewee.SQL("extract(epoch FROM clock_timestamp() - last_seen)::float8")
+
+
+class Phase(StrEnum):
+    """What a worker says it is doing."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STALLED = "stalled"
+    ENGINE_DEAD = "engine_dead"
+    STOPPING = "stopping"
 
 
 @dataclass(frozen=True)

@@ -48,16 +48,15 @@ class StoredResult:
 
 # One statement, thus one transaction: the results, the batch's counts and end, and the chunk's, or nothing.
 #
-# `held` fences: without the lease there is nothing to join, and its row lock keeps others from claiming the chunk
-# meanwhile. `batch` locks the batch's row before sequence numbers are taken from its counts, so that they are
-# without gaps and in the order of commits: a reader who has seen number N has seen all before it.
+# `held` fences: a chunk that was released or claimed by another incarnation does not join, and the row lock keeps it
+# from being released meanwhile. `batch` locks the batch's row before sequence numbers are taken from its counts, so
+# that they are without gaps and in the order of commits: a reader who has seen number N has seen all before it.
 WRITE = """
 WITH given (chunk_id, batch_id, index, status_code, body, error_code, error_message, is_completed, prompt, completion)
 AS (VALUES %s
 ), held AS MATERIALIZED (
     SELECT id, batch_id FROM chunks
     WHERE id IN (SELECT chunk_id FROM given) AND state = 'leased' AND incarnation = '{incarnation}'::uuid
-      AND lease_until > clock_timestamp()
     ORDER BY id FOR UPDATE
 ), batch AS MATERIALIZED (
     SELECT id, completed + failed AS finished FROM batches

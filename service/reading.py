@@ -1,0 +1,161 @@
+"""The calls of BatchService that only read. They go to Postgres, on the gateway and on the worker alike."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from service import messages
+from service.db import batches, results
+from service.db.batches import Batch
+from service.db.connection import Database
+from service.errors import Violation, invalid, not_found
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import batch_service_pb2_grpc
+
+# How often the batches that somebody watches are looked at, all in one query.
+POLL_INTERVAL_S = 0.5
+# Results read at once. A stream holds one such page, whatever the size of the batch.
+PAGE = 200
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass
+class BatchWatch:
+    """One query per interval for all watched batches of this process; wakes those whose batch changed."""
+
+    database: Database
+    interval_s: float = POLL_INTERVAL_S
+    _waiting: dict[int, set[asyncio.Future[Batch | None]]] = field(default_factory=dict)
+    _task: asyncio.Task[None] | None = None
+
+    async def next(self, batch_id: int) -> Batch | None:
+        """The batch as it stands at the next look; None if it is gone. Raises one of `Unreachable`."""
+        future: asyncio.Future[Batch | None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(batch_id, set())
+        waiting.add(future)
+        if self._task is None:
+            self._task = asyncio.create_task(self._look())
+        try:
+            return await future
+        finally:
+            waiting.discard(future)
+
+    async def _look(self) -> None:
+        """Looks as long as somebody waits."""
+        try:
+            while self._waiting:
+                await asyncio.sleep(self.interval_s)
+                due, self._waiting = self._waiting, {}
+                answer: Callable[[int, asyncio.Future[Batch | None]], None]
+                try:
+                    found = await self.database.run(batches.get_many, list(due))
+                except Exception as error:  # noqa: BLE001 - goes to those who wait
+                    failure = error
+                    answer = lambda _, future: future.set_exception(failure)  # noqa: E731, B023
+                else:
+                    answer = lambda batch_id, future: future.set_result(found.get(batch_id))  # noqa: E731, B023
+                for batch_id, futures in due.items():
+                    for future in list(futures):
+                        if not future.done():
+                            answer(batch_id, future)
+        finally:
+            self._task = None
+
+
+class ReadingServicer(batch_service_pb2_grpc.BatchServiceServicer):
+    """GetBatch, ListBatches, WatchBatch and StreamResults."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._watch = BatchWatch(database)
+
+    async def GetBatch(self, request: pb.GetBatchRequest, context: Context) -> pb.GetBatchResponse:
+        """Returns one batch."""
+        return pb.GetBatchResponse(batch=messages.batch_message(await self._get(messages.batch_id(request.batch_id))))
+
+    async def ListBatches(self, request: pb.ListBatchesRequest, context: Context) -> pb.ListBatchesResponse:
+        """Returns a page of batches, newest first. The token is a position, so pages are stable as batches come in."""
+        size = messages.page_size(request.page_size)
+        before = messages.position(request.page_token, "batches", "page_token")
+        known = set(pb.BatchState.values()) - {pb.BATCH_STATE_UNSPECIFIED}
+        for place, state in enumerate(request.states):
+            if state not in known:
+                raise invalid([Violation(f"states[{place}]", f"{state} is no state")])
+        states = [messages.state_name(state) for state in request.states]
+        page = await self.database.run(batches.list_page, states, before, size + 1)
+        more = len(page) > size
+        return pb.ListBatchesResponse(
+            batches=[messages.batch_message(batch) for batch in page[:size]],
+            next_page_token=messages.token("batches", page[size - 1].id) if more else "",
+        )
+
+    async def WatchBatch(self, request: pb.WatchBatchRequest, context: Context) -> AsyncIterator[pb.WatchBatchResponse]:
+        """Sends the batch now and after each change until it is terminal."""
+        batch_id = messages.batch_id(request.batch_id)
+        seen: Batch | None = None
+        batch = await self._get(batch_id)
+        while True:
+            if batch != seen:
+                yield pb.WatchBatchResponse(batch=messages.batch_message(batch))
+            if batch.is_terminal:
+                return
+            seen, batch = batch, await self._next(batch_id)
+
+    async def StreamResults(
+        self, request: pb.StreamResultsRequest, context: Context
+    ) -> AsyncIterator[pb.StreamResultsResponse]:
+        """Sends results page by page; with `follow`, until the batch is terminal and all are sent."""
+        batch_id = messages.batch_id(request.batch_id)
+        in_order = request.order != pb.RESULT_ORDER_FINISHED
+        kind = "index" if in_order else "sequence"
+        # The last index or sequence number that was sent.
+        last = messages.position(request.resume_token, kind, "resume_token")
+        if last is None:
+            last = -1 if in_order else 0
+        # Read before the results: what is terminal here has all its results there.
+        batch = await self._get(batch_id)
+        while True:
+            if in_order:
+                page = await self.database.run(results.read_in_order, batch_id, last + 1, PAGE)
+                full = len(page) == PAGE
+                if request.follow and not batch.is_terminal:
+                    whole = _consecutive(page, last + 1)
+                    full = full and len(whole) == PAGE
+                    page = whole
+            else:
+                page = await self.database.run(results.read_finished, batch_id, last, PAGE)
+                full = len(page) == PAGE
+            for result in page:
+                last = result.index if in_order else result.sequence
+                yield pb.StreamResultsResponse(
+                    result=messages.result_message(batch_id, result), resume_token=messages.token(kind, last)
+                )
+            if full:
+                continue
+            if batch.is_terminal or not request.follow:
+                return
+            batch = await self._next(batch_id)
+
+    async def _get(self, batch_id: int) -> Batch:
+        batch = await self.database.run(batches.get, batch_id)
+        if batch is None:
+            raise not_found(f"batch {messages.batch_name(batch_id)!r}")
+        return batch
+
+    async def _next(self, batch_id: int) -> Batch:
+        batch = await self._watch.next(batch_id)
+        if batch is None:
+            raise not_found(f"batch {messages.batch_name(batch_id)!r}")
+        return batch
+
+
+def _consecutive(page: list[results.StoredResult], start: int) -> list[results.StoredResult]:
+    """The results from index `start` up to the first that is not there yet."""
+    whole = 0
+    while whole < len(page) and page[whole].index == start + whole:
+        whole += 1
+    return page[:whole]

@@ -1,0 +1,131 @@
+"""What the gRPC servers of gateway and worker have in common: options, health, reflection, errors."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from service import logs
+from service.db.connection import Unreachable
+from service.errors import ApiError, database_unavailable
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two servers on one port would share its calls by chance.
+    ("grpc.so_reuseport", 0),
+    # Clients may ping every 5 s, also between calls: that is how they notice a frozen server.
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # With these a frozen peer is noticed within about 7 s; keepalive alone takes its 60 s default.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+log = logs.get("rpc")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A gRPC server with its health; the named services start as NOT_SERVING."""
+
+    grpc_server: grpc.aio.Server
+    health: health_aio.HealthServicer
+    address: str
+
+    async def set_health(self, name: str, is_serving: bool) -> None:
+        """Says SERVING or NOT_SERVING for a health name."""
+        await self.health.set(name, SERVING if is_serving else NOT_SERVING)
+
+
+async def serve(
+    host: str, port: int, add_services: Callable[[grpc.aio.Server], None], service_names: tuple[str, ...]
+) -> Server:
+    """Starts a server with health and reflection. Health of `""` and of each service says NOT_SERVING from the start.
+
+    Raises RuntimeError when the port cannot be had.
+    """
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    health = health_aio.HealthServicer()
+    for name in ("", *service_names):
+        await health.set(name, NOT_SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    add_services(server)
+    names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    bound = server.add_insecure_port(f"{host}:{port}")
+    await server.start()
+    return Server(server, health, f"{host}:{bound}")
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Ends a call that raised with the code and details of its error; logs each call that failed by our fault."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
+            return handler
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        inner: Any = (
+            (handler.stream_stream if handler.request_streaming else handler.unary_stream)
+            if handler.response_streaming
+            else (handler.stream_unary if handler.request_streaming else handler.unary_unary)
+        )
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await inner(request, context)
+            except Exception as error:  # noqa: BLE001 - every error ends the call with a status
+                await _abort(context, method, error)
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                async for response in inner(request, context):
+                    yield response
+            except Exception as error:  # noqa: BLE001 - every error ends the call with a status
+                await _abort(context, method, error)
+
+        return make(
+            stream if handler.response_streaming else unary,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, Unreachable):
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("call_without_database", method=method, cause=cause)
+        error = database_unavailable(cause)
+    if not isinstance(error, ApiError):
+        log.error("call_failed", method=method, exc_info=error)
+        error = ApiError(grpc.StatusCode.INTERNAL, f"{method} failed: {type(error).__name__}")
+    await context.abort(error.code, error.message, error.trailing_metadata())

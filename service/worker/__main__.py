@@ -1,0 +1,200 @@
+"""The worker process: `python -m service.worker`. `--check` only checks the settings."""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from uuid import uuid4
+
+from service import config, logs, processes, rpc
+from service.config import Settings
+from service.db.connection import Database, Unreachable, connect, migrate
+from service.db.heartbeats import Beat, Phase
+from service.worker import engines
+from service.worker.engine import EngineDeadError
+from service.worker.engine_thread import EngineThread
+from service.worker.heart import Heart
+from service.worker.intake import Offer
+from service.worker.life import Life
+from service.worker.runner import Runner
+from service.worker.service import WorkerServicer
+from vllm_batch.v1 import batch_service_pb2_grpc
+
+SERVICE = "vllm_batch.v1.BatchService"
+# How long an earlier life of this worker may take to let go of its identity.
+IDENTITY_TIMEOUT_S = 60.0
+# What ends anyway is not waited for longer.
+CLOSE_TIMEOUT_S = 5.0
+
+log = logs.get("worker")
+
+
+async def work(settings: Settings) -> int:
+    """The life of a worker. Returns the exit status."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    # Apart, so that neither uploads nor readers keep the runner from storing results.
+    served = Database(settings.postgres_url, "worker-serve", settings.database_timeout_s)
+    running = Database(settings.postgres_url, "worker-run", settings.database_timeout_s, connections=3)
+    engine = engines.make(settings)
+    thread = EngineThread()
+    life = Life(settings.worker_id, uuid4(), lambda _: None)
+    # Inherited by the engine's processes: that is how they are known to be ours when we are gone.
+    os.environ["BATCH_INCARNATION"] = str(life.incarnation)
+    runner = Runner(
+        engine, running, life.worker_id, life.incarnation, settings.lease_s, settings.result_group_interval_s
+    )
+
+    server = await rpc.serve(
+        settings.host,
+        settings.worker_port,
+        lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
+            WorkerServicer(served, life, lambda: thread.call_soon(runner.work_arrived)), grpc_server
+        ),
+        (SERVICE,),
+    )
+
+    def beat() -> Beat:
+        return Beat(
+            worker_id=life.worker_id,
+            incarnation=life.incarnation,
+            address=server.address,
+            phase=life.phase,
+            pid=os.getpid(),
+            models=tuple(sorted(life.offer.models)),
+            queued=runner.queued,
+            detail={"in_engine": runner.in_engine, "steps": engine.steps, "chunks": len(runner.held)},
+        )
+
+    heart = Heart(
+        connection=connect(settings.postgres_url, "worker-heart", settings.database_timeout_s),
+        life=life,
+        interval_s=settings.heartbeat_interval_s,
+        lease_s=settings.lease_s,
+        beat=beat,
+        held=lambda: runner.held,
+        on_leases_lost=lambda ids: thread.call_soon(lambda: runner.leases_lost(ids)),
+        # Another process is this worker now: no more of this one, at once and without a last word.
+        on_identity_taken=lambda: os._exit(1),
+    )
+
+    def phase_changed(phase: Phase) -> None:
+        heart.hurry()
+        is_ready = phase is Phase.READY
+        asyncio.run_coroutine_threadsafe(_set_health(server, is_ready), loop)
+
+    life.on_change = phase_changed
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        if not await _until(stopping, _prepare_database(served, heart)):
+            return 0
+        life.enter(Phase.LOADING)
+        if not await _until(stopping, thread.run(engine.start())):
+            return 0
+        life.offer = Offer(frozenset(engine.models), engine.urls)
+        life.enter(Phase.READY)
+        run = asyncio.ensure_future(thread.run(runner.run()))
+        try:
+            if await _until(stopping, run):
+                return 0
+            await _drain(life, runner, thread, run, settings.drain_timeout_s)
+        except EngineDeadError:
+            # Useless, but alive: the heartbeat goes on and says so, and the watchdog restarts us with evidence kept.
+            life.enter(Phase.ENGINE_DEAD)
+            await stopping
+        return 0
+    finally:
+        life.enter(Phase.STOPPING)
+        await server.grpc_server.stop(grace=1)
+        await _finish("engine_stop", thread.run(engine.stop()))
+        heart.stop(CLOSE_TIMEOUT_S)
+        thread.stop(CLOSE_TIMEOUT_S)
+        log.info("worker_ended")
+
+
+async def _set_health(server: rpc.Server, is_ready: bool) -> None:
+    for name in ("", SERVICE):
+        await server.set_health(name, is_ready)
+
+
+async def _prepare_database(database: Database, heart: Heart) -> None:
+    """Waits for Postgres, brings the schema up to date, and takes the worker's identity."""
+    is_waiting = False
+    while True:
+        try:
+            await database.run(migrate)
+            break
+        except Unreachable as error:
+            if not is_waiting:
+                log.warning("waiting_for_database", cause=str(error).strip())
+            is_waiting = True
+            await asyncio.sleep(1)
+    heart.start()
+    if not await asyncio.to_thread(heart.wait_for_lock, IDENTITY_TIMEOUT_S):
+        raise SystemExit(f"another process has been worker {heart.life.worker_id!r} for {IDENTITY_TIMEOUT_S:.0f} s")
+
+
+async def _until(stopping: "asyncio.Task[bool]", work: "asyncio.Future[None] | Sequence[None] | object") -> bool:
+    """Waits for `work`. False: told to stop first; the work goes on only if it is a future given from outside."""
+    given = isinstance(work, asyncio.Future)
+    task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+        return True
+    if not given:
+        task.cancel()
+    return False
+
+
+async def _drain(
+    life: Life, runner: Runner, thread: EngineThread, run: "asyncio.Future[None]", timeout_s: float
+) -> None:
+    """Lets what is in the engine finish within `timeout_s`; the rest goes back to the queue."""
+    life.enter(Phase.DRAINING)
+    thread.call_soon(runner.drain)
+    await asyncio.wait({run}, timeout=timeout_s)
+    if not run.done():
+        log.warning("drain_timeout", in_engine=runner.in_engine)
+        run.cancel()
+        await asyncio.wait({run}, timeout=CLOSE_TIMEOUT_S)
+    elif run.exception() is not None:
+        run.result()
+
+
+async def _finish(what: str, work: "asyncio.Future[None]") -> None:
+    """Waits a while for something at the end that may fail or hang without harm."""
+    try:
+        await asyncio.wait_for(work, 3 * CLOSE_TIMEOUT_S)
+    except Exception as error:  # noqa: BLE001 - the process ends anyway, and its supervisor ends the rest
+        log.warning(f"{what}_failed", cause=repr(error))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Checks the settings, then works."""
+    parser = argparse.ArgumentParser(prog="python -m service.worker", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="check the settings and end")
+    options = parser.parse_args(arguments)
+    settings = config.load()
+    if options.check:
+        return 0
+    processes.die_with_parent()
+    logs.configure("worker", settings.log_level)
+    status = asyncio.run(work(settings))
+    # What a library left behind in threads must not hold up the end.
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""The heart: a thread that beats, renews leases, and holds the lock of the worker's identity, from start to end."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import peewee
+
+from service import logs
+from service.db import chunks, heartbeats
+from service.db.connection import Unreachable, lock_worker
+from service.db.heartbeats import Beat
+from service.worker.life import Life
+
+log = logs.get("heart")
+
+
+class IdentityTakenError(Exception):
+    """Another process lives under this worker's identity."""
+
+
+@dataclass
+class Heart:
+    """Beats every `interval_s` on a connection of its own, so that nothing else in the process can hold it up.
+
+    The lock lives and dies with that connection. When it is lost with Postgres and another process has taken it,
+    this one has no right to go on: `on_identity_taken` is called, once.
+    `beat` gives what to say; `held` the chunks to renew; `on_leases_lost` is told which are no longer ours.
+    """
+
+    connection: peewee.PostgresqlDatabase
+    life: Life
+    interval_s: float
+    lease_s: float
+    beat: Callable[[], Beat]
+    held: Callable[[], list[int]]
+    on_leases_lost: Callable[[Sequence[int]], None]
+    on_identity_taken: Callable[[], None]
+
+    _has_lock: bool = False
+    _is_database_away: bool = False
+    _wake: threading.Event = field(default_factory=threading.Event)
+    _is_ending: bool = False
+    _locked: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts to beat."""
+        self._thread = threading.Thread(target=self._live, name="heart", daemon=True)
+        self._thread.start()
+
+    def wait_for_lock(self, timeout_s: float) -> bool:
+        """Waits until the identity is ours. False: not within `timeout_s`."""
+        return self._locked.wait(timeout_s)
+
+    def hurry(self) -> None:
+        """Beats now: there is something new to say."""
+        self._wake.set()
+
+    def stop(self, timeout_s: float) -> None:
+        """Beats once more and ends."""
+        self._is_ending = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _live(self) -> None:
+        while True:
+            is_last = self._is_ending
+            try:
+                self._once()
+                if self._is_database_away:
+                    log.info("database_back")
+                self._is_database_away = False
+            except IdentityTakenError:
+                # Before the first lock: an earlier life is still ending. Wait for it.
+                if self._locked.is_set():
+                    log.error("identity_taken", worker_id=self.life.worker_id)
+                    self.on_identity_taken()
+                    return
+            except Unreachable as error:
+                self._lose(error)
+            if is_last:
+                self.connection.close()
+                return
+            self._wake.wait(self.interval_s if self._has_lock else min(1.0, self.interval_s))
+            self._wake.clear()
+
+    def _once(self) -> None:
+        if self.connection.is_closed():
+            self.connection.connect()
+        if not self._has_lock:
+            if not lock_worker(self.connection, self.life.worker_id):
+                raise IdentityTakenError
+            if not self._locked.is_set():
+                orphaned = chunks.release_worker(self.connection, self.life.worker_id)
+                log.info("identity_locked", worker_id=self.life.worker_id, chunks_released=orphaned)
+            self._has_lock = True
+            self._locked.set()
+        heartbeats.write(self.connection, self.beat())
+        held = self.held()
+        if held:
+            renewed = chunks.renew(self.connection, held, self.life.incarnation, self.lease_s)
+            # A chunk may have been finished meanwhile: it is not lost, and telling so does no harm.
+            lost = [chunk for chunk in held if chunk not in renewed]
+            if lost:
+                self.on_leases_lost(lost)
+        released = chunks.release_expired(self.connection, self.lease_s)
+        if released:
+            log.warning("expired_leases_released", chunks=released)
+
+    def _lose(self, error: Exception) -> None:
+        if not self._is_database_away:
+            log.warning("database_away", cause=str(error).strip())
+        self._is_database_away = True
+        self._has_lock = False
+        with contextlib.suppress(*Unreachable):
+            self.connection.close()

@@ -1,0 +1,269 @@
+"""The runner: keeps a window of requests in the engine and stores their results in groups."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from service import logs
+from service.db import chunks, results
+from service.db.batches import CHUNK_SIZE
+from service.db.chunks import Chunk, Request
+from service.db.connection import Database, Unreachable
+from service.db.results import Result
+from service.worker.engine import Answer, Engine, EngineDeadError
+
+# How long to wait before looking for work again when there was none, or when Postgres was away.
+IDLE_S = 1.0
+# Results stored by one statement at most.
+GROUP = 500
+
+log = logs.get("runner")
+
+
+@dataclass
+class Runner:
+    """Runs in the engine's loop. Chunks are claimed as the window needs them, never the whole batch.
+
+    Every request that it takes ends as a result that was handed to Postgres, or goes back to the queue with its
+    chunk: when the engine dies, the lease is lost, or the worker drains.
+    """
+
+    engine: Engine
+    database: Database
+    worker_id: str
+    incarnation: UUID
+    lease_s: float
+    group_interval_s: float
+
+    # Requests of our chunks that are not in the engine yet.
+    _ready: deque[Request] = field(default_factory=deque)
+    # What runs in the engine.
+    _running: dict[asyncio.Task[None], Request] = field(default_factory=dict)
+    # Finished and not stored yet.
+    _finished: deque[Result] = field(default_factory=deque)
+    # Requests of each chunk held that are not stored yet.
+    _unstored: dict[int, int] = field(default_factory=dict)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _wake_writer: asyncio.Event = field(default_factory=asyncio.Event)
+    # When to look for work again, in the loop's time.
+    _look_at: float = 0
+    _is_draining: bool = False
+    _is_dead: bool = False
+    _is_database_away: bool = False
+
+    @property
+    def held(self) -> list[int]:
+        """Ids of the chunks that are held. May be read from any thread."""
+        return list(self._unstored)
+
+    @property
+    def queued(self) -> int:
+        """Requests held that are not stored yet."""
+        return len(self._ready) + len(self._running) + len(self._finished)
+
+    @property
+    def in_engine(self) -> int:
+        """Requests in the engine."""
+        return len(self._running)
+
+    def work_arrived(self) -> None:
+        """Looks for work now rather than at the next interval. Call in the runner's loop, as all that follow."""
+        self._look_at = 0
+        self._wake.set()
+
+    def leases_lost(self, ids: Sequence[int]) -> None:
+        """Stops the work on chunks that belong to others now, so that no inference is burnt on them."""
+        lost = set(ids) & self._unstored.keys()
+        if not lost:
+            return
+        log.warning("leases_lost", chunks=sorted(lost))
+        self._drop(lost)
+
+    def drain(self) -> None:
+        """Takes no new work; what is in the engine may finish, the rest goes back. `run` returns once it has."""
+        self._is_draining = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Works until drained. Raises EngineDeadError when the engine dies, with all chunks given back."""
+        writer = asyncio.create_task(self._write_groups())
+        try:
+            await self._feed()
+            while self._running and not self._is_dead:
+                await self._wait()
+            # What has finished is worth waiting for, except for the dead with Postgres away too.
+            while self._finished and not (self._is_dead and self._is_database_away):
+                await self._wait()
+        finally:
+            for task in list(self._running):
+                task.cancel()
+            writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writer
+            await self._give_back()
+        if self._is_dead:
+            raise EngineDeadError("the engine died; its requests went back to the queue")
+
+    async def _feed(self) -> None:
+        window = self.engine.window
+        loop = asyncio.get_running_loop()
+        while not (self._is_draining or self._is_dead):
+            # With Postgres away results pile up; a few windows of them is all that is held in memory.
+            while self._ready and len(self._running) < window and len(self._finished) < 4 * window:
+                self._start(self._ready.popleft())
+            claimed = False
+            if len(self._ready) < max(CHUNK_SIZE, window // 4) and loop.time() >= self._look_at:
+                claimed = await self._claim(1 + window // (4 * CHUNK_SIZE))
+                self._look_at = 0 if claimed else loop.time() + IDLE_S
+            if not claimed:
+                await self._wait()
+            self._is_dead = self._is_dead or self.engine.is_dead
+
+    async def _claim(self, limit: int) -> bool:
+        """Takes chunks and loads their requests. False: there are none, or Postgres is away."""
+        try:
+            taken = await self.database.run(
+                chunks.claim, self.worker_id, self.incarnation, self.engine.models, limit, self.lease_s
+            )
+            for chunk in taken:
+                await self._load(chunk)
+        except Unreachable as error:
+            # A chunk that was claimed and not loaded is not renewed, so its lease ends by itself.
+            self._database_away(error)
+            return False
+        self._database_back()
+        return bool(taken)
+
+    async def _load(self, chunk: Chunk) -> None:
+        requests = await self.database.run(chunks.unanswered, chunk)
+        if requests:
+            self._unstored[chunk.id] = len(requests)
+            self._ready.extend(requests)
+        log.debug("chunk_claimed", chunk=chunk.id, batch=chunk.batch_id, requests=len(requests))
+
+    def _start(self, request: Request) -> None:
+        task = asyncio.create_task(self._run_one(request))
+        self._running[task] = request
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.pop(task, None)
+        self._wake.set()
+
+    async def _run_one(self, request: Request) -> None:
+        try:
+            answer = await self.engine.run(request.url, request.body)
+        except EngineDeadError as error:
+            if not self._is_dead:
+                log.error("engine_died", cause=str(error), in_engine=len(self._running))
+            self._is_dead = True
+            self._wake.set()
+            return
+        except Exception as error:
+            log.error("request_failed", batch=request.batch_id, index=request.index, exc_info=error)
+            message = f"{type(error).__name__} in the worker"
+            self._finished.append(_error(request.chunk_id, request.batch_id, request.index, "INTERNAL_ERROR", message))
+        else:
+            self._finished.append(_result(request, answer))
+        self._wake_writer.set()
+
+    async def _write_groups(self) -> None:
+        while True:
+            await self._wake_writer.wait()
+            self._wake_writer.clear()
+            await asyncio.sleep(self.group_interval_s)
+            while self._finished:
+                group = [self._finished[i] for i in range(min(GROUP, len(self._finished)))]
+                try:
+                    await self.database.run(results.write, group, self.incarnation)
+                except Unreachable as error:
+                    self._database_away(error)
+                    await asyncio.sleep(IDLE_S)
+                    continue
+                except Exception as error:  # noqa: BLE001 - one result that cannot be stored must not stop the rest
+                    group = await self._write_singly(group, error)
+                self._database_back()
+                for result in group:
+                    self._finished.popleft()
+                    self._stored(result)
+                self._wake.set()
+
+    async def _write_singly(self, group: list[Result], error: Exception) -> list[Result]:
+        """Stores a refused group one by one, with an error for each result that Postgres will not have."""
+        log.error("result_group_refused", results=len(group), exc_info=error)
+        for place, result in enumerate(group):
+            try:
+                await self.database.run(results.write, [result], self.incarnation)
+            except Unreachable:
+                return group[:place]
+            except Exception as refused:  # noqa: BLE001 - becomes the result
+                message = f"its result cannot be stored: {type(refused).__name__}"
+                substitute = _error(result.chunk_id, result.batch_id, result.index, "RESULT_NOT_STORABLE", message)
+                await self.database.run(results.write, [substitute], self.incarnation)
+        return group
+
+    def _stored(self, result: Result) -> None:
+        left = self._unstored.get(result.chunk_id)
+        if left is None:
+            return
+        if left == 1:
+            del self._unstored[result.chunk_id]
+        else:
+            self._unstored[result.chunk_id] = left - 1
+
+    def _drop(self, ids: set[int]) -> None:
+        for chunk_id in ids:
+            self._unstored.pop(chunk_id, None)
+        self._ready = deque(request for request in self._ready if request.chunk_id not in ids)
+        for task, request in list(self._running.items()):
+            if request.chunk_id in ids:
+                task.cancel()
+        self._wake.set()
+
+    async def _give_back(self) -> None:
+        """Releases what is held, for whoever is next. Without Postgres the leases end by themselves."""
+        held = self.held
+        self._unstored.clear()
+        self._ready.clear()
+        if not held:
+            return
+        try:
+            released = await self.database.run(chunks.release, held, self.incarnation)
+            log.info("chunks_given_back", chunks=released)
+        except Unreachable as error:
+            self._database_away(error)
+
+    async def _wait(self) -> None:
+        """Until something happened, or the interval is over."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), IDLE_S)
+        self._wake.clear()
+
+    def _database_away(self, error: Exception) -> None:
+        if not self._is_database_away:
+            log.warning("database_away", cause=str(error).strip())
+        self._is_database_away = True
+
+    def _database_back(self) -> None:
+        if self._is_database_away:
+            log.info("database_back", unstored=len(self._finished))
+        self._is_database_away = False
+
+
+def _error(chunk_id: int, batch_id: int, index: int, code: str, message: str) -> Result:
+    return Result(chunk_id, batch_id, index, error_code=code, error_message=message)
+
+
+def _result(request: Request, answer: Answer) -> Result:
+    return Result(
+        request.chunk_id,
+        request.batch_id,
+        request.index,
+        status_code=answer.status_code,
+        body=answer.body,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+    )

@@ -1,0 +1,73 @@
+"""BatchService on the worker: takes new batches in, and reads."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from service import logs, messages
+from service.db.batches import Batch
+from service.db.connection import Database
+from service.errors import Violation, invalid
+from service.reading import Context, ReadingServicer
+from service.worker.intake import Pieces, file_place, inline_lines, inline_place, store
+from service.worker.life import Life
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+log = logs.get("intake")
+
+
+class WorkerServicer(ReadingServicer):
+    """CreateBatch and UploadBatch beside the calls that read. `on_stored` is told of each new batch."""
+
+    def __init__(self, database: Database, life: Life, on_stored: Callable[[], None]) -> None:
+        super().__init__(database)
+        self._life = life
+        self._on_stored = on_stored
+
+    async def CreateBatch(self, request: pb.CreateBatchRequest, context: Context) -> pb.CreateBatchResponse:
+        """Stores a batch from inline requests."""
+        self._life.accepting()
+        lines = inline_lines(request)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            if lines:
+                yield lines
+
+        batch = await self._store(request.options, pieces(), inline_place)
+        return pb.CreateBatchResponse(batch=messages.batch_message(batch))
+
+    async def UploadBatch(
+        self, request_iterator: AsyncIterator[pb.UploadBatchRequest], context: Context
+    ) -> pb.UploadBatchResponse:
+        """Stores a batch from a stream: options first, then the file in pieces."""
+        self._life.accepting()
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("piece") != "options":
+            raise invalid([Violation("options", "the first message of an upload holds the options, even if empty")])
+
+        async def pieces() -> AsyncIterator[bytes]:
+            async for message in request_iterator:
+                if message.WhichOneof("piece") != "data":
+                    raise invalid([Violation("data", "each message of an upload but the first holds data")])
+                yield message.data
+
+        batch = await self._store(first.options, pieces(), file_place)
+        return pb.UploadBatchResponse(batch=messages.batch_message(batch))
+
+    async def _store(
+        self, message: pb.BatchOptions, pieces: AsyncIterator[bytes], place: Callable[[int], str]
+    ) -> Batch:
+        options = messages.options(message)
+        salted = pb.BatchOptions()
+        salted.CopyFrom(message)
+        salted.request_id = ""
+        batch = await store(
+            self.database,
+            options,
+            salted.SerializeToString(deterministic=True),
+            Pieces(pieces, asyncio.get_running_loop()),
+            self._life.accepting(),
+            place,
+        )
+        log.info("batch_stored", batch=messages.batch_name(batch.id), requests=batch.total)
+        self._on_stored()
+        return batch
