@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +64,11 @@ class Settings(BaseSettings):
     simulated_load_s: Annotated[float, Field(ge=0)] = 0.1
     simulated_window: Annotated[int, Field(ge=1)] = 64
 
+    @field_validator("home")
+    @classmethod
+    def _is_absolute(cls, home: Path) -> Path:
+        return Path(os.path.abspath(home))
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Settings":
         wrong = []
@@ -87,12 +92,12 @@ class Settings(BaseSettings):
     @property
     def run_dir(self) -> Path:
         """Folder of the sockets, mode 0700."""
-        return self.home.absolute() / "run"
+        return self.home / "run"
 
     @property
     def log_dir(self) -> Path:
         """Folder of the logs."""
-        return self.home.absolute() / "log"
+        return self.home / "log"
 
     @property
     def postgres_url(self) -> str:

@@ -1,4 +1,4 @@
-"""The embedded Postgres: `python -m service.postgres` makes a cluster under `BATCH_HOME` if there is none, and becomes it.
+"""The embedded Postgres: `python -m service.postgres` makes a cluster under `BATCH_HOME` and becomes its server.
 
 For a machine without a Postgres of its own. Reached through a Unix socket only, in a folder of mode 0700.
 """
@@ -77,7 +77,7 @@ def command(home: Path) -> list[str]:
 
 
 def bootstrap(home: Path) -> None:
-    """Makes folders and cluster if they are not there. A crash in the middle leaves nothing that counts as a cluster."""
+    """Makes folders and cluster if they are not there. A crash in the middle leaves nothing that looks like one."""
     sockets = home / "run" / "pg"
     if len(str(sockets / ".s.PGSQL.5432")) > MAX_SOCKET_PATH:
         raise SystemExit(f"BATCH_HOME is too long for a Unix socket: {sockets}")
@@ -156,7 +156,7 @@ def main() -> None:
     """Becomes the server."""
     settings = config.load()
     logs.configure("postgres", settings.log_level)
-    home = settings.home.absolute()
+    home = settings.home
     home.mkdir(parents=True, exist_ok=True)
     bootstrap(home)
     wait_for_predecessor(home)

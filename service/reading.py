@@ -11,7 +11,7 @@ from service import messages
 from service.db import batches, results
 from service.db.batches import Batch
 from service.db.connection import Database
-from service.errors import Violation, invalid, not_found
+from service.errors import ApiError, Violation, invalid, not_found
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
@@ -140,6 +140,22 @@ class ReadingServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 return
             batch = await self._next(batch_id)
 
+    async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
+        """Comes with a later version."""
+        raise _unimplemented("GetResult")
+
+    async def CancelBatch(self, request: pb.CancelBatchRequest, context: Context) -> pb.CancelBatchResponse:
+        """Comes with a later version."""
+        raise _unimplemented("CancelBatch")
+
+    async def DeleteBatch(self, request: pb.DeleteBatchRequest, context: Context) -> pb.DeleteBatchResponse:
+        """Comes with a later version."""
+        raise _unimplemented("DeleteBatch")
+
+    async def RetryBatch(self, request: pb.RetryBatchRequest, context: Context) -> pb.RetryBatchResponse:
+        """Comes with a later version."""
+        raise _unimplemented("RetryBatch")
+
     async def _get(self, batch_id: int) -> Batch:
         batch = await self.database.run(batches.get, batch_id)
         if batch is None:
@@ -151,6 +167,10 @@ class ReadingServicer(batch_service_pb2_grpc.BatchServiceServicer):
         if batch is None:
             raise not_found(f"batch {messages.batch_name(batch_id)!r}")
         return batch
+
+
+def _unimplemented(name: str) -> ApiError:
+    return ApiError(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not implemented yet")
 
 
 def _consecutive(page: list[results.StoredResult], start: int) -> list[results.StoredResult]:

@@ -1,5 +1,7 @@
 """What the gRPC servers of gateway and worker have in common: options, health, reflection, errors."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any

@@ -8,7 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 from uuid import uuid4
+
+import psutil
 
 from service import config, logs, processes, rpc
 from service.config import Settings
@@ -93,14 +96,16 @@ async def work(settings: Settings) -> int:
     life.on_change = phase_changed
     stopping = asyncio.create_task(stop.wait())
     try:
-        if not await _until(stopping, _prepare_database(served, heart)):
+        preparing = asyncio.create_task(_prepare_database(served, heart))
+        if not await _until(stopping, preparing):
+            preparing.cancel()
             return 0
         life.enter(Phase.LOADING)
         if not await _until(stopping, thread.run(engine.start())):
             return 0
         life.offer = Offer(frozenset(engine.models), engine.urls)
         life.enter(Phase.READY)
-        run = asyncio.ensure_future(thread.run(runner.run()))
+        run = thread.run(runner.run())
         try:
             if await _until(stopping, run):
                 return 0
@@ -116,7 +121,9 @@ async def work(settings: Settings) -> int:
         await _finish("engine_stop", thread.run(engine.stop()))
         heart.stop(CLOSE_TIMEOUT_S)
         thread.stop(CLOSE_TIMEOUT_S)
-        log.info("worker_ended")
+        # A load that was broken off, or an engine that does not listen any more.
+        left = await asyncio.to_thread(processes.end, psutil.Process().children(recursive=True), CLOSE_TIMEOUT_S)
+        log.info("worker_ended", processes_left=[process.pid for process in left])
 
 
 async def _set_health(server: rpc.Server, is_ready: bool) -> None:
@@ -141,17 +148,13 @@ async def _prepare_database(database: Database, heart: Heart) -> None:
         raise SystemExit(f"another process has been worker {heart.life.worker_id!r} for {IDENTITY_TIMEOUT_S:.0f} s")
 
 
-async def _until(stopping: "asyncio.Task[bool]", work: "asyncio.Future[None] | Sequence[None] | object") -> bool:
-    """Waits for `work`. False: told to stop first; the work goes on only if it is a future given from outside."""
-    given = isinstance(work, asyncio.Future)
-    task = asyncio.ensure_future(work)  # type: ignore[call-overload]
-    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if task.done():
-        task.result()
-        return True
-    if not given:
-        task.cancel()
-    return False
+async def _until(stopping: "asyncio.Task[bool]", work: "asyncio.Future[None]") -> bool:
+    """Waits for `work` and raises what it raises. False: told to stop first; it goes on."""
+    both: set[asyncio.Future[Any]] = {work, stopping}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    if work.done():
+        work.result()
+    return work.done()
 
 
 async def _drain(

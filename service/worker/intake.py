@@ -203,7 +203,7 @@ def inline_lines(request: pb.CreateBatchRequest) -> bytes:
 async def store(
     database: Database, options: Options, salt: bytes, pieces: Pieces, offer: Offer, place: Callable[[int], str]
 ) -> Batch:
-    """Stores a batch from its lines, whole or not at all; one that was stored before under its request_id is given back.
+    """Stores a batch from its lines, whole or not at all. The same again under its request_id gives the first.
 
     Raises ApiError: INVALID_ARGUMENT naming each wrong line and field, ALREADY_EXISTS; or one of `Unreachable`.
     """

@@ -147,7 +147,7 @@ class VllmEngine:
         defaults = dict(DEFAULTS)
         if self._settings.model is None:
             defaults |= TINY_DEFAULTS
-            path = str(tiny_model.ensure(self._settings.home.absolute() / "models" / "tiny"))
+            path = str(tiny_model.ensure(self._settings.home / "models" / "tiny"))
             given = ["--model", path, *TINY_ARGS, *given]
         else:
             given = ["--model", self._settings.model, *given]

@@ -1,0 +1,74 @@
+"""The gateway process: `python -m service.gateway`. `--check` only checks the settings."""
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+
+from service import config, logs, processes, rpc
+from service.clock import SystemClock
+from service.config import Settings
+from service.db.connection import Database
+from service.gateway.presence import Presence
+from service.gateway.service import GatewayServicer
+from vllm_batch.v1 import batch_service_pb2_grpc
+
+SERVICE = "vllm_batch.v1.BatchService"
+# How long calls that are under way may take to end.
+GRACE_S = 5.0
+
+log = logs.get("gateway")
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until told to stop."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    database = Database(settings.postgres_url, "gateway", settings.database_timeout_s, connections=16)
+    # Apart, so that a look at the heartbeats never waits for clients' reads.
+    looking = Database(settings.postgres_url, "gateway-presence", settings.database_timeout_s, connections=1)
+
+    async def accepting_changed(is_accepting: bool) -> None:
+        await server.set_health(SERVICE, is_accepting)
+
+    presence = Presence(looking, SystemClock(), settings.heartbeat_timeout_s, accepting_changed)
+    servicer = GatewayServicer(database, presence)
+    server = await rpc.serve(
+        settings.host,
+        settings.gateway_port,
+        lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server),
+        (SERVICE,),
+    )
+    await server.set_health("", True)
+    log.info("gateway_serving", address=server.address)
+    following = asyncio.create_task(presence.follow())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    following.cancel()
+    await server.health.enter_graceful_shutdown()
+    await server.grpc_server.stop(GRACE_S)
+    await servicer.close()
+    if not stop.is_set():
+        following.result()
+    log.info("gateway_ended")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Checks the settings, then serves."""
+    parser = argparse.ArgumentParser(prog="python -m service.gateway", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="check the settings and end")
+    options = parser.parse_args(arguments)
+    settings = config.load()
+    if options.check:
+        return 0
+    processes.die_with_parent()
+    logs.configure("gateway", settings.log_level)
+    asyncio.run(serve(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""Presence of the workers: a look at the heartbeats every second, and the health that follows from it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+from service import logs
+from service.clock import Clock
+from service.db import heartbeats
+from service.db.connection import Database, Unreachable, migrate
+from service.db.heartbeats import SeenBeat
+from service.errors import ApiError
+from service.gateway.workers import Freshness, choose
+
+LOOK_INTERVAL_S = 1.0
+
+log = logs.get("presence")
+
+
+@dataclass
+class Presence:
+    """Knows without asking the database whether new work would be accepted now.
+
+    `on_change(True | False)` is awaited when the answer changes.
+    """
+
+    database: Database
+    clock: Clock
+    timeout_s: float
+    on_change: Callable[[bool], Awaitable[None]]
+    freshness: Freshness = field(default_factory=Freshness)
+    _is_accepting: bool | None = None
+    _is_migrated: bool = False
+
+    def choose(self) -> SeenBeat:
+        """The worker for new work. Raises UNAVAILABLE with the reason."""
+        return choose(self.freshness, self.clock.monotonic(), self.timeout_s)
+
+    def age_s(self, seen: SeenBeat) -> float:
+        """How old a worker's last beat is now."""
+        return self.freshness.age_s(seen, self.clock.monotonic())
+
+    async def follow(self) -> None:
+        """Looks for ever."""
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_INTERVAL_S)
+
+    async def look(self) -> None:
+        """Reads all heartbeats once."""
+        try:
+            if not self._is_migrated:
+                await self.database.run(migrate)
+                self._is_migrated = True
+            beats = await self.database.run(heartbeats.read)
+        except Unreachable as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if not self.freshness.failure:
+                log.warning("database_away", cause=cause)
+            self.freshness = replace(self.freshness, failure=cause)
+        else:
+            if self.freshness.failure:
+                log.info("database_back")
+            self.freshness = Freshness(beats, self.clock.monotonic())
+        reason = ""
+        try:
+            self.choose()
+        except ApiError as error:
+            reason = f"{error.reason}: {error.message}"
+        is_accepting = not reason
+        if is_accepting is not self._is_accepting:
+            self._is_accepting = is_accepting
+            log.info("accepting" if is_accepting else "not_accepting", reason=reason)
+            await self.on_change(is_accepting)
