@@ -26,11 +26,12 @@ class WorkerServicer(ReadingServicer):
     async def CreateBatch(self, request: pb.CreateBatchRequest, context: Context) -> pb.CreateBatchResponse:
         """Stores a batch from inline requests."""
         self._life.accepting()
+        if not request.requests:
+            raise invalid([Violation("requests", "there are none: a batch has at least one")])
         lines = inline_lines(request)
 
         async def pieces() -> AsyncIterator[bytes]:
-            if lines:
-                yield lines
+            yield lines
 
         batch = await self._store(request.options, pieces(), inline_place)
         return pb.CreateBatchResponse(batch=messages.batch_message(batch))

@@ -1,0 +1,320 @@
+"""The `vllm-batch` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import click
+import grpc
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_batch import __version__
+from vllm_batch.client import DEFAULT_TARGET, OPTIONS, PATIENCE_S, CallError, Client
+from vllm_batch.output import line
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import recovery_service_pb2, recovery_service_pb2_grpc
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 3
+EXIT_UNAVAILABLE = 4
+EXIT_INTERRUPTED = 130
+
+EPILOG = """\b
+Exit codes:
+  0    done; with --wait: and every request was answered with 2xx
+  1    the batch ended with failed requests, or was not completed
+  2    wrong usage
+  3    refused by the server: each wrong line and field is printed
+  4    no worker (or no gateway, or no database) for as long as --patience
+  130  Ctrl-C; a batch that was stored goes on
+"""
+STATES = [name.removeprefix("BATCH_STATE_").lower() for name in pb.BatchState.keys()[1:]]
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--target", envvar="BATCH_TARGET", default=DEFAULT_TARGET, show_default=True, help="Gateway, host:port.")
+@click.option("--patience", type=float, default=PATIENCE_S, show_default=True, help="Seconds to retry UNAVAILABLE.")
+@click.version_option(__version__)
+@click.pass_context
+def main(context: click.Context, target: str, patience: float) -> None:
+    """Batches of inference requests, run by vLLM, each answered exactly once."""
+    context.obj = Client(target, patience, _tell_retry)
+    context.call_on_close(context.obj.close)
+
+
+def _tell_retry(error: CallError, delay_s: float) -> None:
+    err.print(f"{error.message}; trying again in {delay_s:.0f} s", style="yellow")
+
+
+@contextmanager
+def _errors(batch_id: str = "") -> Iterator[None]:
+    """Errors of calls as messages and exit codes; no traceback."""
+    try:
+        yield
+    except CallError as error:
+        if error.violations:
+            for field, description in error.violations:
+                err.print(f"{field}: {description}", style="red", markup=False)
+        else:
+            err.print(f"{error.code.name}: {error.message}", style="red", markup=False)
+        unavailable = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        sys.exit(EXIT_UNAVAILABLE if error.code in unavailable else EXIT_REFUSED)
+    except KeyboardInterrupt:
+        _interrupted(batch_id)
+
+
+def _interrupted(batch_id: str) -> NoReturn:
+    if batch_id:
+        err.print(f"\n{batch_id} goes on. Come back with: vllm-batch watch {batch_id}")
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE")
+    return dict(value.split("=", 1) for value in values)
+
+
+@main.command()
+@click.argument("file", type=click.File("rb"))
+@click.option("--wait", is_flag=True, help="Wait until the batch is done.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="With --wait: results, as JSONL.")
+@click.option("--request-id", default="", help="Submitting again under the same name gives the same batch.")
+@click.option("-m", "--metadata", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="Kept with the batch.")
+@click.option("--priority", type=click.IntRange(-100, 100), default=0, show_default=True, help="Higher runs first.")
+@click.pass_obj
+def submit(
+    client: Client,
+    file: BinaryIO,
+    wait: bool,
+    output: Path | None,
+    request_id: str,
+    metadata: dict[str, str],
+    priority: int,
+) -> None:
+    """Submit FILE, requests in OpenAI's batch format, one a line. `-` reads stdin. Prints the id of the batch."""
+    if output is not None and not wait:
+        raise click.UsageError("--output goes with --wait; later: vllm-batch results BATCH -o FILE")
+    with _errors(), _rewindable(file) as (source, size), _bar(DownloadColumn()) as progress:
+        task = progress.add_task("uploading", total=size)
+        batch = client.submit(
+            source,
+            request_id=request_id,
+            metadata=metadata,
+            priority=priority,
+            on_sent=lambda sent: progress.update(task, completed=sent),
+        )
+    # Flushed: whoever reads this through a pipe needs it now.
+    click.echo(batch.id)
+    sys.stdout.flush()
+    if wait:
+        _wait(client, batch.id, output)
+
+
+@main.command()
+@click.argument("batch")
+@click.pass_obj
+def watch(client: Client, batch: str) -> None:
+    """Wait until BATCH is done, with a progress bar."""
+    _wait(client, batch, None)
+
+
+@main.command()
+@click.argument("batch")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: stdout.")
+@click.option("--follow", is_flag=True, help="Go on until the batch is done.")
+@click.option("--order", type=click.Choice(["input", "finished"]), default="input", show_default=True)
+@click.pass_obj
+def results(client: Client, batch: str, output: Path | None, follow: bool, order: str) -> None:
+    """The results of BATCH so far, in OpenAI's batch output format."""
+    with _errors(batch):
+        _write_results(client, batch, output, follow, f"RESULT_ORDER_{order.upper()}")
+
+
+@main.command("list")
+@click.option("--state", multiple=True, type=click.Choice(STATES), help="Only these; may be repeated.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_obj
+def list_(client: Client, state: tuple[str, ...], limit: int, as_json: bool) -> None:
+    """Batches, newest first."""
+    states = [f"BATCH_STATE_{name.upper()}" for name in state]
+    with _errors():
+        batches = list(client.list(states, limit))
+    if as_json:
+        for batch in batches:
+            click.echo(json.dumps(MessageToDict(batch, preserving_proto_field_name=True)))
+    else:
+        out.print(_table(batches))
+
+
+@main.command()
+@click.argument("batch")
+@click.pass_obj
+def cancel(client: Client, batch: str) -> None:
+    """Stop BATCH. Finished results stay."""
+    with _errors():
+        click.echo(_state(client.cancel(batch)))
+
+
+@main.command()
+@click.option(
+    "--watchdog-target", envvar="BATCH_WATCHDOG_TARGET", default="127.0.0.1:50053", show_default=True, help="host:port"
+)
+@click.pass_obj
+def status(client: Client, watchdog_target: str) -> None:
+    """Gateway, workers, last recovery and batches, on one screen; whatever of it is up."""
+    with _errors():
+        is_up = _print_gateway(client)
+        _print_recovery(watchdog_target)
+        if is_up:
+            batches = list(Client(client.target, patience_s=0).list(limit=8))
+            out.print(_table(batches) if batches else "batches: none")
+    sys.exit(0 if is_up else EXIT_UNAVAILABLE)
+
+
+def _print_gateway(client: Client) -> bool:
+    """True when batches can be listed."""
+    quick = Client(client.target, patience_s=0)
+    try:
+        next(quick.list(limit=1), None)
+    except CallError as error:
+        out.print(f"gateway   {client.target}  [red]{error.message}[/red]")
+        return False
+    accepting = quick.accepting()
+    out.print(f"gateway   {client.target}  {'[green]accepts new work' if not accepting else f'[yellow]{accepting}'}")
+    return True
+
+
+def _print_recovery(target: str) -> None:
+    with grpc.insecure_channel(target, options=OPTIONS) as channel:
+        stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
+        try:
+            workers = stub.GetStatus(recovery_service_pb2.GetStatusRequest(), timeout=5).workers
+        except grpc.RpcError as error:
+            out.print(f"watchdog  {target}  [red]{CallError(error).message}[/red]")
+            return
+        for worker in workers:
+            out.print(_worker_line(worker))
+        try:
+            request = recovery_service_pb2.ListEventsRequest(page_size=20)
+            events = stub.ListEvents(request, timeout=5).events
+        except grpc.RpcError as error:
+            out.print(f"events    [red]{CallError(error).message}[/red]")
+            return
+        restart = next((event for event in events if event.kind == "restart"), None)
+        out.print(_restart_line(restart) if restart is not None else "recovery  none yet")
+
+
+def _worker_line(worker: recovery_service_pb2.WorkerStatus) -> str:
+    verdict = recovery_service_pb2.Verdict.Name(worker.verdict).removeprefix("VERDICT_")
+    colour = "green" if worker.verdict == recovery_service_pb2.VERDICT_HEALTHY else "yellow"
+    beat = f"{worker.heartbeat_age.ToMilliseconds() / 1000:.1f} s ago" if worker.HasField("heartbeat_age") else "none"
+    return (
+        f"worker    {worker.worker_id}  [{colour}]{verdict}[/{colour}]  {worker.process_state or 'supervisord away'}"
+        f" pid {worker.pid}  health {worker.health or '-'}  heartbeat {beat}  phase {worker.phase or '-'}"
+        f"  budget {worker.budget_left}/{worker.budget_limit}"
+    )
+
+
+def _restart_line(event: recovery_service_pb2.RecoveryEvent) -> str:
+    verdict = recovery_service_pb2.Verdict.Name(event.verdict).removeprefix("VERDICT_")
+    took = ", ".join(f"{timing.phase} {timing.duration.ToMilliseconds() / 1000:.1f} s" for timing in event.timings)
+    when = event.start_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S")
+    return f"recovery  {when} UTC  {verdict} → {event.outcome}  ({event.reason})  {took}"
+
+
+def _table(batches: list[pb.Batch]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("batch", "state", "total", "done", "failed", "created (UTC)"):
+        table.add_column(name, justify="right" if name in ("total", "done", "failed") else "left")
+    for batch in batches:
+        counts = batch.counts
+        created = batch.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S")
+        done = counts.completed + counts.failed
+        table.add_row(batch.id, _state(batch), str(counts.total), str(done), str(counts.failed), created)
+    return table
+
+
+def _state(batch: pb.Batch) -> str:
+    return pb.BatchState.Name(batch.state).removeprefix("BATCH_STATE_").lower()
+
+
+def _wait(client: Client, batch_id: str, output: Path | None) -> NoReturn:
+    with _errors(batch_id):
+        batch = _follow(client, batch_id)
+        if output is not None:
+            _write_results(client, batch_id, output, False, "RESULT_ORDER_INPUT")
+    counts = batch.counts
+    err.print(f"{batch_id} {_state(batch)}: {counts.completed} completed, {counts.failed} failed of {counts.total}")
+    sys.exit(0 if batch.state == pb.BATCH_STATE_COMPLETED and not counts.failed else EXIT_FAILED)
+
+
+def _follow(client: Client, batch_id: str) -> pb.Batch:
+    """Shows a bar until the batch is terminal; on what is no terminal, a line for each tenth."""
+    batch = pb.Batch()
+    shown = -1
+    with _bar(MofNCompleteColumn()) as progress:
+        task = progress.add_task(batch_id, total=None)
+        for batch in client.watch(batch_id):
+            done, total = batch.counts.completed + batch.counts.failed, batch.counts.total
+            progress.update(task, total=total, completed=done, description=f"{batch_id} {_state(batch)}")
+            tenth = 10 * done // max(1, total)
+            if not err.is_terminal and tenth != shown:
+                shown = tenth
+                err.print(f"{batch_id} {_state(batch)} {done}/{total}")
+    return batch
+
+
+def _bar(counts: Any) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        counts,
+        TimeElapsedColumn(),
+        console=err,
+        disable=not err.is_terminal,
+    )
+
+
+@contextmanager
+def _rewindable(file: BinaryIO) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size in bytes; what cannot be rewound is copied to a temporary file first."""
+    if file.seekable():
+        yield file, os.fstat(file.fileno()).st_size
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(file, copy)
+        yield copy, copy.tell()
+
+
+def _write_results(client: Client, batch_id: str, output: Path | None, follow: bool, order: str) -> None:
+    responses = client.results(batch_id, follow=follow, order=order)
+    if output is None:
+        for response in responses:
+            click.echo(line(response.result))
+        return
+    # Whole or not at all: a file that is there can be trusted.
+    part = output.with_name(output.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for response in responses:
+                file.write(line(response.result) + "\n")
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
