@@ -1,4 +1,4 @@
-"""Settings of all processes, from the environment or `.env`. Wrong ones are all reported together, at start."""
+"""Settings of all processes, from the environment or a `.env` file. Wrong ones are all reported together, at start."""
 
 import os
 import shlex
@@ -14,7 +14,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 ROOT = Path(__file__).resolve().parent.parent
 
 # Variables with our prefix that are not settings of a server process.
-OTHER_VARIABLES = {"BATCH_TARGET", "BATCH_INCARNATION", "BATCH_EMBEDDED_POSTGRES"}
+OTHER_VARIABLES = {
+    "BATCH_EMBEDDED_POSTGRES",
+    "BATCH_ENV_FILE",
+    "BATCH_INCARNATION",
+    "BATCH_TARGET",
+    "BATCH_WATCHDOG_TARGET",
+}
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Port = Annotated[int, Field(ge=1, le=65_535)]
@@ -24,7 +30,11 @@ class Settings(BaseSettings):
     """Every setting with its default. In the environment a name has the prefix `BATCH_` unless another is given."""
 
     model_config = SettingsConfigDict(
-        env_prefix="BATCH_", env_file=ROOT / ".env", extra="ignore", env_ignore_empty=True, frozen=True
+        env_prefix="BATCH_",
+        env_file=os.environ.get("BATCH_ENV_FILE", ROOT / ".env"),
+        extra="ignore",
+        env_ignore_empty=True,
+        frozen=True,
     )
 
     # Where state lives and who listens where.

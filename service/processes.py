@@ -46,7 +46,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Leader:
-    """A program's first process, whose pid is the number of its group too. Pids come again: the start tells them apart."""
+    """A program's first process, whose pid is its group's number too. Pids come again: the start tells them apart."""
 
     pid: int
     start_ticks: int
@@ -107,7 +107,7 @@ def end(
     for number in signals:
         for process in alive:
             # psutil compares the start time first: a pid that was reused is left alone.
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 process.send_signal(number)
         deadline = time.monotonic() + timeout_s
         # A zombie whose parent does not wait for it is dead enough, but not for psutil.

@@ -160,7 +160,7 @@ class Client:
         batch_id: str,
         *,
         follow: bool = False,
-        order: pb.ResultOrder = pb.RESULT_ORDER_INPUT,
+        order: str = "RESULT_ORDER_INPUT",
         resume_token: str = "",
     ) -> Iterator[pb.StreamResultsResponse]:
         """The results of a batch; after a lost connection it goes on behind the last, without gap or repeat."""

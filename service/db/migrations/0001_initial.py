@@ -102,6 +102,8 @@ CREATE TABLE recovery_events (
 -- One open restart per worker: two watchdogs cannot both be restarting it.
 CREATE UNIQUE INDEX recovery_events_open ON recovery_events (worker_id) WHERE outcome = 'open';
 CREATE INDEX recovery_events_by_worker ON recovery_events (worker_id, id);
+-- Changes of verdict are many and read by people alone; what decisions are made of is found without them.
+CREATE INDEX recovery_events_of_note ON recovery_events (worker_id, kind, id) WHERE kind <> 'verdict';
 
 -- Chunks and batches are small rows that are updated all the time; results and requests are only added.
 ALTER TABLE chunks SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);

@@ -1,0 +1,76 @@
+"""Waits until the gateway of this stack accepts new work, saying what it waits for; then says how to use it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from service import config  # noqa: E402
+from vllm_batch.client import Client  # noqa: E402
+
+USAGE = """
+It runs, and restarts what fails. Use it with:
+
+  .venv/bin/vllm-batch --target {gateway} submit examples/chat-200.jsonl --wait -o results.jsonl
+  grpcurl -plaintext {gateway} list
+  grpcurl -plaintext -d '{{"requests": [{{"custom_id": "a", "url": "/v1/chat/completions", "body": {{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}}}]}}' {gateway} vllm_batch.v1.BatchService/CreateBatch
+  grpc_health_probe -addr={gateway} -service=vllm_batch.v1.BatchService
+  .venv/bin/supervisorctl -c {conf} status
+
+See what it does: scripts/status.sh. Stop it: scripts/stop-all.sh
+"""  # noqa: E501
+
+
+def programs(conf: str) -> dict[str, str]:
+    """State of each program, as supervisorctl names it."""
+    shown = subprocess.run(
+        [str(ROOT / ".venv/bin/supervisorctl"), "-c", conf, "status"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return dict(line.split()[:2] for line in shown.stdout.splitlines() if len(line.split()) >= 2)
+
+
+def main(conf: str) -> int:
+    """0 once new work is accepted, 1 when it cannot come to that."""
+    settings = config.load()
+    gateway = f"{settings.host}:{settings.gateway_port}"
+    begin = time.monotonic()
+    said, said_at = "", begin
+    failing_since: float | None = None
+    with Client(gateway, patience_s=0) as client:
+        while why := client.accepting():
+            waited_s = time.monotonic() - begin
+            states = programs(conf)
+            bad = {name for name, state in states.items() if state in ("FATAL", "EXITED", "BACKOFF")}
+            failing_since = (failing_since or time.monotonic()) if bad else None
+            # The watchdog starts a worker that has ended, and supervisord tries the others again: give them a while.
+            if (failing_since and time.monotonic() - failing_since > 30) or waited_s > settings.load_timeout_s:
+                return gave_up(settings.log_dir, sorted(bad) or ["worker"])
+            if why != said or time.monotonic() - said_at > 5:
+                print(f"start: waiting, {waited_s:.0f} s: {why.splitlines()[0][:150]}", flush=True)
+                said, said_at = why, time.monotonic()
+            time.sleep(0.5)
+    print(f"start: new work is accepted after {time.monotonic() - begin:.0f} s", flush=True)
+    model = settings.model or "tiny"
+    print(USAGE.format(gateway=gateway, conf=conf, model=model), flush=True)
+    return 0
+
+
+def gave_up(log_dir: Path, names: list[str]) -> int:
+    """Shows the end of the logs of what failed."""
+    for name in names:
+        log = log_dir / f"{name}.log"
+        print(f"start: {name} does not come up; the end of {log}:", file=sys.stderr)
+        if log.exists():
+            print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
