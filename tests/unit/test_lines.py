@@ -1,5 +1,6 @@
 """The line parser: what is right passes unchanged, what is wrong is named."""
 
+import contextlib
 import json
 
 import pytest
@@ -70,10 +71,8 @@ def test_all_wrong_fields_of_a_line_are_named() -> None:
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_parser(line: bytes) -> None:
     """Whatever arrives is a parsed line or a LineError, never another exception."""
-    try:
-        parse(line, "line 1", MODELS, URLS)
-    except LineError as error:
-        assert error.violations
+    with contextlib.suppress(LineError):
+        assert parse(line, "line 1", MODELS, URLS).custom_id
 
 
 @given(

@@ -1,0 +1,180 @@
+"""Real Postgres for all, a fresh database for each test."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from service.db.connection import Database, migrate
+from tests.waiting import until
+from vllm_batch.client import Client
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of an embedded server without its database name; started as users' is."""
+    # Not pytest's folder: that is deep, and a socket's path is short.
+    with tempfile.TemporaryDirectory(prefix="vbt-", ignore_cleanup_errors=True) as home:
+        env = os.environ | {"BATCH_HOME": home, "BATCH_ENV_FILE": "/dev/null"}
+        server = subprocess.Popen([sys.executable, "-m", "service.postgres"], env=env, cwd=ROOT)
+        url = f"postgresql:///%s?host={home}/run/pg&user=postgres"
+
+        def answers() -> bool:
+            assert server.poll() is None, "the embedded Postgres ended"
+            try:
+                psycopg2.connect(url % "batch", connect_timeout=2).close()
+            except psycopg2.OperationalError:
+                return False
+            return True
+
+        try:
+            until(answers, "the embedded Postgres")
+            database = Database(url % "batch", "template")
+            database.call(migrate)
+            database.close()
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+
+
+@pytest.fixture
+def database_url(postgres: str) -> Iterator[str]:
+    """A database of its own, with the schema and nothing in it."""
+    name = f"test_{uuid.uuid4().hex}"
+    admin = psycopg2.connect(postgres % "postgres")
+    admin.autocommit = True
+    with admin.cursor() as cursor:
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE batch")
+    yield postgres % name
+    with admin.cursor() as cursor:
+        cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    admin.close()
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """Connections to the test's database."""
+    database = Database(database_url, "test")
+    yield database
+    database.close()
+
+
+class Server:
+    """One process of ours: the gateway or a worker with the simulated engine."""
+
+    def __init__(self, module: str, env: dict[str, str], log: Path) -> None:
+        self._arguments = [sys.executable, "-m", module]
+        self._env = env
+        self.log = log
+        self.process = self.start()
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Starts it, or another life of it."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._arguments, env=self._env, cwd=ROOT, stdout=log, stderr=log)
+        return self.process
+
+    def events(self, name: str) -> list[dict[str, object]]:
+        """What it has logged under a name."""
+        lines = [line for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [event for event in map(json.loads, lines) if event.get("event") == name]
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+@dataclass
+class Stack:
+    """A gateway and workers on a database of their own, without supervisord."""
+
+    database_url: str
+    folder: Path
+    gateway_port: int
+    servers: list[Server]
+
+    @property
+    def target(self) -> str:
+        """Address of the gateway."""
+        return f"127.0.0.1:{self.gateway_port}"
+
+    def run(self, module: str, name: str, **settings: object) -> Server:
+        """Starts a process with these settings (without their prefix)."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("BATCH_") and k != "SENTRY_DSN"}
+        env = kept | {
+            "BATCH_ENV_FILE": "/dev/null",
+            "DATABASE_URL": self.database_url,
+            "BATCH_HOME": str(self.folder),
+            "BATCH_ENGINE": "simulated",
+            "BATCH_GATEWAY_PORT": str(self.gateway_port),
+            "BATCH_HEARTBEAT_INTERVAL_S": "0.2",
+            "SUPERVISOR_PROCESS_NAME": name,
+        }
+        env |= {f"BATCH_{key.upper()}": str(value) for key, value in settings.items()}
+        self.servers.append(Server(module, env, self.folder / f"{name}.log"))
+        return self.servers[-1]
+
+    def worker(self, name: str = "worker", **settings: object) -> Server:
+        """Starts a worker on a port of its own."""
+        return self.run("service.worker", name, worker_port=free_port(), **settings)
+
+    def gateway(self, **settings: object) -> Server:
+        """Starts the gateway."""
+        return self.run("service.gateway", "gateway", **settings)
+
+    def wait_until_accepting(self) -> None:
+        """Waits until new work would be accepted."""
+        with Client(self.target, patience_s=0) as client:
+            until(lambda: not client.accepting(), "the gateway to accept new work")
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture
+def stack(database_url: str, tmp_path: Path) -> Iterator[Stack]:
+    """Processes are started by the test; all are ended after it."""
+    stack = Stack(database_url, tmp_path, free_port(), [])
+    yield stack
+    for server in stack.servers:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@pytest.fixture
+def serving(stack: Stack) -> Stack:
+    """A gateway and one worker that accept new work."""
+    stack.gateway()
+    stack.worker()
+    stack.wait_until_accepting()
+    return stack
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    """A client that does not try again by itself."""
+    with Client(stack.target, patience_s=0) as client:
+        yield client

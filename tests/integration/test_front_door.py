@@ -1,0 +1,386 @@
+"""What a client sees: gateway and worker as processes, real Postgres, real gRPC over sockets."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import psycopg2
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.integration.conftest import Stack
+from tests.waiting import until
+from vllm_batch.client import CallError, Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import batch_service_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+URL = "/v1/chat/completions"
+
+
+def line(custom_id: str, **body: object) -> bytes:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": f"hello {custom_id}"}]} | body
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": URL, "body": body}).encode() + b"\n"
+
+
+def lines(count: int, **body: object) -> Iterator[bytes]:
+    return (line(f"c{i}", **body) for i in range(count))
+
+
+def finished(client: Client, batch_id: str) -> pb.Batch:
+    *_, last = client.watch(batch_id)
+    return last
+
+
+def refused(call: Callable[[], object]) -> CallError:
+    with pytest.raises(CallError) as caught:
+        call()
+    return caught.value
+
+
+def count(stack: Stack, table: str) -> int:
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute(f"SELECT count(*) FROM {table}")
+        [found] = cursor.fetchone() or (0,)
+        return int(found)
+
+
+def run_sql(stack: Stack, statement: str) -> None:
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute(statement)
+
+
+def health(target: str, service: str) -> str:
+    with grpc.insecure_channel(target) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+def test_batch_from_upload_to_results(serving: Stack, client: Client) -> None:
+    """Every request of an uploaded file has one result, in the order of the file."""
+    batch = client.submit_lines(lines(500), metadata={"who": "me"}, priority=3)
+    done = finished(client, batch.id)
+    assert done.state == pb.BATCH_STATE_COMPLETED
+    assert (done.counts.total, done.counts.completed, done.counts.failed) == (500, 500, 0)
+    assert (dict(done.metadata), done.priority, list(done.models)) == ({"who": "me"}, 3, ["tiny"])
+    assert done.usage.completion_tokens == 500 * 16
+    found = [response.result.custom_id for response in client.results(batch.id)]
+    assert found == [f"c{i}" for i in range(500)]
+
+
+def test_inline_batch(serving: Stack, client: Client) -> None:
+    """A batch typed in by hand runs too, with its body as a structure or as text."""
+    with grpc.insecure_channel(serving.target) as channel:
+        stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+        text = pb.InlineRequest(custom_id="b", url=URL, body_json='{"model": "tiny",\n "messages": []}')
+        structure = pb.InlineRequest(custom_id="a", url=URL)
+        structure.body.update({"model": "tiny", "messages": [], "max_tokens": 7})
+        batch = stub.CreateBatch(pb.CreateBatchRequest(requests=[structure, text]), timeout=10).batch
+    finished(client, batch.id)
+    first, second = (json.loads(r.result.response.body_json) for r in client.results(batch.id))
+    assert (first["usage"]["completion_tokens"], second["usage"]["completion_tokens"]) == (7, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "description"),
+    [
+        ([b"{\n"], "line 1", "not JSON"),
+        ([line("a"), line("b"), line("a")], "line 3: custom_id", "earlier line"),
+        ([line("a"), b"\n", line("b"), b"\n", line("b")], "line 5: custom_id", "earlier line"),
+        ([line("a").replace(b"/v1/chat/completions", b"/v1/nothing")], "line 1: url", "is not served"),
+        ([line("a", model="gpt-9")], "line 1: body.model", "is not served"),
+        ([line("a", stream=True)], "line 1: body.stream", "not streamed"),
+        ([], "requests", "there are none"),
+        ([b"\n\n"], "requests", "there are none"),
+        ([line("a"), b"x" * 9_000_000], "line 2", "longer than"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_stored(
+    serving: Stack, client: Client, given: list[bytes], field: str, description: str
+) -> None:
+    """A batch that is wrong anywhere is refused whole, with line and field, and the server goes on."""
+    error = refused(lambda: client.submit_lines(given))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [found for found, _ in error.violations] == [field]
+    assert description in error.violations[0][1]
+    assert (count(serving, "batches"), count(serving, "requests")) == (0, 0)
+    assert finished(client, client.submit_lines(lines(1)).id).counts.completed == 1
+
+
+def test_all_wrong_lines_are_named(serving: Stack, client: Client) -> None:
+    """Somebody with several wrong lines is told of them together."""
+    error = refused(lambda: client.submit_lines([b"{", line("ok"), line("", model="x"), b"[]"]))
+    fields = [field for field, _ in error.violations]
+    assert fields == ["line 1", "line 3: custom_id", "line 3: body.model", "line 4"]
+
+
+def test_creation_is_idempotent(serving: Stack, client: Client) -> None:
+    """The same request_id and content is the same batch; with other content it is refused, naming the first."""
+    first = client.submit_lines(lines(3), request_id="mine")
+    again = client.submit_lines(lines(3), request_id="mine")
+    assert (again.id, count(serving, "batches"), count(serving, "requests")) == (first.id, 1, 3)
+    error = refused(lambda: client.submit_lines(lines(4), request_id="mine"))
+    assert error.code is grpc.StatusCode.ALREADY_EXISTS
+    assert error.metadata["batch_id"] == first.id
+    assert count(serving, "requests") == 3
+
+
+def test_listing_pages(serving: Stack, client: Client) -> None:
+    """Pages hold every batch once, newest first, though new ones come in between."""
+    ids = [client.submit_lines(lines(1)).id for _ in range(5)]
+    with grpc.insecure_channel(serving.target) as channel:
+        stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+        first = stub.ListBatches(pb.ListBatchesRequest(page_size=2), timeout=10)
+        client.submit_lines(lines(1))
+        second = stub.ListBatches(pb.ListBatchesRequest(page_size=10, page_token=first.next_page_token), timeout=10)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ListBatches(pb.ListBatchesRequest(page_token="nonsense"), timeout=10)
+    assert [batch.id for batch in (*first.batches, *second.batches)] == ids[::-1]
+    assert second.next_page_token == ""
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_results_resume_by_token(serving: Stack, client: Client) -> None:
+    """A stream taken up again by its token goes on without gap or repeat, in either order, also while work goes on."""
+    batch = client.submit_lines(lines(400))
+    for order in ("RESULT_ORDER_INPUT", "RESULT_ORDER_FINISHED"):
+        found, token = [], ""
+        for _ in range(40):
+            stream = client.results(batch.id, follow=True, order=order, resume_token=token)
+            for response in stream:
+                found.append(response.result.custom_id)
+                token = response.resume_token
+                if len(found) % 13 == 0:
+                    break
+            stream.close()
+        assert len(found) == len(set(found)) == 400
+
+
+def test_unknown_batch(serving: Stack, client: Client) -> None:
+    """A name that no batch has is NOT_FOUND, whatever it looks like."""
+    for name in ("batch_999", "batch_", "nonsense", "batch_99999999999999999999"):
+        assert refused(lambda name=name: client.get(name)).code is grpc.StatusCode.NOT_FOUND  # type: ignore[misc]
+
+
+def test_calls_of_later_versions(serving: Stack, client: Client) -> None:
+    """What is not there yet says so."""
+    assert refused(lambda: client.cancel("batch_1")).code is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_never_a_worker(stack: Stack, client: Client) -> None:
+    """Without any heartbeat new work is refused as offline, while the gateway itself is healthy."""
+    stack.gateway()
+    until(lambda: "never seen" in client.accepting(), "the gateway to say so")
+    error = refused(lambda: client.submit_lines(lines(1)))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE")
+    assert error.retry_delay_s
+    assert health(stack.target, "") == "SERVING"
+    assert health(stack.target, "vllm_batch.v1.BatchService") == "NOT_SERVING"
+
+
+def test_stale_worker(serving: Stack, client: Client) -> None:
+    """With the worker gone the refusal says since when; what only reads goes on."""
+    batch = client.submit_lines(lines(2))
+    finished(client, batch.id)
+    serving.servers[-1].kill()
+    run_sql(serving, "UPDATE heartbeats SET last_seen = clock_timestamp() - interval '72s'")
+    said = until(lambda: "last seen 7" in (why := client.accepting()) and why, "the stale heartbeat to be noticed")
+    assert said.startswith("worker offline (last seen 7")
+    error = refused(lambda: client.submit_lines(lines(1)))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE")
+    assert int(error.metadata["last_seen_s"]) >= 72
+    assert error.retry_delay_s
+    assert health(serving.target, "vllm_batch.v1.BatchService") == "NOT_SERVING"
+    assert client.get(batch.id).counts.completed == 2
+    assert len(list(client.results(batch.id))) == 2
+
+
+def test_dead_worker_with_a_fresh_heartbeat(serving: Stack, client: Client) -> None:
+    """Between death and stale heartbeat a forward fails as offline too, with a reason and a delay."""
+    serving.servers[-1].kill()
+    error = refused(lambda: client.submit_lines(lines(1)))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE")
+    assert error.retry_delay_s
+
+
+def test_loading_worker(stack: Stack, client: Client) -> None:
+    """While the model loads health is NOT_SERVING, the heartbeat goes on, and new work is told to come back."""
+    stack.gateway()
+    worker = stack.worker(simulated_load_s=600)
+    until(lambda: "loading" in client.accepting(), "the worker to load")
+    error = refused(lambda: client.submit_lines(lines(1)))
+    assert (error.reason, error.metadata["phase"]) == ("WORKER_LOADING", "loading")
+
+    def beats() -> str:
+        with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT last_seen::text FROM heartbeats WHERE phase = 'loading'")
+            return str((cursor.fetchone() or [""])[0])
+
+    first = until(beats, "a heartbeat")
+    until(lambda: beats() != first, "another heartbeat")
+    assert worker.terminate() == 0
+
+
+def test_worker_crash_strands_job(serving: Stack, client: Client) -> None:
+    """A worker killed in the middle of a batch: its next life finishes it, every request answered once."""
+    batch = client.submit_lines(lines(2000))
+    until(lambda: client.get(batch.id).counts.completed > 200, "part of the batch")
+    worker = serving.servers[-1]
+    worker.kill()
+    done_before = client.get(batch.id).counts.completed
+    assert done_before < 2000
+    worker.start()
+    done = finished(client, batch.id)
+    found = [response.result.custom_id for response in client.results(batch.id)]
+    assert done.counts.completed == 2000
+    assert found == [f"c{i}" for i in range(2000)]
+    [first, second] = worker.events("identity_locked")
+    assert first["chunks_released"] == 0
+    assert second["chunks_released"]
+
+
+def test_engine_death_is_no_result(serving: Stack, client: Client) -> None:
+    """When the engine dies its requests go back to the queue without a result, and the worker says what happened."""
+    batch = client.submit_lines([*lines(50), line("killer", vllm_xargs={"simulate": "engine_dead"})])
+    until(lambda: "engine" in client.accepting(), "the gateway to learn of the dead engine")
+    error = refused(lambda: client.submit_lines(lines(1)))
+    assert (error.reason, error.metadata["phase"]) == ("WORKER_STALLED", "engine_dead")
+    assert client.get(batch.id).counts.failed == 0
+
+    def leased() -> bool:
+        with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM chunks WHERE state = 'leased'")
+            return cursor.fetchone() != (0,)
+
+    until(lambda: not leased(), "the chunks to be given back")
+    assert serving.servers[-1].terminate() == 0
+
+
+def test_refused_request_has_an_error_result(serving: Stack, client: Client) -> None:
+    """What the engine refuses is that request's result, and the batch goes on."""
+    batch = client.submit_lines([line("good"), line("bad", vllm_xargs={"simulate": "refuse"})])
+    done = finished(client, batch.id)
+    assert (done.state, done.counts.completed, done.counts.failed) == (pb.BATCH_STATE_COMPLETED, 1, 1)
+    _, bad = client.results(batch.id)
+    assert bad.result.response.status_code == 400
+    assert json.loads(bad.result.response.body_json)["error"]["message"] == "refused on request"
+
+
+def test_sigterm_drains(serving: Stack, client: Client) -> None:
+    """A worker told to end finishes what is in its engine, gives the rest back, and exits with 0."""
+    batch = client.submit_lines(lines(600, vllm_xargs={"simulate": 0.3}))
+    until(lambda: client.get(batch.id).counts.completed > 0, "the first results")
+    worker = serving.servers[-1]
+    assert worker.terminate() == 0
+    assert [event["phase"] for event in worker.events("phase_entered")][-2:] == ["draining", "stopping"]
+    counts = client.get(batch.id).counts
+    assert 0 < counts.completed < 600
+    assert worker.events("chunks_given_back")
+    worker.start()
+    assert finished(client, batch.id).counts.completed == 600
+
+
+def test_replicas_execute_once(serving: Stack, client: Client) -> None:
+    """Several workers share one batch: each request is run by one of them."""
+    serving.worker("second")
+    until(lambda: count(serving, "heartbeats") == 2, "both workers")
+    batch = client.submit_lines(lines(1500))
+    assert finished(client, batch.id).counts.completed == 1500
+    with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(DISTINCT incarnation), count(*) FROM results")
+        assert cursor.fetchone() == (2, 1500)
+
+
+def test_second_process_of_the_same_identity_waits(serving: Stack, client: Client) -> None:
+    """A second process under a worker's name does not run anything while the first lives, and takes over after it."""
+    second = serving.worker("worker")
+    until(lambda: second.log.read_text().count("identity_locked") == 1, "the first to be the only one")
+    batch = client.submit_lines(lines(100))
+    assert finished(client, batch.id).counts.completed == 100
+    serving.servers[1].kill()
+    until(lambda: second.log.read_text().count("identity_locked") == 2, "the second to take over")
+
+
+def test_postgres_connections_cut(serving: Stack, client: Client) -> None:
+    """All connections cut in the middle of a batch: nobody ends, nothing is lost."""
+    batch = client.submit_lines(lines(1500))
+    until(lambda: client.get(batch.id).counts.completed > 100, "part of the batch")
+    run_sql(
+        serving,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    with Client(serving.target, patience_s=30) as patient:
+        assert finished(patient, batch.id).counts.completed == 1500
+        assert len({r.result.custom_id for r in patient.results(batch.id)}) == 1500
+    assert all(server.process.poll() is None for server in serving.servers)
+
+
+def test_frozen_worker_is_found_out(serving: Stack, client: Client) -> None:
+    """A call to a worker that is frozen ends with its deadline or as unavailable, it does not hang."""
+    worker = serving.servers[-1].process
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        with grpc.insecure_channel(serving.target) as channel:
+            stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+            request = pb.InlineRequest(custom_id="a", url=URL, body_json='{"model": "tiny", "messages": []}')
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.CreateBatch(pb.CreateBatchRequest(requests=[request]), timeout=30)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+
+
+def test_buf_curl_by_reflection(serving: Stack) -> None:
+    """A client that has never seen the contract finds it by reflection and calls it: buf curl."""
+    buf = shutil.which("buf", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    assert buf, "buf is installed with the development tools"
+
+    def curl(method: str, data: dict[str, object]) -> dict[str, object]:
+        done = subprocess.run(
+            [
+                buf,
+                "curl",
+                "--protocol",
+                "grpc",
+                "--http2-prior-knowledge",
+                "-d",
+                json.dumps(data),
+                f"http://{serving.target}/{method}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    service = {"service": "vllm_batch.v1.BatchService"}
+    assert curl("grpc.health.v1.Health/Check", service) == {"status": "SERVING"}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    request = {"custom_id": "a", "url": URL, "body": body}
+    created = curl("vllm_batch.v1.BatchService/CreateBatch", {"requests": [request]})
+    assert created["batch"]["counts"] == {"total": "1"}  # type: ignore[index]
+
+
+@pytest.mark.skipif(not shutil.which("grpcurl"), reason="grpcurl is not on PATH")
+def test_grpcurl(serving: Stack) -> None:
+    """grpcurl lists the services by reflection."""
+    done = subprocess.run(
+        ["grpcurl", "-plaintext", serving.target, "list"], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert "vllm_batch.v1.BatchService" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("grpc_health_probe"), reason="grpc_health_probe is not on PATH")
+def test_grpc_health_probe(serving: Stack) -> None:
+    """grpc_health_probe says that new work is accepted."""
+    subprocess.run(
+        ["grpc_health_probe", f"-addr={serving.target}", "-service=vllm_batch.v1.BatchService"], timeout=30, check=True
+    )

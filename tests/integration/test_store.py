@@ -1,0 +1,206 @@
+"""What is stored: batches whole or not at all, leases that fence, results once, streams without gap or repeat."""
+
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+import pytest
+
+from service.db import batches, chunks, heartbeats, results
+from service.db.batches import Batch, Options
+from service.db.connection import Database, lock_worker, migrate
+from service.db.heartbeats import Beat
+from service.db.results import Result
+from service.worker.intake import Offer, Rows, file_place
+
+OFFER = Offer({"tiny"}, {"/v1/chat/completions"})
+LEASE_S = 60.0
+
+
+def line(number: int) -> bytes:
+    return b'{"custom_id":"c%d","url":"/v1/chat/completions","body":{"model":"tiny","x":"a\\\\b\\tc"}}\n' % number
+
+
+def make(pieces: Iterator[bytes]) -> Callable[[int], Rows]:
+    return lambda batch_id: Rows(batch_id, pieces, OFFER, file_place, b"")
+
+
+def stored(database: Database, count: int, **options: object) -> Batch:
+    pieces = iter([b"".join(map(line, range(count)))])
+    return database.call(batches.store, Options(**options), make(pieces), 60)  # type: ignore[arg-type]
+
+
+def count(database: Database, table: str) -> int:
+    return int(database.call(lambda db: db.execute_sql(f"SELECT count(*) FROM {table}").fetchone()[0]))
+
+
+def test_migrations_are_applied_once(database: Database) -> None:
+    """Every process may bring the schema up to date; the second finds nothing to do."""
+    assert database.call(migrate) == []
+
+
+def test_batch_is_stored_with_bodies_byte_for_byte(database: Database) -> None:
+    """COPY's escaping loses nothing: backslashes and escapes come back as given."""
+    batch = stored(database, 3)
+    [chunk] = database.call(chunks.claim, "w", uuid4(), ["tiny"], 5, LEASE_S)
+    requests = database.call(chunks.unanswered, chunk)
+    assert [request.custom_id for request in requests] == ["c0", "c1", "c2"]
+    assert requests[1].body == '{"model":"tiny","x":"a\\\\b\\tc"}'
+    assert (batch.total, batch.state, list(batch.models)) == (3, "in_progress", ["tiny"])
+
+
+def test_a_broken_upload_leaves_nothing(database: Database) -> None:
+    """A client that vanishes in the middle has stored neither a batch nor a request."""
+
+    def pieces() -> Iterator[bytes]:
+        yield line(0) * 1
+        yield b"".join(map(line, range(1, 5000)))
+        raise ConnectionResetError
+
+    with pytest.raises(Exception, match=r"COPY|read"):
+        database.call(batches.store, Options(), make(pieces()), 60)
+    assert (count(database, "batches"), count(database, "requests"), count(database, "chunks")) == (0, 0, 0)
+
+
+def test_large_batches_are_cut_into_chunks(database: Database) -> None:
+    """Every request is in exactly one chunk."""
+    batch = stored(database, 250)
+    taken = database.call(chunks.claim, "w", uuid4(), ["tiny"], 10, LEASE_S)
+    assert [(chunk.first_index, chunk.count) for chunk in taken] == [(0, 100), (100, 100), (200, 50)]
+    assert {chunk.batch_id for chunk in taken} == {batch.id}
+
+
+def test_a_chunk_is_claimed_by_one_worker(database: Database) -> None:
+    """Two workers never get the same chunk, and one that serves another model gets none."""
+    stored(database, 150)
+    other = database.call(chunks.claim, "other", uuid4(), ["large"], 10, LEASE_S)
+    first = database.call(chunks.claim, "a", uuid4(), ["tiny"], 1, LEASE_S)
+    second = database.call(chunks.claim, "b", uuid4(), ["tiny"], 10, LEASE_S)
+    assert other == []
+    assert len(first) == len(second) == 1
+    assert first[0].id != second[0].id
+
+
+def test_higher_priority_runs_first(database: Database) -> None:
+    """A batch of higher priority overtakes one that waits longer."""
+    stored(database, 1)
+    urgent = stored(database, 1, priority=5)
+    [chunk] = database.call(chunks.claim, "w", uuid4(), ["tiny"], 1, LEASE_S)
+    assert chunk.batch_id == urgent.id
+
+
+def answers(chunk: chunks.Chunk, indexes: range, status: int = 200) -> list[Result]:
+    return [
+        Result(chunk.id, chunk.batch_id, i, status_code=status, body="{}", prompt_tokens=2, completion_tokens=3)
+        for i in indexes
+    ]
+
+
+def test_the_last_result_completes_the_batch(database: Database) -> None:
+    """Counts, usage and state follow from the results in the same transaction."""
+    batch = stored(database, 3)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    assert database.call(results.write, answers(chunk, range(2)), mine) == 2
+    half = database.call(batches.get, batch.id)
+    assert half is not None
+    assert (half.state, half.completed, half.end_time) == ("in_progress", 2, None)
+    assert database.call(results.write, answers(chunk, range(2, 3), status=400), mine) == 1
+    done = database.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed, done.failed) == ("completed", 2, 1)
+    assert (done.prompt_tokens, done.completion_tokens) == (6, 9)
+    assert done.end_time is not None
+
+
+def test_a_result_is_written_once(database: Database) -> None:
+    """Writing a group again, as after a lost connection, changes nothing."""
+    batch = stored(database, 3)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    group = answers(chunk, range(2))
+    assert database.call(results.write, group, mine) == 2
+    assert database.call(results.write, group, mine) == 0
+    again = database.call(batches.get, batch.id)
+    assert again is not None
+    assert (again.completed, count(database, "results")) == (2, 2)
+
+
+def test_zombie_owner_cannot_write(database: Database) -> None:
+    """A worker whose lease ran out and was given to another writes nothing, and is told that the lease is lost."""
+    stored(database, 2)
+    zombie, heir = uuid4(), uuid4()
+    [chunk] = database.call(chunks.claim, "z", zombie, ["tiny"], 1, LEASE_S)
+    database.call(lambda db: db.execute_sql("UPDATE chunks SET lease_until = clock_timestamp() - interval '1s'"))
+    assert database.call(chunks.release_expired, 0.001) == 1
+    [inherited] = database.call(chunks.claim, "h", heir, ["tiny"], 1, LEASE_S)
+    assert inherited.id == chunk.id
+    assert database.call(results.write, answers(chunk, range(2)), zombie) == 0
+    assert database.call(chunks.renew, [chunk.id], zombie, LEASE_S) == set()
+    assert database.call(results.write, answers(chunk, range(2)), heir) == 2
+
+
+def test_only_requests_without_result_run_again(database: Database) -> None:
+    """After a death the successor gets what was not stored, and nothing else."""
+    stored(database, 5)
+    dead, heir = uuid4(), uuid4()
+    [chunk] = database.call(chunks.claim, "w", dead, ["tiny"], 1, LEASE_S)
+    database.call(results.write, answers(chunk, range(3)), dead)
+    assert database.call(chunks.release_worker, "w") == 1
+    [again] = database.call(chunks.claim, "w", heir, ["tiny"], 1, LEASE_S)
+    assert [request.index for request in database.call(chunks.unanswered, again)] == [3, 4]
+
+
+def test_an_expired_lease_that_nobody_took_is_still_held(database: Database) -> None:
+    """After an outage of Postgres longer than the lease, work goes on where it was."""
+    stored(database, 2)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    database.call(lambda db: db.execute_sql("UPDATE chunks SET lease_until = clock_timestamp() - interval '1s'"))
+    assert database.call(chunks.release_expired, 1e6) == 0
+    assert database.call(chunks.renew, [chunk.id], mine, LEASE_S) == {chunk.id}
+
+
+def test_sequence_numbers_have_no_gaps(database: Database) -> None:
+    """Results in the order of storing are numbered 1, 2, 3 over several writers, so a reader misses none."""
+    batch = stored(database, 200)
+    one, two = uuid4(), uuid4()
+    [first] = database.call(chunks.claim, "a", one, ["tiny"], 1, LEASE_S)
+    [second] = database.call(chunks.claim, "b", two, ["tiny"], 1, LEASE_S)
+    database.call(results.write, answers(second, range(150, 200)), two)
+    database.call(results.write, answers(first, range(100)), one)
+    database.call(results.write, answers(second, range(100, 150)), two)
+    read = database.call(results.read_finished, batch.id, 0, 1000)
+    assert [result.sequence for result in read] == list(range(1, 201))
+    assert read[0].custom_id == "c150"
+
+
+def test_heartbeat_ages_by_the_database(database: Database) -> None:
+    """The age is the database's, and a new incarnation begins a new life in the same row."""
+    first = Beat("w", uuid4(), "127.0.0.1:1", "loading", 10)
+    database.call(heartbeats.write, first)
+    database.call(
+        lambda db: db.execute_sql(
+            "UPDATE heartbeats SET last_seen = last_seen - interval '72s', start_time = start_time - interval '90s'"
+        )
+    )
+    [seen] = database.call(heartbeats.read)
+    assert seen.beat == first
+    assert 72 <= seen.age_s < 80
+    database.call(heartbeats.write, Beat("w", uuid4(), "127.0.0.1:1", "starting", 11))
+    [seen] = database.call(heartbeats.read, "w")
+    assert (seen.beat.pid, seen.age_s < 30) == (11, True)
+    young = database.call(
+        lambda db: db.execute_sql("SELECT clock_timestamp() - start_time < interval '60s' FROM heartbeats").fetchone()
+    )
+    assert young[0]
+
+
+def test_an_identity_is_locked_for_one_process(database_url: str) -> None:
+    """Two workers with the same identity cannot run at once; another identity can."""
+    first, second = Database(database_url, "a"), Database(database_url, "b")
+    with first._pool.connection_context(), second._pool.connection_context():
+        assert lock_worker(first._pool, "w")
+        assert not lock_worker(second._pool, "w")
+        assert lock_worker(second._pool, "v")
+    first.close()
+    second.close()
