@@ -1,0 +1,126 @@
+"""The watchdog process: `python -m watchdog`. `--check` says whether it could work, and ends.
+
+Exit status of `--check`: 0 all is well; 1 Postgres or supervisord does not answer; 2 the settings are wrong.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from service import config, logs, processes
+from service.clock import SystemClock
+from service.config import Settings
+from service.db.connection import Database, Unreachable, migrate
+from watchdog.guards import GROUP, Guards, limits_of
+from watchdog.service import RecoveryServicer, Server
+from watchdog.supervisor import Supervisor, SupervisorAwayError
+
+SUPERVISOR_TIMEOUT_S = 5.0
+# How often supervisord is asked for workers, and Postgres until it has answered.
+DISCOVER_INTERVAL_S = 5.0
+SCHEMA_RETRY_S = 1.0
+# More than one for each thread that may ask at once: calls, and a guard per worker.
+CONNECTIONS = 16
+END_TIMEOUT_S = 0.5
+
+log = logs.get("watchdog")
+
+
+def check(settings: Settings) -> list[str]:
+    """What keeps the watchdog from working, one line each."""
+    wrong = []
+    try:
+        if not Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S).processes(GROUP):
+            wrong.append(f"supervisord at {settings.supervisor_url} has no process in the group {GROUP!r}")
+    except SupervisorAwayError as error:
+        wrong.append(f"supervisord at {settings.supervisor_url} does not answer: {error}")
+    database = Database(settings.postgres_url, "watchdog-check", settings.database_timeout_s, connections=1)
+    try:
+        database.call(lambda db: db.execute_sql("SELECT 1"))
+    except Unreachable as error:
+        wrong.append(f"Postgres does not answer: {str(error).strip()}")
+    finally:
+        database.close()
+    return wrong
+
+
+def guard(settings: Settings, ending: threading.Event, changed: threading.Event) -> int:
+    """Guards all workers until `ending` is set; `changed` wakes it. Returns the exit status."""
+    database = Database(settings.postgres_url, "watchdog", settings.database_timeout_s, CONNECTIONS)
+    supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
+    guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), changed.set)
+    try:
+        server = Server(settings.host, settings.watchdog_port, RecoveryServicer(guards, database))
+    except RuntimeError as error:
+        log.error("port_not_free", port=settings.watchdog_port, cause=str(error))
+        return 1
+    log.info("watchdog_started", port=server.port)
+    threads = [
+        threading.Thread(target=_bring_schema, args=(database, ending), name="schema", daemon=True),
+        threading.Thread(target=_discover, args=(guards, ending), name="discover", daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    while not ending.is_set():
+        server.set_serving(not guards.has_given_up())
+        changed.wait()
+        changed.clear()
+    server.stop()
+    for thread in threads:
+        thread.join(END_TIMEOUT_S)
+    guards.stop()
+    log.info("watchdog_ended")
+    return 0
+
+
+def _bring_schema(database: Database, ending: threading.Event) -> None:
+    """Brings the schema up to date as soon as Postgres is there; until then the guards take it for away."""
+    while not ending.is_set():
+        try:
+            database.call(migrate)
+        except Unreachable as error:
+            log.warning("waiting_for_database", cause=str(error).strip())
+        except Exception:
+            log.exception("schema_failed")
+        else:
+            return
+        ending.wait(SCHEMA_RETRY_S)
+
+
+def _discover(guards: Guards, ending: threading.Event) -> None:
+    while not ending.is_set():
+        guards.discover()
+        ending.wait(DISCOVER_INTERVAL_S)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Checks the settings, then guards."""
+    parser = argparse.ArgumentParser(prog="python -m watchdog", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="say whether it could work, and end")
+    options = parser.parse_args(arguments)
+    settings = config.load()
+    if options.check:
+        wrong = check(settings)
+        sys.stderr.write("".join(f"{line}\n" for line in wrong))
+        return 1 if wrong else 0
+    processes.die_with_parent()
+    logs.configure("watchdog", settings.log_level)
+    ending, changed = threading.Event(), threading.Event()
+
+    def end(_: int, __: object) -> None:
+        ending.set()
+        changed.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    status = guard(settings, ending, changed)
+    sys.stderr.flush()
+    # A probe or a statement that is still waiting for its deadline must not hold up the end.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

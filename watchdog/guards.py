@@ -1,0 +1,109 @@
+"""One guard for each worker of this host, as supervisord's configuration has them."""
+
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from service import logs
+from service.clock import Clock
+from service.config import Settings
+from service.db.connection import Database
+from service.processes import Mark
+from watchdog.act import Restarter
+from watchdog.guard import Guard
+from watchdog.observe import Observer
+from watchdog.policy import Limits
+from watchdog.record import Record
+from watchdog.supervisor import Supervisor, SupervisorAwayError
+
+# supervisord's program of the workers, and its one process where `numprocs` is 1.
+GROUP = "worker"
+DEFAULT_WORKER = "worker"
+STOP_TIMEOUT_S = 2.0
+
+log = logs.get("guards")
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The limits that a person can set, with what depends on them."""
+    return Limits(
+        max_restarts_per_hour=settings.max_restarts_per_hour,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        check_interval_s=settings.check_interval_s,
+        load_timeout_s=settings.load_timeout_s,
+        drain_timeout_s=settings.drain_timeout_s,
+        transition_timeout_s=settings.stop_timeout_s + 30,
+        heartbeat_confirm_s=3 * settings.heartbeat_interval_s,
+    )
+
+
+@dataclass
+class Guards:
+    """The guards by worker id. `on_change` is called from their threads when a verdict or an action changed."""
+
+    settings: Settings
+    limits: Limits
+    supervisor: Supervisor
+    database: Database
+    clock: Clock
+    on_change: Callable[[], None]
+    by_worker: dict[str, Guard] = field(default_factory=dict)
+
+    def discover(self) -> None:
+        """Guards workers that are new, lets go of those that are gone. With supervisord away nothing changes."""
+        try:
+            names = self.supervisor.processes(GROUP)
+        except SupervisorAwayError as error:
+            log.warning("workers_not_found", cause=str(error))
+            return
+        wanted = {f"{socket.gethostname()}:{name}": name for name in names}
+        for worker_id in self.by_worker.keys() - wanted.keys():
+            log.info("worker_gone", worker_id=worker_id)
+            self._without(worker_id).stop(STOP_TIMEOUT_S)
+        for worker_id in wanted.keys() - self.by_worker.keys():
+            log.info("worker_found", worker_id=worker_id)
+            guard = self._guard(worker_id, wanted[worker_id])
+            self.by_worker = {**self.by_worker, worker_id: guard}
+            guard.start()
+
+    def has_given_up(self) -> bool:
+        """True when a person is needed for one of the workers."""
+        return any(guard.snapshot.gave_up for guard in self.by_worker.values() if guard.snapshot is not None)
+
+    def stop(self) -> None:
+        """Ends all guards, without waiting long for any."""
+        for guard in self.by_worker.values():
+            guard.stop(0)
+        for guard in self.by_worker.values():
+            guard.stop(STOP_TIMEOUT_S)
+
+    def _without(self, worker_id: str) -> Guard:
+        guard = self.by_worker[worker_id]
+        self.by_worker = {other: kept for other, kept in self.by_worker.items() if other != worker_id}
+        return guard
+
+    def _guard(self, worker_id: str, process_name: str) -> Guard:
+        settings, name = self.settings, f"{GROUP}:{process_name}"
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        woken = threading.Event()
+        observer = Observer(
+            name=name,
+            worker_id=worker_id,
+            supervisor=self.supervisor,
+            database=self.database,
+            address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
+            probe_timeout_s=settings.probe_timeout_s,
+            clock=self.clock,
+            on_change=woken.set,
+        )
+        restarter = Restarter(
+            name=name,
+            mark=Mark(settings.home, process_name),
+            supervisor=self.supervisor,
+            stop_timeout_s=settings.stop_timeout_s,
+            clock=self.clock,
+            ending=threading.Event(),
+        )
+        record = Record(self.database, worker_id)
+        return Guard(worker_id, observer, record, restarter, self.limits, self.clock, woken, self.on_change)
