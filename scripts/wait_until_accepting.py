@@ -1,5 +1,6 @@
 """Waits until the gateway of this stack accepts new work, saying what it waits for; then says how to use it."""
 
+import re
 import subprocess
 import sys
 import time
@@ -52,9 +53,11 @@ def main(conf: str) -> int:
             # The watchdog starts a worker that has ended, and supervisord tries the others again: give them a while.
             if (failing_since and time.monotonic() - failing_since > 30) or waited_s > settings.load_timeout_s:
                 return gave_up(settings.log_dir, sorted(bad) or ["worker"])
-            if why != said or time.monotonic() - said_at > 5:
-                print(f"start: waiting, {waited_s:.0f} s: {why.splitlines()[0][:150]}", flush=True)
-                said, said_at = why, time.monotonic()
+            # The same with another number is no news, but silence must not last.
+            kind = re.sub(r"\d+", "", why)
+            if kind != said or time.monotonic() - said_at > 5:
+                print(f"start: waiting, {waited_s:.0f} s: {why.splitlines()[0][:100]}", flush=True)
+                said, said_at = kind, time.monotonic()
             time.sleep(0.5)
     print(f"start: new work is accepted after {time.monotonic() - begin:.0f} s", flush=True)
     model = settings.model or "tiny"

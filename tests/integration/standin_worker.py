@@ -1,0 +1,108 @@
+"""A worker for the watchdog's tests: beats and serves health as the real one, and fails as files tell it to.
+
+The files are in `BATCH_HOME/faults`, looked at all the time: `crash` ends it at once with status 3, `loading` keeps it
+loading, `no_heartbeat` keeps it from beating, `no_rpc` closes its port, `stubborn` has it ignore SIGTERM, `orphans` has
+it start children that outlive it. Each life adds a line to `BATCH_HOME/lives`: its incarnation, and which children of
+earlier lives it found alive.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import uuid4
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from service import config
+from service.db import heartbeats
+from service.db.connection import Database, Unreachable
+from service.db.heartbeats import Beat
+
+SETTINGS = config.load()
+FAULTS = SETTINGS.home / "faults"
+LIVES = SETTINGS.home / "lives"
+CHILDREN = SETTINGS.home / "children"
+
+incarnation = uuid4()
+address = f"127.0.0.1:{SETTINGS.worker_port}"
+
+
+def has(fault: str) -> bool:
+    return (FAULTS / fault).exists()
+
+
+def beat(phase: str) -> Beat:
+    return Beat(SETTINGS.worker_id, incarnation, address, phase, os.getpid())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def open_port(servicer: health.HealthServicer) -> grpc.Server:
+    options = (("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 4000))
+    server = grpc.server(ThreadPoolExecutor(4), options=options)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    server.add_insecure_port(address)
+    server.start()
+    return server
+
+
+def leave_orphans() -> None:
+    """Three of the kinds that vLLM leaves: in the group, in it with nothing in its environment, and out of it."""
+    command = ["sleep", "1000"]
+    children = [
+        subprocess.Popen(command),
+        subprocess.Popen(command, env={}),
+        subprocess.Popen(command, start_new_session=True),
+    ]
+    CHILDREN.write_text(json.dumps([child.pid for child in children]))
+
+
+def main() -> None:
+    before = json.loads(CHILDREN.read_text()) if CHILDREN.exists() else []
+    life = {"incarnation": str(incarnation), "pid": os.getpid(), "orphans": [pid for pid in before if is_alive(pid)]}
+    with LIVES.open("a") as lives:
+        lives.write(json.dumps(life) + "\n")
+    if has("crash"):
+        raise SystemExit(3)
+    if has("orphans"):
+        leave_orphans()
+    signal.signal(signal.SIGTERM, lambda *_: None if has("stubborn") else sys.exit(0))
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+
+    database = Database(SETTINGS.postgres_url, "standin", timeout_s=2, connections=1)
+    servicer = health.HealthServicer()
+    servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    server: grpc.Server | None = None
+    is_serving, due_s, last = False, 0.0, ""
+    while True:
+        if has("no_rpc") and server is not None:
+            server.stop(None)
+            server = None
+        elif not has("no_rpc") and server is None:
+            server = open_port(servicer)
+        phase = "loading" if has("loading") else "ready"
+        if (time.monotonic() > due_s or phase != last) and not has("no_heartbeat"):
+            try:
+                database.call(heartbeats.write, beat(phase))
+            except Unreachable as error:
+                sys.stderr.write(f"no heartbeat: {error}\n")
+            due_s, last = time.monotonic() + SETTINGS.heartbeat_interval_s, phase
+        if phase == "ready" and not is_serving:
+            servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+            is_serving = True
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""The watchdog on a real supervisord and a real Postgres, with a worker that fails as it is told to."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service import processes
+from service.clock import SystemClock
+from service.config import Settings
+from service.db import heartbeats, recoveries
+from service.db.connection import Database
+from service.db.recoveries import Event
+from tests.integration.conftest import ROOT, free_port
+from tests.integration.standin_worker import is_alive
+from tests.waiting import until
+from vllm_batch.v1 import recovery_service_pb2 as pb
+from vllm_batch.v1 import recovery_service_pb2_grpc
+from watchdog.guard import Snapshot
+from watchdog.guards import Guards, limits_of
+from watchdog.policy import Action, State, Verdict
+from watchdog.supervisor import Supervisor
+
+WORKER_ID = f"{socket.gethostname()}:worker"
+CONF = """
+[unix_http_server]
+file={home}/run/supervisor.sock
+[supervisord]
+nodaemon=true
+logfile={home}/supervisord.log
+pidfile={home}/run/supervisord.pid
+directory={root}
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+[supervisorctl]
+serverurl=unix://{home}/run/supervisor.sock
+[program:worker]
+command={python} -m tests.integration.standin_worker
+autorestart=false
+startsecs=0
+stopwaitsecs=20
+redirect_stderr=true
+stdout_logfile={home}/worker.log
+"""
+
+
+@dataclass
+class Host:
+    """A supervisord with one worker, in a home of its own."""
+
+    home: Path
+    database: Database
+    settings: Settings
+    env: dict[str, str]
+    supervisor: Supervisor
+    guards: list[Guards] = field(default_factory=list)
+    children: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+
+    def fault(self, name: str) -> Path:
+        """Switches a fault on; unlink what is returned to end it."""
+        path = self.home / "faults" / name
+        path.touch()
+        return path
+
+    def lives(self) -> list[dict[str, Any]]:
+        """What each life of the worker has said of itself."""
+        path = self.home / "lives"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def run(self, *arguments: str, **more: str) -> "subprocess.Popen[bytes]":
+        """Starts a program in this home's environment; it ends with the test."""
+        with (self.home / "programs.log").open("ab") as log:
+            self.children.append(subprocess.Popen(arguments, env=self.env | more, cwd=ROOT, stdout=log, stderr=log))
+        return self.children[-1]
+
+    def supervisorctl(self, *arguments: str) -> None:
+        """An operator's command."""
+        command = [f"{sys.prefix}/bin/supervisorctl", "-c", str(self.home / "supervisord.conf"), *arguments]
+        subprocess.run(command, check=True, timeout=30, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def guard(self, database: Database | None = None) -> Guards:
+        """Begins to guard, in this process and with short confirmations."""
+        limits = replace(
+            limits_of(self.settings),
+            confirm_interval_s=0.05,
+            confirm_s=0.3,
+            wedged_confirm_s=1,
+            not_ready_confirm_s=3,
+            restless_interval_s=0.1,
+            backoff_s=0.1,
+        )
+        guards = Guards(self.settings, limits, self.supervisor, database or self.database, SystemClock(), lambda: None)
+        self.guards.append(guards)
+        guards.discover()
+        return guards
+
+    def events(self) -> list[Event]:
+        """The audit log, oldest first."""
+        return self.database.call(recoveries.list_page, WORKER_ID, None, 1000)[::-1]
+
+    def restarts(self) -> list[Event]:
+        """The restarts in the audit log, oldest first."""
+        return [event for event in self.events() if event.kind == "restart"]
+
+
+def snapshot(guards: Guards) -> Snapshot | None:
+    return guards.by_worker[WORKER_ID].snapshot
+
+
+def until_verdict(guards: Guards, verdict: Verdict, look: Callable[[Snapshot], bool] = lambda _: True) -> Snapshot:
+    """Waits until the guard has this verdict."""
+
+    def seen() -> Snapshot | None:
+        now = snapshot(guards)
+        return now if now is not None and now.decision.verdict is verdict and look(now) else None
+
+    return until(seen, verdict)  # type: ignore[return-value]
+
+
+def until_healthy(guards: Guards) -> int:
+    """Waits until the worker is healthy and no restart is open; the pid of its process."""
+    now = until_verdict(guards, Verdict.HEALTHY, lambda seen: seen.intent is None)
+    return now.evidence.process.pid if now.evidence.process else 0
+
+
+def look_again(guards: Guards, times: int = 3) -> list[Snapshot]:
+    """Has the guard look several times more; what it saw."""
+    seen = []
+    for _ in range(times):
+        before = snapshot(guards)
+        guards.by_worker[WORKER_ID].wake()
+        seen.append(until(lambda before=before: (now := snapshot(guards)) is not before and now, "another look"))  # type: ignore[misc]
+    return seen  # type: ignore[return-value]
+
+
+@pytest.fixture
+def host(database: Database, database_url: str) -> Iterator[Host]:
+    """A supervisord with a worker that is not started yet."""
+    with tempfile.TemporaryDirectory(prefix="vbw-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        (home / "run").mkdir()
+        (home / "faults").mkdir()
+        (home / "supervisord.conf").write_text(CONF.format(home=home, root=ROOT, python=sys.executable))
+        settings = Settings(
+            _env_file=None,
+            home=home,
+            database_url=database_url,
+            worker_port=free_port(),
+            watchdog_port=free_port(),
+            heartbeat_interval_s=0.1,
+            heartbeat_timeout_s=1,
+            check_interval_s=1,
+            probe_timeout_s=0.5,
+            stop_timeout_s=1,
+            max_restarts_per_hour=3,
+        )
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("BATCH_", "SUPERVISOR_"))}
+        env = kept | {
+            "BATCH_ENV_FILE": "/dev/null",
+            "DATABASE_URL": database_url,
+            **{
+                f"BATCH_{name.upper()}": str(getattr(settings, name))
+                for name in settings.model_fields_set
+                if name != "database_url"
+            },
+        }
+        host = Host(home, database, settings, env, Supervisor(settings.supervisor_url, 5))
+        supervisord = host.run(f"{sys.prefix}/bin/supervisord", "-c", str(home / "supervisord.conf"))
+        try:
+            until(
+                lambda: (home / "run/supervisor.sock").exists() and host.supervisor.processes("worker"), "supervisord"
+            )
+            yield host
+        finally:
+            for guards in host.guards:
+                guards.stop()
+            supervisord.terminate()
+            supervisord.wait(30)
+            for child in host.children:
+                child.kill()
+                child.wait(10)
+            processes.end(processes.marked(processes.Mark(home)), 5)
+
+
+def test_killed_worker_is_restarted_and_the_event_says_recovered(host: Host) -> None:
+    """SIGKILL leads to one restart, which is closed as recovered with what it took and both incarnations."""
+    guards = host.guard()
+    pid = until_healthy(guards)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: len(host.lives()) == 2, "a second life")
+    assert until_healthy(guards) != pid
+    (event,) = host.restarts()
+    assert (event.verdict, event.outcome) == ("CRASHED", "recovered")
+    assert list(event.timings) == ["detect", "decide", "stop", "sweep", "start", "load"]
+    assert [str(event.old_incarnation), str(event.new_incarnation)] == [life["incarnation"] for life in host.lives()]
+    assert event.end_time is not None
+    assert event.evidence["process"]["state"] == "EXITED"
+
+
+def test_exit_with_status_0_is_a_crash(host: Host) -> None:
+    """A worker that ends by itself, however politely, is restarted."""
+    guards = host.guard()
+    os.kill(until_healthy(guards), signal.SIGUSR1)
+    until(lambda: len(host.lives()) == 2, "a second life")
+    until_healthy(guards)
+    assert [(event.verdict, event.outcome) for event in host.restarts()] == [("CRASHED", "recovered")]
+
+
+def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -> None:
+    """What the dead worker left, in its group or out of it, marked or stripped, is gone when the next one starts."""
+    sleep = ["sleep", "1000"]
+    marks = {"BATCH_HOME": str(host.home), "SUPERVISOR_PROCESS_NAME": "worker"}
+    innocent = [
+        host.run(*sleep),
+        subprocess.Popen(sleep, env={}, start_new_session=True),
+        subprocess.Popen(sleep, env=marks | {"BATCH_HOME": "/elsewhere"}),
+        subprocess.Popen(sleep, env=marks | {"SUPERVISOR_PROCESS_NAME": "gateway"}),
+    ]
+    fault = host.fault("orphans")
+    guards = host.guard()
+    pid = until_healthy(guards)
+    children = json.loads((host.home / "children").read_text())
+    assert all(is_alive(child) for child in children)
+    fault.unlink()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: len(host.lives()) == 2, "a second life")
+    assert host.lives()[1]["orphans"] == []
+    try:
+        assert all(child.poll() is None for child in innocent)
+    finally:
+        for child in innocent:
+            child.kill()
+            child.wait()
+
+
+def test_operator_stop_stays(host: Host) -> None:
+    """What supervisorctl stops is left alone, also when it stopped in the middle of loading after a restart of ours."""
+    guards = host.guard()
+    pid = until_healthy(guards)
+    loading = host.fault("loading")
+    os.kill(pid, signal.SIGKILL)
+    until_verdict(guards, Verdict.STARTING, lambda seen: seen.intent is not None and seen.intent.step == "loading")
+    host.supervisorctl("stop", "worker")
+    until_verdict(guards, Verdict.OPERATOR_STOP)
+    assert {seen.decision.action for seen in look_again(guards)} == {Action.HOLD}
+    assert host.supervisor.info("worker:worker").state is State.STOPPED
+    assert [event.outcome for event in host.restarts()] == ["superseded"]
+
+    loading.unlink()
+    host.supervisorctl("start", "worker")
+    until_healthy(guards)
+    assert len(host.restarts()) == 1
+
+
+def test_lost_heartbeat_restarts(host: Host) -> None:
+    """A worker that serves but does not beat any more is restarted."""
+    guards = host.guard()
+    until_healthy(guards)
+    fault = host.fault("no_heartbeat")
+    until(lambda: len(host.lives()) == 2, "a second life")
+    fault.unlink()
+    until_healthy(guards)
+    assert [(event.verdict, event.outcome) for event in host.restarts()] == [("HEARTBEAT_LOST", "recovered")]
+
+
+def test_refused_rpc_restarts(host: Host) -> None:
+    """A worker that beats but whose port is closed is restarted."""
+    guards = host.guard()
+    until_healthy(guards)
+    fault = host.fault("no_rpc")
+    until(lambda: len(host.lives()) == 2, "a second life")
+    fault.unlink()
+    until_healthy(guards)
+    assert [(event.verdict, event.outcome) for event in host.restarts()] == [("RPC_WEDGED", "recovered")]
+
+
+def test_stopped_process_is_killed_when_it_does_not_stop(host: Host) -> None:
+    """A worker under SIGSTOP, which hears no SIGTERM either, is killed at our deadline and comes back."""
+    guards = host.guard()
+    os.kill(until_healthy(guards), signal.SIGSTOP)
+    until(lambda: len(host.lives()) == 2, "a second life")
+    until_healthy(guards)
+    (event,) = host.restarts()
+    assert event.verdict in ("FROZEN", "RPC_WEDGED")
+    assert (event.outcome, is_alive(host.lives()[0]["pid"])) == ("recovered", False)
+
+
+def test_loading_is_held(host: Host) -> None:
+    """A worker that loads, and does not serve meanwhile, is waited for."""
+    host.supervisorctl("stop", "worker")
+    fault = host.fault("loading")
+    guards = host.guard()
+    host.supervisorctl("start", "worker")
+    until_verdict(guards, Verdict.STARTING, lambda seen: seen.evidence.heartbeat is not None)
+    assert {seen.decision.verdict for seen in look_again(guards, 10)} == {Verdict.STARTING}
+    fault.unlink()
+    until_healthy(guards)
+    assert host.restarts() == []
+
+
+def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> None:
+    """An intent found between stop and start is finished, sweep included, and costs no second unit of the budget."""
+    host.fault("orphans")
+    until(lambda: host.lives() and (host.home / "children").exists(), "the first life and its children")
+    first = host.lives()[0]
+    until(lambda: host.database.call(heartbeats.read, WORKER_ID), "its heartbeat")
+    host.supervisor.stop("worker:worker")
+    until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
+    host.database.call(recoveries.begin, WORKER_ID, "FROZEN", "for the test", {}, {"detect": 1.0}, None)
+
+    guards = host.guard()
+    until_healthy(guards)
+    (event,) = host.restarts()
+    assert (event.verdict, event.outcome) == ("FROZEN", "recovered")
+    assert list(event.timings) == ["detect", "stop", "sweep", "start", "load"]
+    assert [life["pid"] != first["pid"] for life in host.lives()] == [False, True]
+    # The one without an environment is known by nothing to a watchdog that never saw its leader: it is left alone.
+    stripped = json.loads((host.home / "children").read_text())[1]
+    assert set(host.lives()[1]["orphans"]) <= {stripped}
+    now = until_verdict(guards, Verdict.HEALTHY)
+    assert now.budget_left == host.settings.max_restarts_per_hour - 1

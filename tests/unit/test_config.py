@@ -1,0 +1,89 @@
+"""Settings: defaults as documented, all that is wrong told at once, secrets never."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service import config
+from service.config import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("BATCH_") or name in ("DATABASE_URL", "SENTRY_DSN"):
+            monkeypatch.delenv(name)
+    monkeypatch.setitem(Settings.model_config, "env_file", None)
+
+
+def test_defaults() -> None:
+    """Without any setting everything is on loopback, under var/, with the documented times."""
+    settings = Settings()
+    assert (settings.host, settings.home) == ("127.0.0.1", ROOT / "var")
+    assert (settings.gateway_port, settings.worker_port, settings.watchdog_port) == (50051, 50052, 50053)
+    assert (settings.heartbeat_interval_s, settings.heartbeat_timeout_s) == (5, 60)
+    assert (settings.check_interval_s, settings.max_restarts_per_hour) == (30, 10)
+    assert settings.engine == "vllm"
+    assert settings.postgres_url == f"postgresql:///batch?host={ROOT}/var/run/pg&user=postgres"
+
+
+def test_all_wrong_settings_are_reported_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody who starts it with three mistakes is told of three."""
+    monkeypatch.setenv("BATCH_GATEWAY_PORT", "99999")
+    monkeypatch.setenv("BATCH_ENGINE", "gpt")
+    monkeypatch.setenv("BATCH_HEARTBEET_TIMEOUT_S", "3")
+    with pytest.raises(SystemExit) as caught:
+        config.load()
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert all(name in told for name in ("BATCH_GATEWAY_PORT", "BATCH_ENGINE", "BATCH_HEARTBEET_TIMEOUT_S"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"BATCH_HEARTBEAT_TIMEOUT_S": "8"}, "BATCH_HEARTBEAT_TIMEOUT_S must be at least twice"),
+        ({"BATCH_LEASE_S": "8"}, "BATCH_LEASE_S must be at least twice"),
+        ({"BATCH_WORKER_PORT": "50051"}, "must differ"),
+        ({"BATCH_ENGINE_ARGS": "'open"}, "BATCH_ENGINE_ARGS cannot be split"),
+        ({"BATCH_HOME": "/" + "x" * 100}, "BATCH_HOME is too long"),
+    ],
+)
+def test_settings_that_do_not_fit_together(
+    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each value right by itself and wrong with the others is refused with what to do."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        config.load()
+    assert told in capsys.readouterr().err
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A password in DATABASE_URL is neither in the settings' text nor in a complaint about others."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter2@db/x")
+    monkeypatch.setenv("BATCH_GATEWAY_PORT", "hunter2")
+    with pytest.raises(SystemExit):
+        config.load()
+    monkeypatch.setenv("BATCH_GATEWAY_PORT", "1234")
+    assert "hunter2" not in repr(Settings()) + capsys.readouterr().err
+    assert "hunter2" in Settings().postgres_url
+
+
+@pytest.mark.parametrize("module", ["service.gateway", "service.worker"])
+def test_check_only_checks(module: str) -> None:
+    """`--check` says what is wrong and starts nothing."""
+    env = {"PATH": os.environ["PATH"], "BATCH_ENV_FILE": "/dev/null"}
+    arguments = [sys.executable, "-m", module, "--check"]
+    good = subprocess.run(arguments, env=env, cwd=ROOT, timeout=60)
+    bad = subprocess.run(arguments, env=env | {"BATCH_ENGINE": "x"}, cwd=ROOT, timeout=60, capture_output=True)
+    assert (good.returncode, bad.returncode) == (0, 2)
+    assert b"BATCH_ENGINE" in bad.stderr
