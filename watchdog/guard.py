@@ -84,7 +84,6 @@ class Guard:
         # When all was well last, and when it was not first: how long a fault was not noticed, and not acted on.
         self._well_s: float | None = None
         self._fault_s: float | None = None
-        self._is_held = False
         self._woken = woken
         self._ending = restarter.ending
         self._thread = threading.Thread(target=self._guard, name=f"guard-{worker_id}", daemon=True)
@@ -141,19 +140,21 @@ class Guard:
         evidence = replace(evidence, intent=intent, pause_left_s=pause_left_s)
         decision, memory = decide(evidence, self._memory, self._limits)
         self._time_fault(evidence, decision)
-        self._tell(evidence, decision)
         self._settle(evidence, decision)
-        if decision.action is Action.RESTART:
-            if not self._begin(evidence, decision):
-                self._publish(evidence, decision)
-                return self._limits.restless_interval_s
+        try:
+            if decision.action is Action.RESTART:
+                self._begin(evidence, decision)
+            elif memory.gave_up and not self._memory.gave_up:
+                self._give_up(evidence, decision)
             self._memory = memory
-            self._publish(evidence, decision)
+        except DatabaseAwayError as error:
+            # Not done, not remembered: the next check decides it again.
+            reason = f"{decision.reason}; held, it cannot be written down: {error}"
+            decision = replace(decision, action=Action.HOLD, reason=reason, check_in_s=self._limits.restless_interval_s)
+        self._tell(evidence, decision)
+        self._publish(evidence, decision)
+        if decision.action is Action.RESTART:
             self._restart(decision)
-        else:
-            if not memory.gave_up or self._memory.gave_up or self._give_up(evidence, decision):
-                self._memory = memory
-            self._publish(evidence, decision)
         return decision.check_in_s
 
     def _recall(self, now_s: float) -> None:
@@ -186,7 +187,7 @@ class Guard:
         before = self.snapshot.decision if self.snapshot else None
         if before is not None and (before.verdict, before.action) == (decision.verdict, decision.action):
             return
-        level = log.info if decision.action is Action.HOLD else log.warning
+        level = log.info if decision.verdict is Verdict.HEALTHY else log.warning
         level(
             "verdict_changed",
             worker_id=self.worker_id,
@@ -196,7 +197,7 @@ class Guard:
             was=before and before.verdict,
         )
         is_of_note = before is not None and before.verdict is not decision.verdict and decision.action is Action.HOLD
-        if is_of_note and before and Verdict.HEALTHY in (before.verdict, decision.verdict) and self._intent is None:
+        if is_of_note and before and Verdict.HEALTHY in (before.verdict, decision.verdict) and evidence.intent is None:
             try:
                 self._record.add("verdict", decision, evidence)
             except DatabaseAwayError:
@@ -222,26 +223,18 @@ class Guard:
         elif decision.action not in (Action.HOLD, Action.CONFIRM) and not decision.continues:
             self._close("failed", {}, None)
 
-    def _begin(self, evidence: Evidence, decision: Decision) -> bool:
-        """Writes the intent, or takes up the open one. False: it cannot be written, and so nothing may be done."""
+    def _begin(self, evidence: Evidence, decision: Decision) -> None:
+        """Writes the intent, or takes up the open one. Raises DatabaseAwayError: nothing may be done."""
         if decision.continues:
-            return True
+            return
         now_s = self._clock.monotonic()
         fault_s = now_s if self._fault_s is None else self._fault_s
         timings = {"decide": round(now_s - fault_s, 3)}
         if self._well_s is not None:
             timings = {"detect": round(fault_s - self._well_s, 3)} | timings
-        try:
-            if self._intent is not None or not self._has_recalled:
-                raise DatabaseAwayError("what was done before is not known yet, or not written down yet")
-            self._intent = self._record.begin(evidence, decision, timings)
-        except DatabaseAwayError as error:
-            if not self._is_held:
-                log.error("restart_held", worker_id=self.worker_id, verdict=decision.verdict, cause=str(error))
-            self._is_held = True
-            return False
-        self._is_held = False
-        return True
+        if self._intent is not None or not self._has_recalled:
+            raise DatabaseAwayError("the database is away")
+        self._intent = self._record.begin(evidence, decision, timings)
 
     def _restart(self, decision: Decision) -> None:
         log.warning("restart_begun", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
@@ -277,16 +270,12 @@ class Guard:
         log.info("restart_ended", worker_id=self.worker_id, outcome=outcome, timings=timings)
         self._intent = None
 
-    def _give_up(self, evidence: Evidence, decision: Decision) -> bool:
-        """Writes that a person is needed. False: it cannot be written now, and is tried again at the next check."""
-        try:
-            if not self._has_recalled:
-                return False
-            self._record.add("gave_up", decision, evidence)
-        except DatabaseAwayError:
-            return False
+    def _give_up(self, evidence: Evidence, decision: Decision) -> None:
+        """Writes that a person is needed. Raises DatabaseAwayError."""
+        if not self._has_recalled:
+            raise DatabaseAwayError("the database is away")
+        self._record.add("gave_up", decision, evidence)
         log.error("gave_up", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
-        return True
 
     def _publish(self, evidence: Evidence, decision: Decision) -> None:
         before, now = self.snapshot, self._clock.now()
@@ -298,7 +287,7 @@ class Guard:
             verdict_time=before.verdict_time if before and is_same else now,
             observe_time=now,
             budget_left=budget_left(self._memory, evidence.time_s, self._limits),
-            gave_up=self._memory.gave_up or decision.action is Action.GIVE_UP,
+            gave_up=self._memory.gave_up,
             intent=self._intent,
             standing=self._standing,
         )

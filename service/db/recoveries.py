@@ -12,6 +12,8 @@ from service.db.models import RecoveryEvent
 
 NOW = peewee.SQL("clock_timestamp()")
 OPEN = "open"
+# What a restart spends its time on, in this order.
+PHASES = ("detect", "decide", "stop", "sweep", "start", "load")
 
 
 @dataclass(frozen=True)
@@ -186,4 +188,6 @@ def list_page(db: peewee.PostgresqlDatabase, worker_id: str | None, before: int 
 
 
 def _event(row: Any) -> Event:
-    return Event(**row)
+    # Postgres keeps the keys of jsonb in an order of its own.
+    timings = {phase: row["timings"][phase] for phase in PHASES if phase in row["timings"]}
+    return Event(**(row | {"timings": timings}))

@@ -65,11 +65,12 @@ def leave_orphans() -> None:
         subprocess.Popen(command, env={}),
         subprocess.Popen(command, start_new_session=True),
     ]
-    CHILDREN.write_text(json.dumps([child.pid for child in children]))
+    with CHILDREN.open("a") as file:
+        file.write("".join(f"{child.pid}\n" for child in children))
 
 
 def main() -> None:
-    before = json.loads(CHILDREN.read_text()) if CHILDREN.exists() else []
+    before = [int(pid) for pid in CHILDREN.read_text().split()] if CHILDREN.exists() else []
     life = {"incarnation": str(incarnation), "pid": os.getpid(), "orphans": [pid for pid in before if is_alive(pid)]}
     with LIVES.open("a") as lives:
         lives.write(json.dumps(life) + "\n")

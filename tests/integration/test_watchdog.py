@@ -79,6 +79,11 @@ class Host:
         path = self.home / "lives"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def orphans(self) -> list[int]:
+        """All children that lives of the worker have left behind."""
+        path = self.home / "children"
+        return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
     def run(self, *arguments: str, **more: str) -> "subprocess.Popen[bytes]":
         """Starts a program in this home's environment; it ends with the test."""
         with (self.home / "programs.log").open("ab") as log:
@@ -153,31 +158,26 @@ def host(database: Database, database_url: str) -> Iterator[Host]:
         (home / "run").mkdir()
         (home / "faults").mkdir()
         (home / "supervisord.conf").write_text(CONF.format(home=home, root=ROOT, python=sys.executable))
-        settings = Settings(
-            _env_file=None,
-            home=home,
-            database_url=database_url,
-            worker_port=free_port(),
-            watchdog_port=free_port(),
-            heartbeat_interval_s=0.1,
-            heartbeat_timeout_s=1,
-            check_interval_s=1,
-            probe_timeout_s=0.5,
-            stop_timeout_s=1,
-            max_restarts_per_hour=3,
-        )
+        given: dict[str, Any] = {
+            "home": home,
+            "worker_port": free_port(),
+            "watchdog_port": free_port(),
+            "heartbeat_interval_s": 0.1,
+            "heartbeat_timeout_s": 1,
+            "check_interval_s": 1,
+            "probe_timeout_s": 0.5,
+            "stop_timeout_s": 1,
+            "max_restarts_per_hour": 3,
+        }
+        settings = Settings(**(given | {"DATABASE_URL": database_url}))
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("BATCH_", "SUPERVISOR_"))}
         env = kept | {
             "BATCH_ENV_FILE": "/dev/null",
             "DATABASE_URL": database_url,
-            **{
-                f"BATCH_{name.upper()}": str(getattr(settings, name))
-                for name in settings.model_fields_set
-                if name != "database_url"
-            },
+            **{f"BATCH_{name.upper()}": str(value) for name, value in given.items()},
         }
         host = Host(home, database, settings, env, Supervisor(settings.supervisor_url, 5))
-        supervisord = host.run(f"{sys.prefix}/bin/supervisord", "-c", str(home / "supervisord.conf"))
+        host.run(f"{sys.prefix}/bin/supervisord", "-c", str(home / "supervisord.conf"))
         try:
             until(
                 lambda: (home / "run/supervisor.sock").exists() and host.supervisor.processes("worker"), "supervisord"
@@ -186,12 +186,13 @@ def host(database: Database, database_url: str) -> Iterator[Host]:
         finally:
             for guards in host.guards:
                 guards.stop()
-            supervisord.terminate()
-            supervisord.wait(30)
             for child in host.children:
                 child.kill()
                 child.wait(10)
-            processes.end(processes.marked(processes.Mark(home)), 5)
+            processes.end(processes.marked(processes.Mark(home)), 5, (signal.SIGKILL,))
+            for pid in host.orphans():
+                if is_alive(pid):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def test_killed_worker_is_restarted_and_the_event_says_recovered(host: Host) -> None:
@@ -231,8 +232,7 @@ def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -
     fault = host.fault("orphans")
     guards = host.guard()
     pid = until_healthy(guards)
-    children = json.loads((host.home / "children").read_text())
-    assert all(is_alive(child) for child in children)
+    assert [is_alive(child) for child in host.orphans()] == [True] * 3
     fault.unlink()
     os.kill(pid, signal.SIGKILL)
     until(lambda: len(host.lives()) == 2, "a second life")
@@ -312,9 +312,9 @@ def test_loading_is_held(host: Host) -> None:
 
 def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> None:
     """An intent found between stop and start is finished, sweep included, and costs no second unit of the budget."""
-    host.fault("orphans")
-    until(lambda: host.lives() and (host.home / "children").exists(), "the first life and its children")
-    first = host.lives()[0]
+    fault = host.fault("orphans")
+    in_group, _, out_of_group = until(lambda: host.orphans(), "the first life and its children")
+    fault.unlink()
     until(lambda: host.database.call(heartbeats.read, WORKER_ID), "its heartbeat")
     host.supervisor.stop("worker:worker")
     until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
@@ -325,9 +325,178 @@ def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> Non
     (event,) = host.restarts()
     assert (event.verdict, event.outcome) == ("FROZEN", "recovered")
     assert list(event.timings) == ["detect", "stop", "sweep", "start", "load"]
-    assert [life["pid"] != first["pid"] for life in host.lives()] == [False, True]
-    # The one without an environment is known by nothing to a watchdog that never saw its leader: it is left alone.
-    stripped = json.loads((host.home / "children").read_text())[1]
-    assert set(host.lives()[1]["orphans"]) <= {stripped}
-    now = until_verdict(guards, Verdict.HEALTHY)
-    assert now.budget_left == host.settings.max_restarts_per_hour - 1
+    assert len(host.lives()) == 2
+    assert not {in_group, out_of_group} & set(host.lives()[1]["orphans"])
+    assert until_verdict(guards, Verdict.HEALTHY).budget_left == host.settings.max_restarts_per_hour - 1
+
+
+class Watchdog:
+    """The watchdog's own process, and its RPCs."""
+
+    def __init__(self, host: Host, **env: str) -> None:
+        self.process = host.run(sys.executable, "-m", "watchdog", **env)
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{host.settings.watchdog_port}")
+        self.recovery = recovery_service_pb2_grpc.RecoveryServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        grpc.channel_ready_future(self._channel).result(timeout=30)
+
+    def worker(self) -> pb.WorkerStatus:
+        """What it says of the worker."""
+        workers = self.recovery.GetStatus(pb.GetStatusRequest(), timeout=5).workers
+        return workers[0] if workers else pb.WorkerStatus()
+
+    def until(self, verdict: pb.Verdict, action: pb.Action = pb.ACTION_HOLD) -> pb.WorkerStatus:
+        """Waits until it says this."""
+
+        def said() -> pb.WorkerStatus | None:
+            now = self.worker()
+            return now if (now.verdict, now.action) == (verdict, action) and not now.HasField("intent") else None
+
+        return until(said, pb.Verdict.Name(verdict))  # type: ignore[return-value]
+
+    def is_serving(self) -> bool:
+        """What its health says, under both names."""
+        names = ("", "vllm_batch.v1.RecoveryService")
+        said = [self._health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status for name in names]
+        assert said[0] == said[1]
+        return bool(said[0] == health_pb2.HealthCheckResponse.SERVING)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._channel.close()
+        self.process.kill()
+        self.process.wait(10)
+
+
+def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(host: Host) -> None:
+    """SIGKILL of the watchdog while the worker it restarts is stopping leaves nothing half done."""
+    watchdog = Watchdog(host, BATCH_STOP_TIMEOUT_S="30")
+    pid = watchdog.until(pb.VERDICT_HEALTHY).pid
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: host.supervisor.info("worker:worker").state is State.STOPPING, "the watchdog to stop the worker")
+    watchdog.kill()
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
+    assert [event.outcome for event in host.restarts()] == ["open"]
+
+    status = Watchdog(host).until(pb.VERDICT_HEALTHY)
+    assert status.pid != pid
+    assert [event.outcome for event in host.restarts()] == ["recovered"]
+    assert status.budget_left == host.settings.max_restarts_per_hour - 1
+
+
+def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: Host) -> None:
+    """After the last restart of the hour the watchdog says so in its health, holds, and goes on after ResetBudget."""
+    watchdog = Watchdog(host, BATCH_MAX_RESTARTS_PER_HOUR="2")
+    pid = watchdog.until(pb.VERDICT_HEALTHY).pid
+    assert watchdog.is_serving()
+    crash = host.fault("crash")
+    os.kill(pid, signal.SIGKILL)
+    status = watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP)
+    assert (status.gave_up, status.budget_left, status.budget_limit) == (True, 0, 2)
+    until(lambda: not watchdog.is_serving(), "health to say so")
+    assert [event.kind for event in host.events()] == ["restart", "restart", "gave_up"]
+    assert [event.outcome for event in host.restarts()] == ["failed", "failed"]
+    assert len(host.lives()) == 3
+
+    watchdog.kill()
+    watchdog = Watchdog(host, BATCH_MAX_RESTARTS_PER_HOUR="2")
+    assert watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP).gave_up
+    until(lambda: not watchdog.is_serving(), "health to say so")
+    assert len(host.lives()) == 3
+
+    crash.unlink()
+    watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="the disk is repaired"), timeout=5)
+    assert not watchdog.until(pb.VERDICT_HEALTHY).gave_up
+    until(watchdog.is_serving, "health to say so")
+
+
+def test_pause_holds_and_resume_lets_go(host: Host) -> None:
+    """While recovery is paused a crash is only noted, also by the next watchdog; after the resume it is seen to."""
+    watchdog = Watchdog(host)
+    pid = watchdog.until(pb.VERDICT_HEALTHY).pid
+    for bad in (
+        pb.PauseRecoveryRequest(reason="x"),
+        pb.PauseRecoveryRequest(duration=Duration(seconds=60)),
+        pb.PauseRecoveryRequest(duration=Duration(seconds=24 * 3600 + 1), reason="x"),
+    ):
+        with pytest.raises(grpc.RpcError) as refused:
+            watchdog.recovery.PauseRecovery(bad, timeout=5)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    pause = pb.PauseRecoveryRequest(duration=Duration(seconds=600), reason="new driver", worker_id=WORKER_ID)
+    end = watchdog.recovery.PauseRecovery(pause, timeout=5).end_time
+    watchdog.until(pb.VERDICT_PAUSED)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: host.supervisor.info("worker:worker").state is State.EXITED, "the worker to die")
+    watchdog.kill()
+    watchdog = Watchdog(host)
+    status = watchdog.until(pb.VERDICT_PAUSED)
+    assert (status.pause_end_time, status.pause_reason) == (end, "new driver")
+    assert (len(host.lives()), host.restarts()) == (1, [])
+
+    watchdog.recovery.ResumeRecovery(pb.ResumeRecoveryRequest(), timeout=5)
+    assert watchdog.until(pb.VERDICT_HEALTHY).pid != pid
+    assert len(host.lives()) == 2
+
+
+def test_events_are_listed_in_pages_newest_first(host: Host) -> None:
+    """Pages of the audit log join into the whole of it, with what each restart took."""
+    watchdog = Watchdog(host)
+    os.kill(watchdog.until(pb.VERDICT_HEALTHY).pid, signal.SIGKILL)
+    until(lambda: len(host.lives()) == 2, "a second life")
+    watchdog.until(pb.VERDICT_HEALTHY)
+    watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="for the test"), timeout=5)
+    request = pb.ListEventsRequest(page_size=1, worker_id=WORKER_ID)
+    listed: list[pb.RecoveryEvent] = []
+    while True:
+        page = watchdog.recovery.ListEvents(request, timeout=5)
+        listed += page.events
+        assert len(page.events) == 1
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+    assert [event.id for event in listed] == [event.id for event in host.events()[::-1]]
+    reset, restart = listed
+    assert (reset.kind, reset.reason, reset.outcome) == ("budget_reset", "for the test", "")
+    assert (restart.kind, restart.verdict, restart.outcome) == ("restart", pb.VERDICT_CRASHED, "recovered")
+    assert [timing.phase for timing in restart.timings] == list(recoveries.PHASES)
+    assert json.loads(restart.evidence_json)["process"]["state"] == "EXITED"
+    for bad in (pb.ListEventsRequest(page_token="x"), pb.ListEventsRequest(page_size=1001)):
+        with pytest.raises(grpc.RpcError) as refused:
+            watchdog.recovery.ListEvents(bad, timeout=5)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not watchdog.recovery.ListEvents(pb.ListEventsRequest(worker_id="nobody"), timeout=5).events
+
+
+def test_without_postgres_it_serves_and_holds_what_it_cannot_write_down(host: Host) -> None:
+    """With Postgres away the watchdog is up and says so; a crash waits until the intent can be written."""
+    proxy = host.home / "pg"
+    proxy.mkdir()
+    real = host.settings.postgres_url
+    away = f"postgresql:///x?host={proxy}&user=postgres"
+    socket_name = ".s.PGSQL.5432"
+    watchdog = Watchdog(host, DATABASE_URL=real.replace(real.split("host=")[1].split("&")[0], str(proxy)))
+    pid = watchdog.until(pb.VERDICT_DATABASE_AWAY).pid
+    with pytest.raises(grpc.RpcError) as refused:
+        watchdog.recovery.ListEvents(pb.ListEventsRequest(), timeout=5)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    os.kill(pid, signal.SIGKILL)
+    status = watchdog.until(pb.VERDICT_CRASHED)
+    assert "cannot be written down" in status.reason
+    assert len(host.lives()) == 1
+    check = host.run(sys.executable, "-m", "watchdog", "--check", DATABASE_URL=away)
+    assert check.wait(30) == 1
+
+    (proxy / socket_name).symlink_to(Path(real.split("host=")[1].split("&")[0]) / socket_name)
+    assert watchdog.until(pb.VERDICT_HEALTHY).pid != pid
+    assert [event.outcome for event in host.restarts()] == ["recovered"]
+
+
+def test_one_watchdog_per_port_ends_when_told(host: Host) -> None:
+    """`--check` says that all is well; a second watchdog does not start; SIGTERM ends the first with status 0."""
+    assert host.run(sys.executable, "-m", "watchdog", "--check").wait(30) == 0
+    assert host.run(sys.executable, "-m", "watchdog", "--check", BATCH_CHECK_INTERVAL_S="no").wait(30) == 2
+    watchdog = Watchdog(host)
+    assert host.run(sys.executable, "-m", "watchdog").wait(30) == 1
+    watchdog.process.terminate()
+    assert watchdog.process.wait(10) == 0
