@@ -129,6 +129,10 @@ class VllmEngine:
             response = await self._handlers[url](request)
         except Exception as error:  # noqa: BLE001 - a handler may raise anything; vLLM maps it to its error response
             response = self._create_error_response(error)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # Some handlers turn a cancellation into an error response. Whoever cancelled wants no answer.
+            raise asyncio.CancelledError
         answer = _answer(response)
         if answer.status_code >= 500:
             # Let the client's monitor take note of a death that a request was told of first.

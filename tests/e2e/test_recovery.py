@@ -1,0 +1,96 @@
+"""Real vLLM under supervisord: worker and engine killed in the middle of batches, every request answered once."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.stacks import FullStack, full_stack
+from tests.waiting import until
+from vllm_batch.client import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import recovery_service_pb2 as rpb
+
+pytestmark = pytest.mark.timeout(600)
+COUNT = 120
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[FullStack]:
+    """One stack for all: a start takes half a minute."""
+    with full_stack(BATCH_WINDOW="16") as stack:
+        started = stack.script("start-all.sh")
+        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        yield stack
+
+
+def lines() -> Iterator[bytes]:
+    for number in range(COUNT):
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": f"Tell me something about the number {number}."}],
+            "max_tokens": 200 + number,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
+        yield json.dumps({"custom_id": f"c{number}", "url": "/v1/chat/completions", "body": body}).encode()
+
+
+def engine_processes(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children(recursive=True) if p.cmdline() and "VLLM::" in p.cmdline()[0]]
+
+
+def run_and_break(stack: FullStack, victim: str) -> tuple[rpb.RecoveryEvent, list[psutil.Process]]:
+    """Runs a batch and kills the worker or its engine in the middle; checks all results. Returns the restart."""
+    before = len(stack.restarts())
+    with Client(stack.target) as client:
+        batch = client.submit_lines(lines())
+        until(lambda: client.get(batch.id).counts.completed >= 10, "a few results", 60)
+        worker = stack.pid("worker")
+        engine = engine_processes(worker)
+        core = next(process for process in engine if "EngineCore" in process.cmdline()[0])
+        os.kill(worker if victim == "worker" else core.pid, signal.SIGKILL)
+        assert client.get(batch.id).counts.completed < COUNT
+        until(lambda: stack.recovered(before + 1), "the worker to be back", 240)
+        *_, done = client.watch(batch.id)
+        results = list(client.results(batch.id))
+    assert done.state == pb.BATCH_STATE_COMPLETED
+    assert (done.counts.completed, done.counts.failed) == (COUNT, 0)
+    assert [response.result.custom_id for response in results] == [f"c{i}" for i in range(COUNT)]
+    for number, response in enumerate(results):
+        body = json.loads(response.result.response.body_json)
+        assert body["usage"]["completion_tokens"] == 200 + number
+    restarts = stack.restarts()
+    assert len(restarts) == before + 1
+    return restarts[-1], engine
+
+
+def test_worker_killed_in_the_middle(stack: FullStack) -> None:
+    """SIGKILL of the worker: restarted once as CRASHED, its orphaned engine swept, every request answered once."""
+    event, engine = run_and_break(stack, "worker")
+    assert event.verdict == rpb.VERDICT_CRASHED
+    assert len(engine) == 2
+    assert not any(process.is_running() for process in engine)
+    assert {timing.phase for timing in event.timings} == {"detect", "decide", "stop", "sweep", "start", "load"}
+
+
+def test_engine_killed_in_the_middle(stack: FullStack) -> None:
+    """SIGKILL of EngineCore: no request gets the death as its result, the worker is restarted as ENGINE_DEAD."""
+    event, engine = run_and_break(stack, "engine")
+    assert event.verdict == rpb.VERDICT_ENGINE_DEAD
+    assert not any(process.is_running() for process in engine)
+
+
+def test_operator_stop_stays(stack: FullStack) -> None:
+    """supervisorctl stop: the worker drains, ends with all of its engine, and stays stopped until it is started."""
+    before = len(stack.restarts())
+    engine = engine_processes(stack.pid("worker"))
+    assert "stopped" in stack.supervisorctl("stop", "worker")
+    until(lambda: stack.status().verdict == rpb.VERDICT_OPERATOR_STOP, "the watchdog to see it")
+    assert not any(process.is_running() for process in engine)
+    assert "started" in stack.supervisorctl("start", "worker")
+    until(lambda: stack.status().verdict == rpb.VERDICT_HEALTHY, "the worker to be healthy", 120)
+    assert len(stack.restarts()) == before
