@@ -1,0 +1,130 @@
+"""Finding and ending processes: ours and all of ours, nobody else's."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service import processes
+from service.processes import Leader, Mark
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts processes that only sleep; they end with the test."""
+    children = []
+
+    def run(environ: dict[str, str], group: int = 0) -> "subprocess.Popen[bytes]":
+        children.append(subprocess.Popen(["sleep", "1000"], env=environ, process_group=group))
+        return children[-1]
+
+    yield run
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def marks(home: Path, name: str = "worker") -> dict[str, str]:
+    return {"BATCH_HOME": str(home), "SUPERVISOR_PROCESS_NAME": name}
+
+
+def pids(found: list[psutil.Process]) -> set[int]:
+    return {process.pid for process in found}
+
+
+def known(pid: int) -> Leader:
+    leader = processes.leader(pid)
+    assert leader is not None
+    return leader
+
+
+def test_marked_are_those_of_the_home_and_the_name(tmp_path: Path, start: Start) -> None:
+    """A process is ours by its home, however that is spelled, and by its program's name."""
+    worker, gateway = start(marks(tmp_path / ".." / tmp_path.name)), start(marks(tmp_path, "gateway"))
+    start(marks(tmp_path / "other"))
+    start({"BATCH_HOME": str(tmp_path)})
+    assert pids(processes.marked(Mark(tmp_path))) == {worker.pid, gateway.pid}
+    assert pids(processes.marked(Mark(tmp_path, "worker"))) == {worker.pid}
+
+
+def test_left_over_of_a_dead_leader_are_its_marked_and_its_stripped_members(tmp_path: Path, start: Start) -> None:
+    """In the dead leader's group a process without an environment is ours, one with somebody else's is not."""
+    leader = start(marks(tmp_path))
+    dead = known(leader.pid)
+    stripped, foreign = start({}, leader.pid), start(marks(tmp_path, "gateway"), leader.pid)
+    elsewhere = start({})
+    leader.kill()
+    leader.wait()
+    found = processes.left_over(Mark(tmp_path, "worker"), dead, processes.now_ticks() + 1)
+    assert pids(found) == {stripped.pid}
+    assert foreign.poll() is None
+    assert elsewhere.poll() is None
+
+
+def test_group_whose_number_came_again_is_not_taken_for_the_old_one(tmp_path: Path, start: Start) -> None:
+    """When the leader's pid is another process now, that one's group is left alone."""
+    leader = start({})
+    member = start({}, leader.pid)
+    now = known(leader.pid)
+    late = processes.now_ticks() + 1
+    earlier = replace(now, start_ticks=now.start_ticks - 1)
+    assert pids(processes.left_over(Mark(tmp_path), now, late)) == {leader.pid, member.pid}
+    assert processes.left_over(Mark(tmp_path), earlier, late) == []
+    leader.kill()
+    leader.wait()
+    later = replace(now, start_ticks=late)
+    assert processes.left_over(Mark(tmp_path), later, late) == []
+
+
+def test_what_starts_later_is_not_left_over(tmp_path: Path, start: Start) -> None:
+    """A new life that begins while the old one is looked for is not taken for it."""
+    new = start(marks(tmp_path))
+    ticks = known(new.pid).start_ticks
+    assert processes.left_over(Mark(tmp_path), None, ticks) == []
+    assert pids(processes.left_over(Mark(tmp_path), None, ticks + 1)) == {new.pid}
+
+
+def test_end_goes_from_asking_to_killing() -> None:
+    """What ignores SIGTERM is told to be alive after its time, and killed by the next signal."""
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        process = psutil.Process(child.pid)
+        assert processes.end([process], 0.2, (signal.SIGTERM,)) == [process]
+        assert processes.end([process], 10, (signal.SIGKILL,)) == []
+    assert not process.is_running()
+
+
+def test_age_and_absence_of_a_process(start: Start) -> None:
+    """The age of a process is counted from its start; one that is gone has no identity and no group."""
+    child = start({})
+    assert 0 <= known(child.pid).age_s <= known(os.getpid()).age_s
+    assert processes.is_in_group(child.pid, child.pid)
+    assert not processes.is_in_group(child.pid, os.getpgid(0))
+    child.kill()
+    child.wait()
+    assert processes.leader(child.pid) is None
+    assert not processes.is_in_group(child.pid, child.pid)
+
+
+def test_die_with_parent() -> None:
+    """SIGKILL of the parent, which can tell nobody, ends the child."""
+    child = (
+        "from service import processes; processes.die_with_parent(); print(flush=True); import signal; signal.pause()"
+    )
+    parent = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE);"
+    parent += "c.stdout.readline(); print(c.pid, flush=True); c.wait()"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        orphan = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    assert processes.end([orphan], 10, (signal.SIGCONT,)) == []
