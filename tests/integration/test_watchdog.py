@@ -395,7 +395,7 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     status = watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP)
     assert (status.gave_up, status.budget_left, status.budget_limit) == (True, 0, 2)
     until(lambda: not watchdog.is_serving(), "health to say so")
-    assert [event.kind for event in host.events()] == ["restart", "restart", "gave_up"]
+    assert [event.kind for event in host.events() if event.kind != "verdict"] == ["restart", "restart", "gave_up"]
     assert [event.outcome for event in host.restarts()] == ["failed", "failed"]
     assert len(host.lives()) == 3
 
@@ -456,7 +456,7 @@ def test_events_are_listed_in_pages_newest_first(host: Host) -> None:
             break
         request.page_token = page.next_page_token
     assert [event.id for event in listed] == [event.id for event in host.events()[::-1]]
-    reset, restart = listed
+    reset, restart = (event for event in listed if event.kind != "verdict")
     assert (reset.kind, reset.reason, reset.outcome) == ("budget_reset", "for the test", "")
     assert (restart.kind, restart.verdict, restart.outcome) == ("restart", pb.VERDICT_CRASHED, "recovered")
     assert [timing.phase for timing in restart.timings] == list(recoveries.PHASES)

@@ -1,0 +1,165 @@
+"""The scripts that users run, on a whole stack under supervisord, with the simulated engine."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service.processes import Mark, marked
+from tests.integration.test_front_door import lines
+from tests.stacks import BIN, ROOT, FullStack, full_stack
+from tests.waiting import until
+from vllm_batch.client import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import recovery_service_pb2 as rpb
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[FullStack]:
+    """One stack for the tests that leave it running."""
+    with full_stack(BATCH_ENGINE="simulated", BATCH_HEARTBEAT_INTERVAL_S="1") as stack:
+        started = stack.script("start-all.sh")
+        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        yield stack
+
+
+def test_start_all_waits_and_says_how_to_use_it(stack: FullStack) -> None:
+    """Once start-all has ended new work is accepted; a second one changes nothing; the lines it prints work."""
+    before = {name: stack.pid(name) for name in ("gateway", "worker", "watchdog", "postgres")}
+    again = stack.script("start-all.sh")
+    assert again.returncode == 0
+    assert {name: stack.pid(name) for name in before} == before
+    printed = [text.strip() for text in again.stdout.splitlines()]
+    submit = next(text for text in printed if text.startswith(".venv/bin/vllm-batch"))
+    arguments = submit.replace("results.jsonl", str(stack.home / "results.jsonl"))
+    done = subprocess.run(arguments.split(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len((stack.home / "results.jsonl").read_text().splitlines()) == 200
+    assert any(text.startswith("grpcurl") for text in printed)
+    assert any(text.startswith("grpc_health_probe") for text in printed)
+
+
+def test_supervisorctl_needs_no_environment(stack: FullStack) -> None:
+    """`supervisorctl -c HOME/supervisord.conf status` works by itself and shows all four programs running."""
+    states = dict(text.split()[:2] for text in stack.supervisorctl("status").splitlines())
+    assert states == dict.fromkeys(("gateway", "postgres", "watchdog", "worker"), "RUNNING")
+
+
+def test_shipped_configuration_needs_no_environment() -> None:
+    """`supervisorctl -c conf/supervisord.conf status` from the root of the checkout speaks of the default stack."""
+    command = [str(BIN / "supervisorctl"), "-c", "conf/supervisord.conf", "status"]
+    done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, timeout=30)
+    assert "var/run/supervisor.sock" in done.stdout or "gateway" in done.stdout
+    assert "Error" not in done.stderr
+
+
+def test_status_is_one_screen(stack: FullStack) -> None:
+    """status.sh shows processes, verdict, heartbeat and batches in at most 25 lines."""
+    until(lambda: stack.status().verdict == rpb.VERDICT_HEALTHY, "the first verdict")
+    shown = stack.script("status.sh")
+    assert shown.returncode == 0, shown.stderr
+    for expected in ("RUNNING", "HEALTHY", "heartbeat", "accepts new work", "batch"):
+        assert expected in shown.stdout
+    assert len(shown.stdout.splitlines()) <= 25
+
+
+def test_sockets_are_private(stack: FullStack) -> None:
+    """Nobody but the owner speaks with supervisord or Postgres."""
+    assert (stack.home / "run" / "supervisor.sock").stat().st_mode & 0o777 == 0o700
+    assert (stack.home / "run" / "pg").stat().st_mode & 0o777 == 0o700
+
+
+def test_killed_worker_comes_back(stack: FullStack) -> None:
+    """SIGKILL in the middle of a batch: one restart in the audit log, every request answered once."""
+    before = len(stack.restarts())
+    with Client(stack.target) as client:
+        batch = client.submit_lines(lines(3000))
+        until(lambda: client.get(batch.id).counts.completed > 100, "part of the batch")
+        os.kill(stack.pid("worker"), signal.SIGKILL)
+        *_, done = client.watch(batch.id)
+        assert done.counts.completed == 3000
+        assert [r.result.custom_id for r in client.results(batch.id)] == [f"c{i}" for i in range(3000)]
+    until(lambda: stack.recovered(before + 1), "the restart to be closed as recovered")
+    assert len(stack.restarts()) == before + 1
+    assert stack.restarts()[-1].verdict == rpb.VERDICT_CRASHED
+
+
+@pytest.mark.parametrize("program", ["gateway", "watchdog", "postgres"])
+def test_other_programs_are_restarted_by_supervisord(stack: FullStack, program: str) -> None:
+    """A kill of anything else costs no restart of the worker, and the batch under way completes."""
+    before, worker = len(stack.restarts()), stack.pid("worker")
+    with Client(stack.target) as client:
+        batch = client.submit_lines(lines(2000))
+        pid = stack.pid(program)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: stack.pid(program) not in (0, pid), f"another {program}")
+        *_, done = client.watch(batch.id)
+        assert done.state == pb.BATCH_STATE_COMPLETED
+        assert len({r.result.custom_id for r in client.results(batch.id)}) == 2000
+    until(lambda: stack.recovered(before), "all to be well")
+    assert (len(stack.restarts()), stack.pid("worker")) == (before, worker)
+
+
+def test_two_stacks_side_by_side(stack: FullStack) -> None:
+    """A second home runs beside the first; stopping it leaves no process of it, and the first alone."""
+    mine = stack.pid("worker")
+    with full_stack(BATCH_ENGINE="simulated") as other:
+        assert other.script("start-all.sh").returncode == 0, other.logs()
+        with Client(other.target) as client:
+            *_, done = client.watch(client.submit_lines(lines(10)).id)
+            assert (done.id, done.counts.completed) == ("batch_1", 10)
+        assert len(marked(Mark(other.home))) >= 4
+        assert other.script("stop-all.sh").returncode == 0
+        assert marked(Mark(other.home)) == []
+        assert other.script("stop-all.sh").returncode == 0
+        assert other.script("start-all.sh").returncode == 0, other.logs()
+        with Client(other.target) as client:
+            assert client.get("batch_1").counts.completed == 10
+    assert stack.pid("worker") == mine
+
+
+def test_stop_all_ends_what_was_left_behind() -> None:
+    """With supervisord killed, stop-all still ends every process of the home."""
+    with full_stack(BATCH_ENGINE="simulated") as stack:
+        assert stack.script("start-all.sh").returncode == 0, stack.logs()
+        supervisord = stack.pid("")
+        os.kill(supervisord, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(supervisord)] if psutil.pid_exists(supervisord) else [], timeout=10)
+        assert stack.script("stop-all.sh").returncode == 0
+        assert marked(Mark(stack.home)) == []
+
+
+def test_external_postgres(postgres: str, database_url: str) -> None:
+    """With DATABASE_URL the embedded Postgres is not started, and the batch is in the database given."""
+    with full_stack(BATCH_ENGINE="simulated", DATABASE_URL=database_url) as stack:
+        assert stack.script("start-all.sh").returncode == 0, stack.logs()
+        assert "STOPPED" in stack.supervisorctl("status", "postgres")
+        assert not (stack.home / "pgdata").exists()
+        with Client(stack.target) as client:
+            *_, done = client.watch(client.submit_lines(lines(5)).id)
+            assert done.counts.completed == 5
+
+
+def test_wrong_settings_stop_the_start() -> None:
+    """start-all says what is wrong with the settings and starts nothing."""
+    with full_stack(BATCH_ENGINE="nonsense") as stack:
+        started = stack.script("start-all.sh")
+        assert started.returncode == 2
+        assert "BATCH_ENGINE" in started.stderr
+        assert not (stack.home / "run").exists()
+
+
+def test_watchdog_check() -> None:
+    """`python -m watchdog --check` says wrong settings."""
+    env = {"PATH": os.environ["PATH"], "BATCH_ENV_FILE": "/dev/null", "BATCH_MAX_RESTARTS_PER_HOUR": "many"}
+    command = [sys.executable, "-m", "watchdog", "--check"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "BATCH_MAX_RESTARTS_PER_HOUR" in done.stderr
