@@ -31,7 +31,7 @@ from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog.guard import Snapshot
 from watchdog.guards import Guards, limits_of
 from watchdog.policy import Action, State, Verdict
-from watchdog.supervisor import Supervisor
+from watchdog.supervisor import Supervisor, SupervisorAwayError
 
 WORKER_ID = f"{socket.gethostname()}:worker"
 CONF = """
@@ -89,6 +89,13 @@ class Host:
         with (self.home / "programs.log").open("ab") as log:
             self.children.append(subprocess.Popen(arguments, env=self.env | more, cwd=ROOT, stdout=log, stderr=log))
         return self.children[-1]
+
+    def is_up(self) -> bool:
+        """True when supervisord answers."""
+        try:
+            return bool(self.supervisor.processes("worker"))
+        except SupervisorAwayError:
+            return False
 
     def supervisorctl(self, *arguments: str) -> None:
         """An operator's command."""
@@ -179,9 +186,7 @@ def host(database: Database, database_url: str) -> Iterator[Host]:
         host = Host(home, database, settings, env, Supervisor(settings.supervisor_url, 5))
         host.run(f"{sys.prefix}/bin/supervisord", "-c", str(home / "supervisord.conf"))
         try:
-            until(
-                lambda: (home / "run/supervisor.sock").exists() and host.supervisor.processes("worker"), "supervisord"
-            )
+            until(host.is_up, "supervisord")
             yield host
         finally:
             for guards in host.guards:
