@@ -47,10 +47,10 @@ supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 [supervisorctl]
 serverurl=unix://{home}/run/supervisor.sock
 [program:worker]
-command={python} -m tests.integration.standin_worker
+command={command}
 autorestart=false
 startsecs=0
-stopwaitsecs=20
+stopwaitsecs=600
 redirect_stderr=true
 stdout_logfile={home}/worker.log
 """
@@ -158,13 +158,16 @@ def look_again(guards: Guards, times: int = 3) -> list[Snapshot]:
 
 
 @pytest.fixture
-def host(database: Database, database_url: str) -> Iterator[Host]:
-    """A supervisord with a worker that is not started yet."""
+def host(database: Database, database_url: str, request: pytest.FixtureRequest) -> Iterator[Host]:
+    """A supervisord with a worker that has just been started, through a shell if the parameter says so."""
+    command = f"{sys.executable} -m tests.integration.standin_worker"
+    if getattr(request, "param", None) == "through a shell":
+        command = f"sh -c '{command}; true'"
     with tempfile.TemporaryDirectory(prefix="vbw-", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         (home / "run").mkdir()
         (home / "faults").mkdir()
-        (home / "supervisord.conf").write_text(CONF.format(home=home, root=ROOT, python=sys.executable))
+        (home / "supervisord.conf").write_text(CONF.format(home=home, root=ROOT, command=command))
         given: dict[str, Any] = {
             "home": home,
             "worker_port": free_port(),
@@ -315,6 +318,16 @@ def test_loading_is_held(host: Host) -> None:
     assert host.restarts() == []
 
 
+@pytest.mark.parametrize("host", ["through a shell"], indirect=True)
+def test_worker_behind_a_wrapper_and_on_another_port_is_found(host: Host) -> None:
+    """The heartbeat is the worker's when it comes from its process group, and says where it is to be asked."""
+    host.settings = host.settings.model_copy(update={"worker_port": free_port()})
+    guards = host.guard()
+    pid = until_healthy(guards)
+    assert pid != until(host.lives, "its first word")[0]["pid"]
+    assert {seen.decision.verdict for seen in look_again(guards)} == {Verdict.HEALTHY}
+
+
 def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> None:
     """An intent found between stop and start is finished, sweep included, and costs no second unit of the budget."""
     fault = host.fault("orphans")
@@ -405,6 +418,9 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     assert len(host.lives()) == 3
 
     watchdog.kill()
+    host.database.call(
+        lambda db: db.execute_sql("UPDATE recovery_events SET start_time = start_time - '2 h'::interval")
+    )
     watchdog = Watchdog(host, BATCH_MAX_RESTARTS_PER_HOUR="2")
     assert watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP).gave_up
     until(lambda: not watchdog.is_serving(), "health to say so")

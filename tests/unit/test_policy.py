@@ -290,6 +290,22 @@ def test_backoff_starts_afresh_after_a_healthy_while() -> None:
         assert decision.action is action
 
 
+def test_a_healthy_while_is_one_without_a_break() -> None:
+    """Being sick in between begins the healthy while anew, though nothing was restarted for it."""
+    healthy, sick = seen(health=Health.SERVING, heartbeat=FRESH), seen(health=Health.SERVING, heartbeat=STALE)
+    memory = Memory(restarts=(0.0,), streak=20)
+    for time_s, evidence in ((0.0, healthy), (200.0, sick), (250.0, healthy), (LIMITS.healthy_reset_s, healthy)):
+        _, memory = decide(replace(evidence, time_s=time_s), memory, LIMITS)
+    assert memory.streak == 20
+
+
+def test_a_new_process_is_not_judged_by_what_the_old_one_said() -> None:
+    """The phase that is remembered is that of a process, and forgotten with it."""
+    _, memory = decide(seen(health=Health.NOT_SERVING, heartbeat=beat("stalled")), Memory(), LIMITS)
+    new = seen(replace(YOUNG, pid=8), Health.NOT_SERVING, replace(beat("stalled"), is_current=False))
+    assert decide(new, memory, LIMITS)[0].verdict is Verdict.STARTING
+
+
 def test_budget_spent_gives_up_until_a_person_gives_it_back() -> None:
     """After the last restart of the hour nothing is restarted any more, also in the next hour, until the reset."""
     crashed = in_state(State.EXITED)
