@@ -78,6 +78,7 @@ class Guard:
         self._on_change = on_change
         self._memory = Memory()
         self._intent: Event | None = None
+        self._is_step_recorded = True
         self._has_recalled = False
         self._standing = NOTHING_ORDERED
         self._pause_until_s = 0.0
@@ -160,6 +161,8 @@ class Guard:
     def _recall(self, now_s: float) -> None:
         """Learns what was done before our time, once, and what persons have ordered since."""
         try:
+            if self._intent is not None and not self._is_step_recorded:
+                self._record_step(self._intent)
             standing = self._record.standing()
             if not self._has_recalled:
                 past = self._record.past()
@@ -253,10 +256,15 @@ class Guard:
         if self.snapshot is not None:
             self.snapshot = replace(self.snapshot, intent=self._intent)
         try:
-            self._record.advance(self._intent, step, dict(self._intent.timings))
+            self._record_step(self._intent)
         except DatabaseAwayError as error:
-            # Between stop and start there is no way back: the worker must come up again.
+            # Between stop and start there is no way back: the worker must come up again. Written down when it can be.
             log.warning("step_not_recorded", worker_id=self.worker_id, step=step, cause=str(error))
+
+    def _record_step(self, intent: Event) -> None:
+        self._is_step_recorded = False
+        self._record.advance(intent, Step(intent.step), dict(intent.timings))
+        self._is_step_recorded = True
 
     def _close(self, outcome: str, timings: dict[str, float], incarnation: UUID | None) -> None:
         if self._intent is None:

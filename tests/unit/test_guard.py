@@ -1,0 +1,287 @@
+"""The guard's order of things: written down before done, held when it cannot be, finished once begun."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+
+from service.db.recoveries import Event, Standing
+from service.processes import Leader
+from watchdog.act import Restarter, RestartError
+from watchdog.guard import Guard, Snapshot
+from watchdog.observe import Observer
+from watchdog.policy import Action, Decision, Evidence, Health, Heartbeat, Limits, Process, State, Step, Verdict
+from watchdog.record import DatabaseAwayError, Past, Record
+
+OLD, NEW = uuid4(), uuid4()
+TIME = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def beating(incarnation: UUID, age_s: float = 1) -> Evidence:
+    heartbeat = Heartbeat(age_s, "ready", is_current=True, incarnation=str(incarnation))
+    return Evidence(0, Process(State.RUNNING, 7, 100), Health.SERVING, 9000, heartbeat)
+
+
+def in_state(state: State) -> Evidence:
+    heartbeat = Heartbeat(5, "ready", is_current=False, incarnation=str(OLD))
+    return Evidence(0, Process(state), Health.NOT_PROBED, 9000, heartbeat)
+
+
+class FakeClock:
+    """Goes forward by a second with each evidence."""
+
+    time_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.time_s
+
+    def now(self) -> datetime:
+        return TIME
+
+
+class FakeObserver:
+    """Sees what it is told."""
+
+    leader: Leader | None = None
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self.evidence = beating(OLD)
+
+    def observe(self) -> Evidence:
+        self._clock.time_s += 1
+        return replace(self.evidence, time_s=self._clock.time_s)
+
+
+class FakeRecord:
+    """Keeps everything in memory; `is_away` has every call fail."""
+
+    def __init__(self) -> None:
+        self.is_away = False
+        self.events: list[Event] = []
+        self.kinds: list[str] = []
+        self.now = Standing(0.0, None, "", 0)
+        self.given = Past([], False, None)
+
+    def _reach(self) -> None:
+        if self.is_away:
+            raise DatabaseAwayError("no route")
+
+    def past(self) -> Past:
+        self._reach()
+        return self.given
+
+    def standing(self) -> Standing:
+        self._reach()
+        return self.now
+
+    def begin(self, evidence: Evidence, decision: Decision, timings: dict[str, float]) -> Event:
+        self._reach()
+        old = UUID(evidence.heartbeat.incarnation) if evidence.heartbeat else None
+        event = Event(
+            len(self.events),
+            "w",
+            "restart",
+            decision.verdict,
+            "",
+            {},
+            "stopping",
+            "open",
+            timings,
+            TIME,
+            None,
+            old,
+            None,
+        )
+        self.events.append(event)
+        return event
+
+    def advance(self, intent: Event, step: Step, timings: dict[str, float]) -> None:
+        self._reach()
+        self.events[intent.id] = replace(self.events[intent.id], step=str(step), timings=timings)
+
+    def close(self, intent: Event, outcome: str, timings: dict[str, float], incarnation: UUID | None) -> None:
+        self._reach()
+        self.events[intent.id] = replace(self.events[intent.id], outcome=outcome, new_incarnation=incarnation)
+
+    def add(self, kind: str, decision: Decision, evidence: Evidence) -> datetime:
+        self._reach()
+        self.kinds.append(kind)
+        return TIME
+
+
+class FakeRestarter:
+    """Restarts at once, or fails; `between` is called after the stop and before the start."""
+
+    ending = threading.Event()
+
+    def __init__(self) -> None:
+        self.restarts = 0
+        self.failure: Exception | None = None
+        self.between: Callable[[], None] = lambda: None
+
+    def restart(
+        self, verdict: Verdict, leader: Leader | None, on_step: Callable[[Step, dict[str, float]], None]
+    ) -> int:
+        self.restarts += 1
+        if self.failure is not None:
+            raise self.failure
+        self.between()
+        on_step(Step.STARTING, {"stop": 1.0, "sweep": 1.0})
+        on_step(Step.LOADING, {"stop": 1.0, "sweep": 1.0, "start": 1.0})
+        return 8
+
+
+class Parts:
+    """A guard and the fakes around it."""
+
+    def __init__(self) -> None:
+        self.clock, self.record, self.restarter = FakeClock(), FakeRecord(), FakeRestarter()
+        self.observer = FakeObserver(self.clock)
+        self.guard = Guard(
+            worker_id="w",
+            observer=cast(Observer, self.observer),
+            record=cast(Record, self.record),
+            restarter=cast(Restarter, self.restarter),
+            limits=Limits(max_restarts_per_hour=2, backoff_s=0.1),
+            clock=self.clock,
+            woken=threading.Event(),
+            on_change=lambda: None,
+        )
+
+    def see(self, evidence: Evidence) -> Snapshot:
+        """Has the guard check on this evidence."""
+        self.observer.evidence = evidence
+        if self.record.is_away:
+            self.observer.evidence = replace(evidence, database_up_s=None, heartbeat=None)
+        self.guard.check()
+        assert self.guard.snapshot is not None
+        return self.guard.snapshot
+
+
+@pytest.fixture
+def parts() -> Parts:
+    """A guard that has seen its worker healthy."""
+    parts = Parts()
+    parts.see(beating(OLD))
+    return parts
+
+
+def test_nothing_is_done_that_cannot_be_written_down(parts: Parts) -> None:
+    """With Postgres away a crash is held and costs nothing; when it is back the restart is made, once."""
+    parts.record.is_away = True
+    for _ in range(3):
+        held = parts.see(in_state(State.EXITED))
+        assert (held.decision.verdict, held.decision.action) == (Verdict.CRASHED, Action.HOLD)
+    assert (parts.restarter.restarts, held.budget_left) == (0, 2)
+    parts.record.is_away = False
+    made = parts.see(in_state(State.EXITED))
+    assert (made.decision.action, parts.restarter.restarts, made.budget_left) == (Action.RESTART, 1, 1)
+
+
+def test_nothing_is_done_before_the_past_is_known() -> None:
+    """A watchdog that starts without Postgres does not know what its predecessor spent: it holds."""
+    parts = Parts()
+    parts.record.given = Past([10.0, 20.0], False, None)
+    parts.record.is_away = True
+    parts.see(in_state(State.EXITED))
+    parts.record.is_away = False
+    given_up = parts.see(in_state(State.EXITED))
+    assert (given_up.decision.action, given_up.gave_up, parts.restarter.restarts) == (Action.GIVE_UP, True, 0)
+    assert parts.record.kinds == ["gave_up"]
+
+
+def test_giving_up_is_written_down_once() -> None:
+    """It is tried until it succeeds, and not repeated at every check."""
+    parts = Parts()
+    parts.record.given = Past([10.0, 20.0], False, None)
+    parts.see(beating(OLD))
+    parts.record.is_away = True
+    assert not parts.see(in_state(State.EXITED)).gave_up
+    parts.record.is_away = False
+    for _ in range(3):
+        assert parts.see(in_state(State.EXITED)).gave_up
+    assert parts.record.kinds == ["gave_up"]
+
+
+def test_restart_goes_on_when_postgres_goes_in_the_middle(parts: Parts) -> None:
+    """Between stop and start the worker is started all the same; how far it came is written down later."""
+    parts.restarter.between = lambda: setattr(parts.record, "is_away", True)
+    assert parts.see(in_state(State.EXITED)).intent is not None
+    assert parts.record.events[0].step == "stopping"
+    parts.record.is_away = False
+    # STOPPED now is by an operator: the restart had been made, whatever the row said.
+    stopped = parts.see(in_state(State.STOPPED))
+    assert (stopped.decision.verdict, parts.restarter.restarts) == (Verdict.OPERATOR_STOP, 1)
+    assert (parts.record.events[0].step, parts.record.events[0].outcome) == ("loading", "superseded")
+
+
+def test_restart_that_fails_is_taken_up_again(parts: Parts) -> None:
+    """When the stop worked and the start did not, the open intent is finished at the next check."""
+    parts.restarter.failure = RestartError("supervisord refuses")
+    parts.see(in_state(State.EXITED))
+    parts.restarter.failure = None
+    again = parts.see(in_state(State.STOPPED))
+    assert (again.decision.verdict, again.decision.continues) == (Verdict.INTERRUPTED, True)
+    assert [event.step for event in parts.record.events] == ["loading"]
+    parts.see(beating(NEW))
+    assert [(event.outcome, event.new_incarnation) for event in parts.record.events] == [("recovered", NEW)]
+
+
+def test_restart_whose_worker_dies_again_has_failed(parts: Parts) -> None:
+    """Each attempt has an event of its own, with how it ended."""
+    parts.see(in_state(State.EXITED))
+    parts.see(in_state(State.EXITED))
+    parts.see(beating(NEW))
+    assert [event.outcome for event in parts.record.events] == ["failed", "recovered"]
+
+
+def test_intent_of_a_worker_that_never_stopped_is_superseded() -> None:
+    """A watchdog that died before it could stop the worker leaves an intent that has no object once it is healthy."""
+    parts = Parts()
+    event = parts.record.begin(in_state(State.RUNNING), Decision(Verdict.FROZEN, Action.RESTART, "", 0), {})
+    parts.record.given = Past([1.0], False, event)
+    assert parts.see(beating(OLD)).intent is None
+    assert [event.outcome for event in parts.record.events] == ["superseded"]
+    assert parts.restarter.restarts == 0
+
+
+def test_budget_comes_back_with_the_reset(parts: Parts) -> None:
+    """A reset that somebody wrote is seen at the next check."""
+    for _ in range(3):
+        last = parts.see(in_state(State.EXITED))
+    assert (last.gave_up, last.budget_left) == (True, 0)
+    parts.record.now = replace(parts.record.now, last_reset=5)
+    assert parts.see(in_state(State.EXITED)).decision.action is Action.RESTART
+    assert parts.see(beating(NEW)).budget_left == 1
+
+
+def test_pause_ends_by_itself_also_while_postgres_is_away(parts: Parts) -> None:
+    """How long a pause lasts is remembered, and counted here."""
+    parts.record.now = Standing(3.5, TIME, "new driver", 0)
+    assert parts.see(beating(OLD)).decision.verdict is Verdict.PAUSED
+    parts.record.is_away = True
+    verdicts: list[Any] = [parts.see(beating(OLD)).decision.verdict for _ in range(4)]
+    assert verdicts == [Verdict.PAUSED] * 3 + [Verdict.DATABASE_AWAY]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "kinds"),
+    [
+        (beating(OLD), in_state(State.STOPPED), ["verdict"]),
+        (in_state(State.STOPPED), beating(OLD), ["verdict"]),
+        (beating(OLD), beating(OLD), []),
+        (beating(OLD), in_state(State.EXITED), []),
+        (in_state(State.STOPPED), in_state(State.STOPPING), []),
+    ],
+)
+def test_verdicts_are_recorded_to_and_from_health(first: Evidence, then: Evidence, kinds: list[str]) -> None:
+    """The audit log has what a person would ask for, and no second entry for a restart."""
+    parts = Parts()
+    parts.see(first)
+    parts.see(then)
+    assert parts.record.kinds == kinds
