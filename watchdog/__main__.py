@@ -78,11 +78,14 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
 
 def _bring_schema(database: Database, ending: threading.Event) -> None:
     """Brings the schema up to date as soon as Postgres is there; until then the guards take it for away."""
+    is_waiting = False
     while not ending.is_set():
         try:
             database.call(migrate)
         except Unreachable as error:
-            log.warning("waiting_for_database", cause=str(error).strip())
+            if not is_waiting:
+                log.warning("waiting_for_database", cause=str(error).strip())
+            is_waiting = True
         except Exception:
             log.exception("schema_failed")
         else:

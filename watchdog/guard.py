@@ -32,6 +32,17 @@ POLL_S = 0.5
 # After a check that failed by a fault of ours.
 RETRY_S = 1.0
 
+# Verdicts that nobody has to be told about.
+QUIET = frozenset(
+    {
+        Verdict.HEALTHY,
+        Verdict.STARTING,
+        Verdict.DRAINING,
+        Verdict.TRANSITION,
+        Verdict.OPERATOR_STOP,
+        Verdict.PAUSED,
+    }
+)
 NOTHING_ORDERED = Standing(0.0, None, "", 0)
 
 log = logs.get("guard")
@@ -190,7 +201,7 @@ class Guard:
         before = self.snapshot.decision if self.snapshot else None
         if before is not None and (before.verdict, before.action) == (decision.verdict, decision.action):
             return
-        level = log.info if decision.verdict is Verdict.HEALTHY else log.warning
+        level = log.info if decision.verdict in QUIET and decision.action is Action.HOLD else log.warning
         level(
             "verdict_changed",
             worker_id=self.worker_id,
