@@ -1,9 +1,8 @@
 """A worker for the watchdog's tests: beats and serves health as the real one, and fails as files tell it to.
 
 The files are in `BATCH_HOME/faults`, looked at all the time: `crash` ends it at once with status 3, `loading` keeps it
-loading, `no_heartbeat` keeps it from beating, `no_rpc` closes its port, `stubborn` has it ignore SIGTERM, `orphans` has
-it start children that outlive it. Each life adds a line to `BATCH_HOME/lives`: its incarnation, and which children of
-earlier lives it found alive.
+loading, `no_heartbeat` keeps it from beating, `no_rpc` closes its port, `orphans` has it start children that outlive
+it. Each life adds a line to `BATCH_HOME/lives`: its incarnation, and which children of earlier lives it found alive.
 """
 
 import json
@@ -78,8 +77,9 @@ def main() -> None:
         raise SystemExit(3)
     if has("orphans"):
         leave_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: None if has("stubborn") else sys.exit(0))
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+    # At once: threads of gRPC and Postgres may be in any state after a SIGSTOP.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(0))
 
     database = Database(SETTINGS.postgres_url, "standin", timeout_s=2, connections=1)
     servicer = health.HealthServicer()

@@ -232,11 +232,12 @@ def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -
     sleep = ["sleep", "1000"]
     marks = {"BATCH_HOME": str(host.home), "SUPERVISOR_PROCESS_NAME": "worker"}
     innocent = [
-        host.run(*sleep),
+        subprocess.Popen(sleep),
         subprocess.Popen(sleep, env={}, start_new_session=True),
         subprocess.Popen(sleep, env=marks | {"BATCH_HOME": "/elsewhere"}),
         subprocess.Popen(sleep, env=marks | {"SUPERVISOR_PROCESS_NAME": "gateway"}),
     ]
+    host.children += innocent
     fault = host.fault("orphans")
     guards = host.guard()
     pid = until_healthy(guards)
@@ -245,12 +246,7 @@ def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -
     os.kill(pid, signal.SIGKILL)
     until(lambda: len(host.lives()) == 2, "a second life")
     assert host.lives()[1]["orphans"] == []
-    try:
-        assert all(child.poll() is None for child in innocent)
-    finally:
-        for child in innocent:
-            child.kill()
-            child.wait()
+    assert all(child.poll() is None for child in innocent)
 
 
 def test_operator_stop_stays(host: Host) -> None:
