@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OTHER_VARIABLES = {
     "BATCH_EMBEDDED_POSTGRES",
     "BATCH_ENV_FILE",
+    "BATCH_FAILPOINT",
     "BATCH_INCARNATION",
     "BATCH_TARGET",
     "BATCH_WATCHDOG_TARGET",
@@ -61,6 +62,15 @@ class Settings(BaseSettings):
     result_group_interval_s: Seconds = 0.05
     database_timeout_s: Seconds = 10
     drain_timeout_s: Seconds = 60
+
+    # What one client may ask for.
+    max_requests_per_batch: Annotated[int, Field(ge=1, le=2_000_000_000)] = 5_000_000
+    max_line_bytes: Annotated[int, Field(ge=1, le=256 << 20)] = 8 << 20
+    max_batch_bytes: Annotated[int, Field(ge=1)] = 50 << 30
+    max_queued_requests: Annotated[int, Field(ge=1)] = 50_000_000
+    max_open_batches: Annotated[int, Field(ge=1)] = 10_000
+    # Finished batches are removed after this long; 0: never.
+    retention_s: Annotated[float, Field(ge=0)] = 30 * 86_400
 
     # Recovery.
     check_interval_s: Seconds = 30

@@ -6,7 +6,7 @@ from datetime import datetime
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from service.db.batches import Batch, Options
+from service.db.batches import Batch, DuplicateError, FullError, Options
 from service.db.results import StoredResult
 from service.errors import ApiError, Violation, invalid
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -100,6 +100,23 @@ def options(message: pb.BatchOptions) -> Options:
     if wrong:
         raise invalid(wrong)
     return Options(message.request_id or None, dict(message.metadata), message.priority, window_s)
+
+
+def creation_error(error: DuplicateError | FullError) -> ApiError:
+    """Why a batch could not be created, for its client."""
+    if isinstance(error, FullError):
+        metadata = {"limit": str(error.limit), "value": str(error.value)}
+        return ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), "LIMIT_REACHED", metadata, retry_delay_s=60)
+    name = batch_name(error.batch.id)
+    message = f"request_id {error.batch.request_id!r} was used for {name} with other content or options"
+    return ApiError(grpc.StatusCode.ALREADY_EXISTS, message, "REQUEST_ID_REUSED", {"batch_id": name})
+
+
+def too_large(what: str, limit: int, value: int) -> ApiError:
+    """RESOURCE_EXHAUSTED for a batch that can never be taken."""
+    metadata = {"limit": str(limit), "value": str(value)}
+    message = f"{what}: {value}, at most {limit} are allowed"
+    return ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, "LIMIT_REACHED", metadata)
 
 
 def page_size(size: int) -> int:

@@ -283,8 +283,8 @@ class Guard:
         timings = {**self._intent.timings, **timings}
         try:
             self._record.close(self._intent, outcome, timings, incarnation)
-        except DatabaseAwayError as error:
-            log.warning("outcome_not_recorded", worker_id=self.worker_id, outcome=outcome, cause=str(error))
+        except DatabaseAwayError:
+            # Still open for us too: closed at a later check.
             return
         log.info("restart_ended", worker_id=self.worker_id, outcome=outcome, timings=timings)
         self._intent = None

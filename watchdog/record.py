@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -69,11 +68,9 @@ class Record:
         """Writes how the restart ended, and which incarnation came of it."""
         self._call(recoveries.close, intent.id, outcome, timings, incarnation)
 
-    def add(self, kind: str, decision: Decision, evidence: Evidence) -> datetime:
+    def add(self, kind: str, decision: Decision, evidence: Evidence) -> None:
         """Writes an event that is no restart."""
-        return self._call(
-            recoveries.add, self._worker_id, kind, str(decision.verdict), decision.reason, asdict(evidence)
-        )
+        self._call(recoveries.add, self._worker_id, kind, str(decision.verdict), decision.reason, asdict(evidence))
 
     def _call(
         self, function: Callable[Concatenate[peewee.PostgresqlDatabase, P], T], *args: P.args, **kwargs: P.kwargs

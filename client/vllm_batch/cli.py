@@ -97,6 +97,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
 @click.option("--request-id", default="", help="Submitting again under the same name gives the same batch.")
 @click.option("-m", "--metadata", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="Kept with the batch.")
 @click.option("--priority", type=click.IntRange(-100, 100), default=0, show_default=True, help="Higher runs first.")
+@click.option("--window", type=click.FloatRange(min=0, min_open=True), help="Seconds until it expires. Default: never.")
 @click.pass_obj
 def submit(
     client: Client,
@@ -106,6 +107,7 @@ def submit(
     request_id: str,
     metadata: dict[str, str],
     priority: int,
+    window: float | None,
 ) -> None:
     """Submit FILE, requests in OpenAI's batch format, one a line. `-` reads stdin. Prints the id of the batch."""
     if output is not None and not wait:
@@ -170,6 +172,25 @@ def cancel(client: Client, batch: str) -> None:
     """Stop BATCH. Finished results stay."""
     with _errors():
         click.echo(_state(client.cancel(batch)))
+
+
+@main.command()
+@click.argument("batch")
+@click.option("--request-id", default="", help="Retrying again under the same name gives the same batch.")
+@click.pass_obj
+def retry(client: Client, batch: str, request_id: str) -> None:
+    """Run the failed requests of BATCH again, as a new batch. Prints its id."""
+    with _errors():
+        click.echo(client.retry(batch, request_id).id)
+
+
+@main.command()
+@click.argument("batch")
+@click.pass_obj
+def delete(client: Client, batch: str) -> None:
+    """Delete BATCH, which has ended, with its requests and results."""
+    with _errors():
+        client.delete(batch)
 
 
 @main.command()

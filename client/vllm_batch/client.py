@@ -96,6 +96,7 @@ class Client:
         request_id: str = "",
         metadata: Mapping[str, str] | None = None,
         priority: int = 0,
+        completion_window_s: float | None = None,
         on_sent: Callable[[int], None] = lambda sent: None,
     ) -> pb.Batch:
         """Uploads a JSONL file that can be rewound, as one batch; exactly one, however often it had to be tried.
@@ -108,6 +109,8 @@ class Client:
             metadata=dict(metadata or {}),
             priority=priority,
         )
+        if completion_window_s is not None:
+            options.completion_window.FromMilliseconds(round(completion_window_s * 1000))
 
         def messages() -> Iterator[pb.UploadBatchRequest]:
             yield pb.UploadBatchRequest(options=options)
@@ -174,6 +177,21 @@ class Client:
         for response in self._stream(call):
             last = response.resume_token
             yield response
+
+    def result(self, batch_id: str, custom_id: str) -> pb.Result:
+        """The result of one request; CallError with NOT_FOUND until it has one."""
+        request = pb.GetResultRequest(batch_id=batch_id, custom_id=custom_id)
+        return self._retry(lambda: self._stub.GetResult(request, timeout=CALL_TIMEOUT_S).result)
+
+    def retry(self, batch_id: str, request_id: str = "") -> pb.Batch:
+        """A new batch of the requests of an ended one that failed or have no result."""
+        request = pb.RetryBatchRequest(batch_id=batch_id, request_id=request_id or str(uuid.uuid4()))
+        return self._retry(lambda: self._stub.RetryBatch(request, timeout=UPLOAD_TIMEOUT_S).batch)
+
+    def delete(self, batch_id: str) -> None:
+        """Deletes a batch that has ended, with its requests and results."""
+        request = pb.DeleteBatchRequest(batch_id=batch_id)
+        self._retry(lambda: self._stub.DeleteBatch(request, timeout=CALL_TIMEOUT_S))
 
     def cancel(self, batch_id: str) -> pb.Batch:
         """Stops a batch."""

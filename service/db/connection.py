@@ -21,6 +21,7 @@ Unreachable = (peewee.OperationalError, peewee.InterfaceError, psycopg2.Operatio
 # Any number that no other program takes as an advisory lock in the same database.
 MIGRATION_LOCK = 0x76626174
 WORKER_LOCKS = 0x76626175
+HOUSEKEEPING_LOCK = 0x76626176
 
 
 class _Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
@@ -92,4 +93,10 @@ def migrate(db: peewee.PostgresqlDatabase) -> list[str]:
 def lock_worker(db: peewee.PostgresqlDatabase, worker_id: str) -> bool:
     """Takes the lock of a worker's identity for as long as this connection lives. False: another process has it."""
     row = db.execute_sql("SELECT pg_try_advisory_lock(%s, hashtext(%s))", (WORKER_LOCKS, worker_id)).fetchone()
+    return bool(row[0])
+
+
+def lock_housekeeping(db: peewee.PostgresqlDatabase) -> bool:
+    """Takes the lock of the housekeeper for this transaction. False: another has it."""
+    row = db.execute_sql("SELECT pg_try_advisory_xact_lock(%s)", (HOUSEKEEPING_LOCK,)).fetchone()
     return bool(row[0])

@@ -8,6 +8,8 @@ from uuid import UUID
 import peewee
 from psycopg2.extras import execute_values
 
+from service import failpoints
+
 
 @dataclass(frozen=True)
 class Result:
@@ -60,7 +62,7 @@ AS (VALUES %s
     ORDER BY id FOR UPDATE
 ), batch AS MATERIALIZED (
     SELECT id, completed + failed AS finished FROM batches
-    WHERE id IN (SELECT batch_id FROM held) ORDER BY id FOR UPDATE
+    WHERE id IN (SELECT batch_id FROM held) AND state IN ('in_progress', 'cancelling') ORDER BY id FOR UPDATE
 ), written AS (
     INSERT INTO results (batch_id, index, sequence, status_code, body, error_code, error_message, incarnation)
     SELECT g.batch_id, g.index,
@@ -124,9 +126,12 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     ]
     if not rows:
         return 0
+    failpoints.hit("write.before_commit")
     with db.cursor() as cursor:
         sql = WRITE.replace("{incarnation}", str(incarnation))
-        return len(execute_values(cursor, sql, rows, template=TEMPLATE, page_size=len(rows), fetch=True))
+        written = execute_values(cursor, sql, rows, template=TEMPLATE, page_size=len(rows), fetch=True)
+    failpoints.hit("write.after_commit")
+    return len(written)
 
 
 READ = """
@@ -149,6 +154,12 @@ def read_finished(db: peewee.PostgresqlDatabase, batch_id: int, after: int, limi
         READ + "WHERE r.batch_id = %s AND r.sequence > %s ORDER BY r.sequence LIMIT %s", (batch_id, after, limit)
     )
     return list(_stored(rows.fetchall()))
+
+
+def read_one(db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str) -> StoredResult | None:
+    """The result of the request of that name; None when there is no such request, or no result yet."""
+    row = db.execute_sql(READ + "WHERE q.batch_id = %s AND q.custom_id = %s", (batch_id, custom_id)).fetchone()
+    return StoredResult(*row) if row else None
 
 
 def _stored(rows: Sequence[tuple]) -> Iterator[StoredResult]:  # type: ignore[type-arg]

@@ -5,11 +5,14 @@ import asyncio
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from service import config, logs, processes, rpc
 from service.clock import SystemClock
 from service.config import Settings
+from service.db.batches import Limits
 from service.db.connection import Database
+from service.gateway.housekeeping import Housekeeping
 from service.gateway.presence import Presence
 from service.gateway.service import GatewayServicer
 from vllm_batch.v1 import batch_service_pb2_grpc
@@ -35,7 +38,9 @@ async def serve(settings: Settings) -> None:
         await server.set_health(SERVICE, is_accepting)
 
     presence = Presence(looking, SystemClock(), settings.heartbeat_timeout_s, accepting_changed)
-    servicer = GatewayServicer(database, presence)
+    limits = Limits(settings.max_open_batches, settings.max_queued_requests)
+    servicer = GatewayServicer(database, limits, presence)
+    keeping = Database(settings.postgres_url, "gateway-housekeeping", settings.database_timeout_s, connections=1)
     server = await rpc.serve(
         settings.host,
         settings.gateway_port,
@@ -45,14 +50,18 @@ async def serve(settings: Settings) -> None:
     await server.set_health("", True)
     log.info("gateway_serving", address=server.address)
     following = asyncio.create_task(presence.follow())
+    housekeeping = asyncio.create_task(Housekeeping(keeping, settings.retention_s).follow())
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    following.cancel()
+    tasks: set[asyncio.Task[Any]] = {following, housekeeping, stopping}
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in (following, housekeeping):
+        task.cancel()
     await server.health.enter_graceful_shutdown()
     await server.grpc_server.stop(GRACE_S)
     await servicer.close()
-    if not stop.is_set():
-        following.result()
+    for task in (following, housekeeping):
+        if task.done() and not task.cancelled():
+            task.result()
     log.info("gateway_ended")
 
 

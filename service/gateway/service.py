@@ -6,11 +6,12 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from service import logs, rpc
+from service.db.batches import Limits
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
 from service.gateway.presence import Presence
 from service.gateway.workers import offline
-from service.reading import Context, ReadingServicer
+from service.stored import Context, StoredServicer
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
@@ -23,11 +24,11 @@ T = TypeVar("T")
 log = logs.get("gateway")
 
 
-class GatewayServicer(ReadingServicer):
+class GatewayServicer(StoredServicer):
     """Forwards CreateBatch and UploadBatch; reads."""
 
-    def __init__(self, database: Database, presence: Presence) -> None:
-        super().__init__(database)
+    def __init__(self, database: Database, limits: Limits, presence: Presence) -> None:
+        super().__init__(database, limits)
         self._presence = presence
         self._channels: dict[str, grpc.aio.Channel] = {}
 

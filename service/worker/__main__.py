@@ -15,13 +15,14 @@ import psutil
 
 from service import config, logs, processes, rpc
 from service.config import Settings
+from service.db.batches import Limits
 from service.db.connection import Database, Unreachable, connect, migrate
 from service.db.heartbeats import Beat, Phase
 from service.worker import engines
 from service.worker.engine import EngineDeadError
 from service.worker.engine_thread import EngineThread
 from service.worker.heart import Heart
-from service.worker.intake import Offer
+from service.worker.intake import Intake, Offer, Sizes
 from service.worker.life import Life
 from service.worker.runner import Runner
 from service.worker.service import WorkerServicer
@@ -55,11 +56,16 @@ async def work(settings: Settings) -> int:
         engine, running, life.worker_id, life.incarnation, settings.lease_s, settings.result_group_interval_s
     )
 
+    intake = Intake(
+        served,
+        Sizes(settings.max_requests_per_batch, settings.max_line_bytes, settings.max_batch_bytes),
+        Limits(settings.max_open_batches, settings.max_queued_requests),
+    )
     server = await rpc.serve(
         settings.host,
         settings.worker_port,
         lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
-            WorkerServicer(served, life, lambda: thread.call_soon(runner.work_arrived)), grpc_server
+            WorkerServicer(intake, life, lambda: thread.call_soon(runner.work_arrived)), grpc_server
         ),
         (SERVICE,),
     )

@@ -3,12 +3,12 @@
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import peewee
 
 from service import logs
-from service.db import chunks, heartbeats
+from service.db import batches, chunks, heartbeats
 from service.db.connection import Unreachable, lock_worker
 from service.db.heartbeats import Beat
 from service.worker.life import Life
@@ -94,8 +94,8 @@ class Heart:
             if not lock_worker(self.connection, self.life.worker_id):
                 raise IdentityTakenError
             if not self._locked.is_set():
-                orphaned = chunks.release_worker(self.connection, self.life.worker_id)
-                log.info("identity_locked", worker_id=self.life.worker_id, chunks_released=orphaned)
+                burial = chunks.bury(self.connection, self.life.worker_id)
+                log.info("identity_locked", worker_id=self.life.worker_id, **asdict(burial))
             self._has_lock = True
             self._locked.set()
         heartbeats.write(self.connection, self.beat())
@@ -106,6 +106,8 @@ class Heart:
             lost = [chunk for chunk in held if chunk not in renewed]
             if lost:
                 self.on_leases_lost(lost)
+                chunks.drop_cancelled(self.connection, lost, self.life.incarnation)
+        batches.settle_cancelled(self.connection)
         released = chunks.release_expired(self.connection, self.lease_s)
         if released:
             log.warning("expired_leases_released", chunks=released)

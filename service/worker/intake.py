@@ -16,18 +16,17 @@ import psycopg2.errors
 from google.protobuf.json_format import MessageToDict
 
 from service.db import batches
-from service.db.batches import Batch, Options
+from service.db.batches import Batch, Limits, Options
 from service.db.connection import Database
 from service.errors import ApiError, Violation, invalid
 from service.lines import MAX_VIOLATIONS, LineError, parse
-from service.messages import batch_name
+from service.messages import creation_error, too_large
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 # A client that sends nothing for this long has gone.
 PIECE_TIMEOUT_S = 60.0
 # The longest that storing one batch may take, all in all.
 STORE_TIMEOUT_S = 3600.0
-MAX_LINE_BYTES = 8 << 20
 
 _BOM = b"\xef\xbb\xbf"
 _COPY_ROW = re.compile(r"COPY requests, line (\d+)")
@@ -36,10 +35,19 @@ _DUPLICATE = re.compile(r"\(batch_id, custom_id\)=\(\d+, (.*)\) already exists",
 
 @dataclass(frozen=True)
 class Offer:
-    """What this worker serves, and how a request is named in an error."""
+    """What this worker serves."""
 
     models: Set[str]
     urls: Set[str]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large one batch may be."""
+
+    requests: int
+    line_bytes: int
+    batch_bytes: int
 
 
 def file_place(number: int) -> str:
@@ -60,7 +68,13 @@ class Rows:
     """
 
     def __init__(
-        self, batch_id: int, pieces: Iterator[bytes], offer: Offer, place: Callable[[int], str], salt: bytes
+        self,
+        batch_id: int,
+        pieces: Iterator[bytes],
+        offer: Offer,
+        sizes: Sizes,
+        place: Callable[[int], str],
+        salt: bytes,
     ) -> None:
         self.total = 0
         self.models: set[str] = set()
@@ -68,6 +82,8 @@ class Rows:
         self._batch_id = str(batch_id).encode()
         self._pieces = pieces
         self._offer = offer
+        self._sizes = sizes
+        self._bytes = 0
         self._place = place
         self._hash = hashlib.sha256(salt)
         self._line_number = 0
@@ -107,9 +123,12 @@ class Rows:
             last, self._rest = self._rest, b""
             return [last] if last else []
         self._hash.update(piece)
+        self._bytes += len(piece)
+        if self._bytes > self._sizes.batch_bytes:
+            raise too_large("bytes of the batch", self._sizes.batch_bytes, self._bytes)
         lines = (self._rest + piece).split(b"\n")
         self._rest = lines.pop()
-        if len(self._rest) > MAX_LINE_BYTES:
+        if len(self._rest) > self._sizes.line_bytes:
             # Read no further; it is refused with its number as any line that is too long.
             lines.append(self._rest)
         return lines
@@ -125,9 +144,10 @@ class Rows:
                 self._blank_before.append(self.total)
                 continue
             place = self._place(self._line_number)
-            if len(line) > MAX_LINE_BYTES:
-                violations.append(Violation(place, f"is longer than {MAX_LINE_BYTES} bytes"))
-                break
+            if len(line) > self._sizes.line_bytes:
+                raise too_large(f"bytes of {place}", self._sizes.line_bytes, len(line))
+            if self.total >= self._sizes.requests:
+                raise too_large("requests of the batch", self._sizes.requests, self.total + 1)
             try:
                 parsed = parse(line, place, self._offer.models, self._offer.urls)
             except LineError as error:
@@ -210,50 +230,50 @@ def _integers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-async def store(
-    database: Database, options: Options, salt: bytes, pieces: Pieces, offer: Offer, place: Callable[[int], str]
-) -> Batch:
-    """Stores a batch from its lines, whole or not at all. The same again under its request_id gives the first.
+@dataclass(frozen=True)
+class Intake:
+    """Stores new batches within limits."""
 
-    Raises ApiError: INVALID_ARGUMENT naming each wrong line and field, ALREADY_EXISTS; or one of `Unreachable`.
-    """
-    rows: Rows | None = None
+    database: Database
+    sizes: Sizes
+    limits: Limits
 
-    def make_rows(batch_id: int) -> Rows:
-        nonlocal rows
-        rows = Rows(batch_id, pieces, offer, place, salt)
-        return rows
+    async def store(
+        self, options: Options, salt: bytes, pieces: Pieces, offer: Offer, place: Callable[[int], str]
+    ) -> Batch:
+        """Stores a batch from its lines, whole or not at all. The same again under its request_id gives the first.
 
-    try:
-        return await database.run(batches.store, options, make_rows, STORE_TIMEOUT_S)
-    except batches.DuplicateError as error:
-        assert rows is not None
-        if error.batch.digest == rows.digest:
-            return error.batch
-        raise _already_exists(error.batch) from None
-    except psycopg2.errors.UniqueViolation as error:
-        assert rows is not None
-        raise _duplicate_custom_id(error, rows) from None
-    except Exception as error:
-        if rows is not None and isinstance(rows.failure, ApiError):
-            raise rows.failure from None
-        if rows is not None and isinstance(rows.failure, TimeoutError):
-            raise ApiError(
-                grpc.StatusCode.DEADLINE_EXCEEDED, f"upload stopped: nothing came for {PIECE_TIMEOUT_S:.0f} s"
-            ) from error
-        raise
-    finally:
-        pieces.abort()
+        Raises ApiError: INVALID_ARGUMENT naming each wrong line and field, ALREADY_EXISTS; or one of `Unreachable`.
+        """
+        rows: Rows | None = None
 
+        def make_rows(batch_id: int) -> Rows:
+            nonlocal rows
+            rows = Rows(batch_id, pieces, offer, self.sizes, place, salt)
+            return rows
 
-def _already_exists(batch: Batch) -> ApiError:
-    name = batch_name(batch.id)
-    return ApiError(
-        grpc.StatusCode.ALREADY_EXISTS,
-        f"request_id {batch.request_id!r} was used for {name} with other content or options",
-        "REQUEST_ID_REUSED",
-        {"batch_id": name},
-    )
+        try:
+            return await self.database.run(batches.store, options, make_rows, STORE_TIMEOUT_S, self.limits)
+        except batches.DuplicateError as error:
+            assert rows is not None
+            if error.batch.digest == rows.digest:
+                return error.batch
+            raise creation_error(error) from None
+        except batches.FullError as error:
+            raise creation_error(error) from None
+        except psycopg2.errors.UniqueViolation as error:
+            assert rows is not None
+            raise _duplicate_custom_id(error, rows) from None
+        except Exception as error:
+            if rows is not None and isinstance(rows.failure, ApiError):
+                raise rows.failure from None
+            if rows is not None and isinstance(rows.failure, TimeoutError):
+                raise ApiError(
+                    grpc.StatusCode.DEADLINE_EXCEEDED, f"upload stopped: nothing came for {PIECE_TIMEOUT_S:.0f} s"
+                ) from error
+            raise
+        finally:
+            pieces.abort()
 
 
 def _duplicate_custom_id(error: psycopg2.errors.UniqueViolation, rows: Rows) -> ApiError:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from uuid import UUID
 
 from service import logs
@@ -19,6 +19,13 @@ from service.worker.engine import Answer, Engine, EngineDeadError
 IDLE_S = 1.0
 # Results stored by one statement at most.
 GROUP = 500
+# Suspects run alone for this long at a time; then the other work has its turn for as long as that took.
+APART_S = 30.0
+# What the engine must answer before a suspect runs alone: one that dies of nothing must not be a suspect's fault.
+PROOF = {
+    "/v1/chat/completions": '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}',
+    "/v1/embeddings": '{"input": "Hello"}',
+}
 
 log = logs.get("runner")
 
@@ -48,8 +55,15 @@ class Runner:
     _unstored: dict[int, int] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _wake_writer: asyncio.Event = field(default_factory=asyncio.Event)
-    # When to look for work again, in the loop's time.
+    # When to look for work again, in the loop's time; and when suspects may run alone again.
     _look_at: float = 0
+    _apart_at: float = 0
+    # Chunks that are one suspect each.
+    _suspects: set[int] = field(default_factory=set)
+    _are_alone_waiting: bool = False
+    _is_proven: bool = False
+    # The chunks that had a request in the engine when it died.
+    _died_with: set[int] = field(default_factory=set)
     _is_draining: bool = False
     _is_dead: bool = False
     _is_database_away: bool = False
@@ -92,8 +106,7 @@ class Runner:
         writer = asyncio.create_task(self._write_groups())
         try:
             await self._feed()
-            while self._running and not self._is_dead:
-                await self._wait()
+            await self._empty()
             # What has finished is worth waiting for, except for the dead with Postgres away too.
             while self._finished and not (self._is_dead and self._is_database_away):
                 await self._wait()
@@ -111,6 +124,8 @@ class Runner:
         window = self.engine.window
         loop = asyncio.get_running_loop()
         while not (self._is_draining or self._is_dead):
+            if self._are_alone_waiting and loop.time() >= self._apart_at:
+                await self._run_apart()
             # With Postgres away results pile up; a few windows of them is all that is held in memory.
             while self._ready and len(self._running) < window and len(self._finished) < 4 * window:
                 self._start(self._ready.popleft())
@@ -120,14 +135,97 @@ class Runner:
                 self._look_at = 0 if claimed else loop.time() + IDLE_S
             if not claimed:
                 await self._wait()
-            self._is_dead = self._is_dead or self.engine.is_dead
+            self._watch_engine()
+
+    def _watch_engine(self) -> None:
+        """Takes note of an engine that died without anybody waiting for it."""
+        if self.engine.is_dead:
+            self._note_death("found dead")
+
+    def _note_death(self, cause: str) -> None:
+        if self._is_dead:
+            return
+        self._is_dead = True
+        self._died_with = {request.chunk_id for request in self._running.values()}
+        log.error("engine_died", cause=cause, in_engine=len(self._running))
+        self._wake.set()
+
+    async def _empty(self) -> None:
+        """Waits until nothing is in the engine, or the engine is dead."""
+        while self._running and not self._is_dead:
+            await self._wait()
+            self._watch_engine()
+
+    async def _run_apart(self) -> None:
+        """Runs suspects of two deaths, one at a time with nothing else in the engine and nothing else held.
+
+        Whatever dies now dies of the one request that is held. Other work has its turn in between.
+        """
+        await self._empty()
+        if not self._is_proven and not self._is_dead:
+            await self._prove()
+        while self._finished and not self._is_dead:
+            await self._wait()
+        if self._is_dead or self._is_draining or not await self._release_ready():
+            return
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while not (self._is_dead or self._is_draining) and loop.time() - began < APART_S:
+            try:
+                taken = await self.database.run(
+                    chunks.claim_alone, self.worker_id, self.incarnation, self.engine.models, self.lease_s
+                )
+                for chunk in taken:
+                    await self._load(chunk)
+            except Unreachable as error:
+                self._database_away(error)
+                break
+            if not taken:
+                self._are_alone_waiting = False
+                break
+            log.warning("suspect_runs_alone", chunk=taken[0].id, batch=taken[0].batch_id, index=taken[0].first_index)
+            while self._ready:
+                self._start(self._ready.popleft())
+            await self._empty()
+            while self._unstored and not self._is_dead:
+                await self._wait()
+        self._apart_at = loop.time() + (loop.time() - began)
+
+    async def _prove(self) -> None:
+        """Has the engine answer a harmless request."""
+        url = next((url for url in PROOF if url in self.engine.urls), None)
+        if url is None:
+            self._is_proven = True
+            return
+        try:
+            await self.engine.run(url, PROOF[url])
+        except EngineDeadError as error:
+            self._note_death(str(error))
+        else:
+            self._is_proven = True
+
+    async def _release_ready(self) -> bool:
+        """Puts back what is held and not in the engine. False: Postgres is away."""
+        try:
+            await self.database.run(chunks.release, self.held, self.incarnation)
+        except Unreachable as error:
+            self._database_away(error)
+            return False
+        self._unstored.clear()
+        self._suspects.clear()
+        self._ready.clear()
+        return True
 
     async def _claim(self, limit: int) -> bool:
         """Takes chunks and loads their requests. False: there are none, or Postgres is away."""
+        mine = (self.worker_id, self.incarnation, self.engine.models)
         try:
-            taken = await self.database.run(
-                chunks.claim, self.worker_id, self.incarnation, self.engine.models, limit, self.lease_s
-            )
+            few, alone = await self.database.run(chunks.suspects, self.engine.models)
+            self._are_alone_waiting = alone > 0
+            taken = await self.database.run(chunks.claim, *mine, limit, self.lease_s)
+            if few:
+                held = len(self._suspects & self._unstored.keys())
+                taken += await self.database.run(chunks.claim_suspects, *mine, held, self.lease_s)
             for chunk in taken:
                 await self._load(chunk)
         except Unreachable as error:
@@ -142,6 +240,8 @@ class Runner:
         if requests:
             self._unstored[chunk.id] = len(requests)
             self._ready.extend(requests)
+        if chunk.deaths:
+            self._suspects.add(chunk.id)
         log.debug("chunk_claimed", chunk=chunk.id, batch=chunk.batch_id, requests=len(requests))
 
     def _start(self, request: Request) -> None:
@@ -157,16 +257,14 @@ class Runner:
         try:
             answer = await self.engine.run(request.url, request.body)
         except EngineDeadError as error:
-            if not self._is_dead:
-                log.error("engine_died", cause=str(error), in_engine=len(self._running))
-            self._is_dead = True
-            self._wake.set()
+            self._note_death(str(error))
             return
         except Exception as error:
             log.error("request_failed", batch=request.batch_id, index=request.index, exc_info=error)
             message = f"{type(error).__name__} in the worker"
             self._finished.append(_error(request.chunk_id, request.batch_id, request.index, "INTERNAL_ERROR", message))
         else:
+            self._is_proven = True
             self._finished.append(_result(request, answer))
         self._wake_writer.set()
 
@@ -211,6 +309,10 @@ class Runner:
             return
         if left == 1:
             del self._unstored[result.chunk_id]
+            if result.chunk_id in self._suspects:
+                self._suspects.discard(result.chunk_id)
+                # The next suspects are few at a time: they wait for this.
+                self._look_at = 0
         else:
             self._unstored[result.chunk_id] = left - 1
 
@@ -224,15 +326,24 @@ class Runner:
         self._wake.set()
 
     async def _give_back(self) -> None:
-        """Releases what is held, for whoever is next. Without Postgres the leases end by themselves."""
+        """Releases what is held, for whoever is next. Without Postgres the leases end by themselves.
+
+        After a death of the engine what was in it is suspect; what only waited for it is not.
+        """
         held = self.held
+        died_with = self._died_with & self._unstored.keys()
         self._unstored.clear()
         self._ready.clear()
         if not held:
             return
         try:
-            released = await self.database.run(chunks.release, held, self.incarnation)
+            released = await self.database.run(
+                chunks.release, [chunk for chunk in held if chunk not in died_with], self.incarnation
+            )
             log.info("chunks_given_back", chunks=released)
+            if died_with:
+                burial = await self.database.run(chunks.bury, self.worker_id)
+                log.warning("suspects_made", **asdict(burial))
         except Unreachable as error:
             self._database_away(error)
 

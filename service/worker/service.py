@@ -5,21 +5,21 @@ from collections.abc import AsyncIterator, Callable
 
 from service import logs, messages
 from service.db.batches import Batch
-from service.db.connection import Database
 from service.errors import Violation, invalid
-from service.reading import Context, ReadingServicer
-from service.worker.intake import Pieces, file_place, inline_lines, inline_place, store
+from service.stored import Context, StoredServicer
+from service.worker.intake import Intake, Pieces, file_place, inline_lines, inline_place
 from service.worker.life import Life
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 log = logs.get("intake")
 
 
-class WorkerServicer(ReadingServicer):
+class WorkerServicer(StoredServicer):
     """CreateBatch and UploadBatch beside the calls that read. `on_stored` is told of each new batch."""
 
-    def __init__(self, database: Database, life: Life, on_stored: Callable[[], None]) -> None:
-        super().__init__(database)
+    def __init__(self, intake: Intake, life: Life, on_stored: Callable[[], None]) -> None:
+        super().__init__(intake.database, intake.limits)
+        self._intake = intake
         self._life = life
         self._on_stored = on_stored
 
@@ -61,8 +61,7 @@ class WorkerServicer(ReadingServicer):
         salted = pb.BatchOptions()
         salted.CopyFrom(message)
         salted.request_id = ""
-        batch = await store(
-            self.database,
+        batch = await self._intake.store(
             options,
             salted.SerializeToString(deterministic=True),
             Pieces(pieces, asyncio.get_running_loop()),

@@ -21,7 +21,7 @@ COUNT = 120
 @pytest.fixture(scope="module")
 def stack() -> Iterator[FullStack]:
     """One stack for all: a start takes half a minute."""
-    with full_stack(BATCH_WINDOW="16") as stack:
+    with full_stack(BATCH_WINDOW="8") as stack:
         started = stack.script("start-all.sh")
         assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
         yield stack
@@ -46,12 +46,13 @@ def engine_processes(pid: int) -> list[psutil.Process]:
 def run_and_break(stack: FullStack, victim: str) -> tuple[rpb.RecoveryEvent, list[psutil.Process]]:
     """Runs a batch and kills the worker or its engine in the middle; checks all results. Returns the restart."""
     before = len(stack.restarts())
+    # Known beforehand: the batch must not be done before the kill.
+    worker = stack.pid("worker")
+    engine = engine_processes(worker)
+    core = next(process for process in engine if "EngineCore" in process.cmdline()[0])
     with Client(stack.target) as client:
         batch = client.submit_lines(lines())
         until(lambda: client.get(batch.id).counts.completed >= 10, "a few results", 60)
-        worker = stack.pid("worker")
-        engine = engine_processes(worker)
-        core = next(process for process in engine if "EngineCore" in process.cmdline()[0])
         os.kill(worker if victim == "worker" else core.pid, signal.SIGKILL)
         assert client.get(batch.id).counts.completed < COUNT
         until(lambda: stack.recovered(before + 1), "the worker to be back", 240)

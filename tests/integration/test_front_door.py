@@ -98,7 +98,6 @@ def test_inline_batch(serving: Stack, client: Client) -> None:
         ([line("a", stream=True)], "line 1: body.stream", "not streamed"),
         ([], "requests", "there are none"),
         ([b"\n\n"], "requests", "there are none"),
-        ([line("a"), b"x" * 9_000_000], "line 2", "longer than"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_stored(
@@ -168,9 +167,148 @@ def test_unknown_batch(serving: Stack, client: Client) -> None:
         assert refused(lambda name=name: client.get(name)).code is grpc.StatusCode.NOT_FOUND  # type: ignore[misc]
 
 
-def test_calls_of_later_versions(serving: Stack, client: Client) -> None:
-    """What is not there yet says so."""
-    assert refused(lambda: client.cancel("batch_1")).code is grpc.StatusCode.UNIMPLEMENTED
+def test_line_over_the_limit(serving: Stack, client: Client) -> None:
+    """A line that is too long is refused with the limit and the value, without being read to its end."""
+    error = refused(lambda: client.submit_lines([line("a"), b"x" * 10_000_000]))
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.message.startswith("bytes of line 2: ")
+    assert error.metadata["limit"] == str(8 << 20)
+    assert count(serving, "batches") == 0
+
+
+def test_limits(stack: Stack, client: Client) -> None:
+    """Each limit is an error of its own with limit and value, and nothing is stored."""
+    stack.gateway(max_open_batches=2, max_queued_requests=8)
+    stack.worker(
+        max_requests_per_batch=5,
+        max_batch_bytes=2000,
+        max_open_batches=2,
+        max_queued_requests=8,
+        simulated_request_s=600,
+    )
+    stack.wait_until_accepting()
+    for given, told in (
+        (lines(6), "requests of the batch: 6, at most 5"),
+        ([line("a", x="y" * 3000)], "bytes of the batch: "),
+    ):
+        error = refused(lambda given=given: client.submit_lines(given))  # type: ignore[misc]
+        assert (error.code, told in error.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True), error.message
+    client.submit_lines(lines(5))
+    assert "requests queued: 9, at most 8" in refused(lambda: client.submit_lines(lines(4))).message
+    client.submit_lines(lines(3))
+    assert "batches open: 3, at most 2" in refused(lambda: client.submit_lines(lines(1))).message
+    assert count(stack, "batches") == 2
+
+
+def test_cancel_stops_what_runs(stack: Stack, client: Client) -> None:
+    """A cancelled batch is aborted in the engine within seconds; finished results stay; other work goes on."""
+    stack.gateway()
+    stack.worker(window=50)
+    stack.wait_until_accepting()
+    batch = client.submit_lines([*lines(20), *(line(f"slow{i}", vllm_xargs={"simulate": 600}) for i in range(300))])
+    until(lambda: client.get(batch.id).counts.completed == 20, "the quick ones")
+    assert client.cancel(batch.id).state == pb.BATCH_STATE_CANCELLING
+    ended = finished(client, batch.id)
+    assert (ended.state, ended.counts.completed) == (pb.BATCH_STATE_CANCELLED, 20)
+    assert client.cancel(batch.id).state == pb.BATCH_STATE_CANCELLED
+    assert len(list(client.results(batch.id, follow=True))) == 20
+    # The engine's window is free again: it was full of requests of ten minutes.
+    assert finished(client, client.submit_lines(lines(60)).id).counts.completed == 60
+
+
+def test_cancel_reverted(serving: Stack, client: Client) -> None:
+    """A worker that dies while its batch is cancelled does not bring it back."""
+    batch = client.submit_lines(lines(500, vllm_xargs={"simulate": 600}))
+    until(lambda: client.get(batch.id).HasField("start_time"), "the batch to start")
+    os.kill(serving.servers[-1].process.pid, signal.SIGSTOP)
+    assert client.cancel(batch.id).state == pb.BATCH_STATE_CANCELLING
+    serving.servers[-1].kill()
+    serving.servers[-1].start()
+    assert finished(client, batch.id).state == pb.BATCH_STATE_CANCELLED
+    assert client.get(batch.id).counts.completed == 0
+
+
+def test_cancel_without_a_worker(stack: Stack, client: Client) -> None:
+    """With no worker at all a batch whose lease is over is cancelled all the same."""
+    stack.gateway()
+    worker = stack.worker(lease_s=1)
+    stack.wait_until_accepting()
+    batch = client.submit_lines(lines(100, vllm_xargs={"simulate": 600}))
+    until(lambda: client.get(batch.id).HasField("start_time"), "the batch to start")
+    worker.kill()
+    client.cancel(batch.id)
+    assert finished(client, batch.id).state == pb.BATCH_STATE_CANCELLED
+
+
+def test_one_result_by_name(serving: Stack, client: Client) -> None:
+    """GetResult gives the result of one request, and tells no result from no request."""
+    batch = client.submit_lines([*lines(3), line("never", vllm_xargs={"simulate": 600})])
+    until(lambda: client.get(batch.id).counts.completed == 3, "three results")
+    assert client.result(batch.id, "c1").index == 1
+    for name in ("never", "unknown"):
+        error = refused(lambda name=name: client.result(batch.id, name))  # type: ignore[misc]
+        assert (error.code, name in error.message) == (grpc.StatusCode.NOT_FOUND, True)
+    assert refused(lambda: client.result(batch.id, "")).code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_retry_and_delete(serving: Stack, client: Client) -> None:
+    """What failed runs again as a batch of its own; an ended batch can be deleted, a running one cannot."""
+    batch = client.submit_lines([*lines(3), line("bad", vllm_xargs={"simulate": "refuse"})])
+    finished(client, batch.id)
+    again = client.retry(batch.id, request_id="again")
+    assert client.retry(batch.id, request_id="again").id == again.id
+    assert (finished(client, again.id).counts.total, again.id != batch.id) == (1, True)
+    client.delete(batch.id)
+    assert refused(lambda: client.get(batch.id)).code is grpc.StatusCode.NOT_FOUND
+    assert refused(lambda: client.delete(batch.id)).code is grpc.StatusCode.NOT_FOUND
+    running = client.submit_lines(lines(2, vllm_xargs={"simulate": 600}))
+    error = refused(lambda: client.delete(running.id))
+    assert (error.code, error.metadata["state"]) == (grpc.StatusCode.FAILED_PRECONDITION, "in_progress")
+    until(lambda: count(serving, "requests") == 3, "the deleted rows to go")
+
+
+def test_completion_window(serving: Stack, client: Client) -> None:
+    """A batch that is not complete in its window expires: finished results stay, the rest is `batch_expired`."""
+    given = [*lines(10), *(line(f"slow{i}", vllm_xargs={"simulate": 600}) for i in range(5))]
+    batch = client.submit_lines(given, completion_window_s=2)
+    ended = finished(client, batch.id)
+    assert (ended.state, ended.counts.completed, ended.counts.failed) == (pb.BATCH_STATE_EXPIRED, 10, 5)
+    assert [r.result.error.code for r in client.results(batch.id)][10:] == ["batch_expired"] * 5
+    assert finished(client, client.submit_lines(lines(300)).id).counts.completed == 300
+
+
+def poison(stack: Stack, client: Client, count: int, killers: int) -> tuple[pb.Batch, int]:
+    """Runs a batch with requests that kill the worker, which is started again. Returns the batch and the deaths."""
+    given = list(lines(count))
+    for number in range(killers):
+        given.insert(
+            (number * 2 + 1) * count // (2 * killers), line(f"killer{number}", vllm_xargs={"simulate": "crash"})
+        )
+    batch = client.submit_lines(given)
+    deaths = 0
+    worker = stack.servers[-1]
+    while not client.get(batch.id).HasField("end_time"):
+        if worker.process.poll() is not None:
+            deaths += 1
+            assert deaths <= 3 * killers, "more deaths than a poison request may cost"
+            worker.start()
+        until(lambda: worker.process.poll() is not None or client.get(batch.id).HasField("end_time"), "an event", 60)
+    return client.get(batch.id), deaths
+
+
+@pytest.mark.parametrize(("count", "killers"), [(300, 1), (5000, 3)])
+def test_poison_costs_only_itself(stack: Stack, client: Client, count: int, killers: int) -> None:
+    """Requests that kill the worker are found after three deaths each and get their error; the others complete."""
+    stack.gateway()
+    stack.worker(simulated_request_s=0.005, window=64)
+    stack.wait_until_accepting()
+    done, deaths = poison(stack, client, count, killers)
+    assert deaths == 3 * killers
+    assert (done.state, done.counts.completed, done.counts.failed) == (pb.BATCH_STATE_COMPLETED, count, killers)
+    failed = [r.result for r in client.results(done.id) if r.result.HasField("error")]
+    assert [result.custom_id for result in failed] == [f"killer{number}" for number in range(killers)]
+    assert {result.error.code for result in failed} == {"REQUEST_CRASHED_ENGINE"}
+    assert "died 3 times" in failed[0].error.message
 
 
 def test_never_a_worker(stack: Stack, client: Client) -> None:
@@ -241,8 +379,8 @@ def test_worker_crash_strands_job(serving: Stack, client: Client) -> None:
     assert done.counts.completed == 2000
     assert found == [f"c{i}" for i in range(2000)]
     [first, second] = worker.events("identity_locked")
-    assert first["chunks_released"] == 0
-    assert second["chunks_released"]
+    assert first["suspects"] == 0
+    assert second["suspects"]
 
 
 def test_engine_death_is_no_result(serving: Stack, client: Client) -> None:

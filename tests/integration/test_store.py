@@ -10,9 +10,10 @@ from service.db.batches import Batch, Options
 from service.db.connection import Database, lock_worker, migrate
 from service.db.heartbeats import Beat
 from service.db.results import Result
-from service.worker.intake import Offer, Rows, file_place
+from service.worker.intake import Offer, Rows, Sizes, file_place
 
 OFFER = Offer({"tiny"}, {"/v1/chat/completions"})
+SIZES = Sizes(1_000_000, 1 << 20, 1 << 30)
 LEASE_S = 60.0
 
 
@@ -21,7 +22,7 @@ def line(number: int) -> bytes:
 
 
 def make(pieces: Iterator[bytes]) -> Callable[[int], Rows]:
-    return lambda batch_id: Rows(batch_id, pieces, OFFER, file_place, b"")
+    return lambda batch_id: Rows(batch_id, pieces, OFFER, SIZES, file_place, b"")
 
 
 def stored(database: Database, count: int, **options: object) -> Batch:
@@ -145,9 +146,168 @@ def test_only_requests_without_result_run_again(database: Database) -> None:
     dead, heir = uuid4(), uuid4()
     [chunk] = database.call(chunks.claim, "w", dead, ["tiny"], 1, LEASE_S)
     database.call(results.write, answers(chunk, range(3)), dead)
-    assert database.call(chunks.release_worker, "w") == 1
+    assert database.call(chunks.release, [chunk.id], dead) == 1
     [again] = database.call(chunks.claim, "w", heir, ["tiny"], 1, LEASE_S)
     assert [request.index for request in database.call(chunks.unanswered, again)] == [3, 4]
+
+
+def bury(database: Database, worker_id: str = "w") -> tuple[int, int, int]:
+    burial = database.call(chunks.bury, worker_id)
+    return burial.released, burial.suspects, burial.crashed
+
+
+def test_three_deaths_find_a_killer(database: Database) -> None:
+    """What was in an engine that died is suspect, runs few at a time, then alone; who dies alone gets its error."""
+    batch = stored(database, 120)
+    lives = [uuid4() for _ in range(4)]
+    first = database.call(chunks.claim, "w", lives[0], ["tiny"], 1, LEASE_S)
+    database.call(results.write, answers(first[0], range(20)), lives[0])
+    assert bury(database) == (0, 80, 0)
+
+    normal = database.call(chunks.claim, "w", lives[1], ["tiny"], 5, LEASE_S)
+    few = database.call(chunks.claim_suspects, "w", lives[1], ["tiny"], 0, LEASE_S)
+    assert [(chunk.first_index, chunk.count) for chunk in normal] == [(100, 20)]
+    assert [chunk.first_index for chunk in few] == list(range(20, 29))
+    assert database.call(chunks.claim_suspects, "w", lives[1], ["tiny"], 9, LEASE_S) == []
+    assert bury(database) == (9, 29, 0)
+    assert database.call(chunks.suspects, ["tiny"]) == (91, 9)
+
+    [alone] = database.call(chunks.claim_alone, "w", lives[2], ["tiny"], LEASE_S)
+    assert bury(database) == (0, 0, 1)
+    [killer] = database.call(results.read_in_order, batch.id, 20, 1)
+    assert (killer.index, killer.error_code) == (alone.first_index, "REQUEST_CRASHED_ENGINE")
+    assert "3 times" in (killer.error_message or "")
+
+    for claim in (chunks.claim, chunks.claim_suspects):
+        while taken := database.call(claim, "w", lives[3], ["tiny"], 5 if claim is chunks.claim else 0, LEASE_S):
+            for chunk in taken:
+                database.call(
+                    results.write, answers(chunk, range(chunk.first_index, chunk.first_index + chunk.count)), lives[3]
+                )
+    while taken := database.call(chunks.claim_alone, "w", lives[3], ["tiny"], LEASE_S):
+        database.call(results.write, answers(taken[0], range(taken[0].first_index, taken[0].first_index + 1)), lives[3])
+    done = database.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed, done.failed) == ("completed", 119, 1)
+
+
+def test_cancel_keeps_what_is_finished(database: Database) -> None:
+    """A cancelled batch has one end: what waits is gone, what is held is lost at the next beat, results stay."""
+    batch = stored(database, 250)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    database.call(results.write, answers(chunk, range(10)), mine)
+    cancelling = database.call(batches.cancel, batch.id)
+    assert cancelling is not None
+    assert (cancelling.state, cancelling.completed, cancelling.end_time) == ("cancelling", 10, None)
+    assert database.call(chunks.claim, "v", uuid4(), ["tiny"], 5, LEASE_S) == []
+    assert database.call(chunks.renew, [chunk.id], mine, LEASE_S) == set()
+    assert database.call(chunks.drop_cancelled, [chunk.id], mine) == 1
+    assert database.call(batches.settle_cancelled) == 1
+    assert database.call(results.write, answers(chunk, range(10, 20)), mine) == 0
+    again = database.call(batches.cancel, batch.id)
+    assert again is not None
+    assert (again.state, again.completed) == ("cancelled", 10)
+    assert count(database, "chunks") == 0
+
+
+def test_cancel_racing_completion(database: Database) -> None:
+    """A batch that was complete first stays completed; one that was cancelled first never becomes completed."""
+    first, second = stored(database, 1), stored(database, 1)
+    mine = uuid4()
+    one, two = database.call(chunks.claim, "w", mine, ["tiny"], 2, LEASE_S)
+    database.call(results.write, answers(one, range(1)), mine)
+    with pytest.raises(batches.StateError, match="is completed"):
+        database.call(batches.cancel, first.id)
+    database.call(batches.cancel, second.id)
+    assert database.call(results.write, answers(two, range(1)), mine) == 1
+    database.call(batches.settle_cancelled)
+    ended = database.call(batches.get, second.id)
+    assert ended is not None
+    assert (ended.state, ended.completed) == ("cancelled", 1)
+
+
+def test_expiry_answers_the_rest(database: Database) -> None:
+    """When the window is over, finished results stay, the rest gets `batch_expired`, and who holds a lease has none."""
+    batch = stored(database, 30, completion_window_s=3600.0)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    database.call(results.write, answers(chunk, range(10)), mine)
+    assert database.call(batches.expire, 60) == []
+    database.call(lambda db: db.execute_sql("UPDATE batches SET expire_time = clock_timestamp()"))
+    assert database.call(batches.expire, 60) == [batch.id]
+    done = database.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed, done.failed) == ("expired", 10, 20)
+    assert database.call(results.write, answers(chunk, range(10, 20)), mine) == 0
+    read = database.call(results.read_finished, batch.id, 0, 100)
+    assert [result.sequence for result in read] == list(range(1, 31))
+    assert {result.error_code for result in read[10:]} == {"batch_expired"}
+
+
+def test_delete_and_purge(database: Database) -> None:
+    """A deleted batch is gone at once and its rows soon after; one that runs cannot be deleted."""
+    batch, other = stored(database, 25), stored(database, 5)
+    with pytest.raises(batches.StateError, match="in_progress"):
+        database.call(batches.delete, batch.id)
+    database.call(batches.cancel, batch.id)
+    assert database.call(batches.delete, batch.id)
+    assert database.call(batches.get, batch.id) is None
+    assert not database.call(batches.delete, batch.id)
+    rounds = 0
+    while database.call(batches.purge, 10):
+        rounds += 1
+    assert rounds >= 3
+    assert (count(database, "requests"), count(database, "purges")) == (5, 0)
+    assert database.call(batches.get, other.id) is not None
+
+
+def test_retention(database: Database) -> None:
+    """Batches that ended long ago are removed, those that run or ended lately stay."""
+    old, late, running = (stored(database, 1) for _ in range(3))
+    for batch in (old, late):
+        database.call(batches.cancel, batch.id)
+    database.call(
+        lambda db: db.execute_sql("UPDATE batches SET end_time = end_time - interval '2h' WHERE id = %s", (old.id,))
+    )
+    assert database.call(batches.delete_old, 3600) == [old.id]
+    assert database.call(batches.get, late.id)
+    assert database.call(batches.get, running.id)
+
+
+def test_retry_takes_what_failed(database: Database) -> None:
+    """A retry is a batch of the failed requests alone, in their order; the same retry again is the same batch."""
+    limits = batches.Limits(100, 1000)
+    batch = stored(database, 4)
+    with pytest.raises(batches.StateError, match="in_progress"):
+        database.call(batches.retry, batch.id, None, 60, limits)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    database.call(results.write, answers(chunk, range(0, 4, 2)), mine)
+    database.call(results.write, answers(chunk, range(1, 4, 2), status=500), mine)
+    again = database.call(batches.retry, batch.id, "r", 60, limits)
+    assert again is not None
+    assert (again.total, again.state) == (2, "in_progress")
+    [retried] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    assert [request.custom_id for request in database.call(chunks.unanswered, retried)] == ["c1", "c3"]
+    same = database.call(batches.retry, batch.id, "r", 60, limits)
+    assert same is not None
+    assert same.id == again.id
+    database.call(results.write, answers(retried, range(2)), mine)
+    with pytest.raises(batches.StateError, match="no failed request"):
+        database.call(batches.retry, again.id, None, 60, limits)
+
+
+def test_limits_on_what_is_open(database: Database) -> None:
+    """Over a limit nothing is stored, and the error has the limit and the value."""
+    pieces = b"".join(map(line, range(10)))
+    store = lambda limits: database.call(batches.store, Options(), make(iter([pieces])), 60, limits)  # noqa: E731
+    store(batches.Limits(1, 10))
+    with pytest.raises(batches.FullError, match="batches open: 2, at most 1"):
+        store(batches.Limits(1, 100))
+    with pytest.raises(batches.FullError, match="requests queued: 20, at most 19"):
+        store(batches.Limits(5, 19))
+    assert count(database, "requests") == 10
 
 
 def test_an_expired_lease_that_nobody_took_is_still_held(database: Database) -> None:

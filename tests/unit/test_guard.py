@@ -108,10 +108,9 @@ class FakeRecord:
         self._reach()
         self.events[intent.id] = replace(self.events[intent.id], outcome=outcome, new_incarnation=incarnation)
 
-    def add(self, kind: str, decision: Decision, evidence: Evidence) -> datetime:
+    def add(self, kind: str, decision: Decision, evidence: Evidence) -> None:
         self._reach()
         self.kinds.append(kind)
-        return TIME
 
 
 class FakeRestarter:

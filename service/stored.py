@@ -1,15 +1,16 @@
-"""The calls of BatchService that only read. They go to Postgres, on the gateway and on the worker alike."""
+"""The calls of BatchService on what is stored. They go to Postgres, on the gateway and on the worker alike."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
-from service import messages
+from service import logs, messages
 from service.db import batches, results
-from service.db.batches import Batch
+from service.db.batches import Batch, Limits
 from service.db.connection import Database
 from service.errors import ApiError, Violation, invalid, not_found
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -19,6 +20,11 @@ from vllm_batch.v1 import batch_service_pb2_grpc
 POLL_INTERVAL_S = 0.5
 # Results read at once. A stream holds one such page, whatever the size of the batch.
 PAGE = 200
+
+# Making a batch of the failed requests of a large one.
+RETRY_TIMEOUT_S = 600.0
+
+log = logs.get("batches")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -66,11 +72,12 @@ class BatchWatch:
             self._task = None
 
 
-class ReadingServicer(batch_service_pb2_grpc.BatchServiceServicer):
-    """GetBatch, ListBatches, WatchBatch and StreamResults."""
+class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
+    """All calls on batches that are stored already; those that create from a client's lines are in subclasses."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, limits: Limits) -> None:
         self.database = database
+        self._limits = limits
         self._watch = BatchWatch(database)
 
     async def GetBatch(self, request: pb.GetBatchRequest, context: Context) -> pb.GetBatchResponse:
@@ -141,20 +148,46 @@ class ReadingServicer(batch_service_pb2_grpc.BatchServiceServicer):
             batch = await self._next(batch_id)
 
     async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
-        """Comes with a later version."""
-        raise _unimplemented("GetResult")
+        """Returns the result of one request."""
+        batch_id = messages.batch_id(request.batch_id)
+        if not request.custom_id or "\0" in request.custom_id:
+            raise invalid([Violation("custom_id", "is required, without NUL")])
+        result = await self.database.run(results.read_one, batch_id, request.custom_id)
+        if result is None:
+            await self._get(batch_id)
+            raise not_found(f"a result of {request.custom_id!r} in {request.batch_id}")
+        return pb.GetResultResponse(result=messages.result_message(batch_id, result))
 
     async def CancelBatch(self, request: pb.CancelBatchRequest, context: Context) -> pb.CancelBatchResponse:
-        """Comes with a later version."""
-        raise _unimplemented("CancelBatch")
+        """Cancels a batch; one that is cancelled already stays so."""
+        batch_id = messages.batch_id(request.batch_id)
+        with _conflicts():
+            batch = await self.database.run(batches.cancel, batch_id)
+        if batch is None:
+            raise not_found(f"batch {request.batch_id!r}")
+        log.info("batch_cancelled", batch=request.batch_id, state=batch.state)
+        return pb.CancelBatchResponse(batch=messages.batch_message(batch))
 
     async def DeleteBatch(self, request: pb.DeleteBatchRequest, context: Context) -> pb.DeleteBatchResponse:
-        """Comes with a later version."""
-        raise _unimplemented("DeleteBatch")
+        """Deletes a batch that has ended."""
+        batch_id = messages.batch_id(request.batch_id)
+        with _conflicts():
+            is_deleted = await self.database.run(batches.delete, batch_id)
+        if not is_deleted:
+            raise not_found(f"batch {request.batch_id!r}")
+        log.info("batch_deleted", batch=request.batch_id)
+        return pb.DeleteBatchResponse()
 
     async def RetryBatch(self, request: pb.RetryBatchRequest, context: Context) -> pb.RetryBatchResponse:
-        """Comes with a later version."""
-        raise _unimplemented("RetryBatch")
+        """Makes a batch of what failed in another."""
+        batch_id = messages.batch_id(request.batch_id)
+        request_id = messages.options(pb.BatchOptions(request_id=request.request_id)).request_id
+        with _conflicts():
+            batch = await self.database.run(batches.retry, batch_id, request_id, RETRY_TIMEOUT_S, self._limits)
+        if batch is None:
+            raise not_found(f"batch {request.batch_id!r}")
+        log.info("batch_retried", batch=request.batch_id, retried_as=messages.batch_name(batch.id))
+        return pb.RetryBatchResponse(batch=messages.batch_message(batch))
 
     async def _get(self, batch_id: int) -> Batch:
         batch = await self.database.run(batches.get, batch_id)
@@ -169,8 +202,19 @@ class ReadingServicer(batch_service_pb2_grpc.BatchServiceServicer):
         return batch
 
 
-def _unimplemented(name: str) -> ApiError:
-    return ApiError(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not implemented yet")
+@contextmanager
+def _conflicts() -> Iterator[None]:
+    """What a batch's state or a limit does not let happen, as the errors of the contract."""
+    try:
+        yield
+    except batches.StateError as error:
+        name = messages.batch_name(error.batch.id)
+        message = f"{name} {error}"
+        raise ApiError(
+            grpc.StatusCode.FAILED_PRECONDITION, message, "BATCH_STATE", {"batch_id": name, "state": error.batch.state}
+        ) from None
+    except (batches.DuplicateError, batches.FullError) as error:
+        raise messages.creation_error(error) from None
 
 
 def _consecutive(page: list[results.StoredResult], start: int) -> list[results.StoredResult]:
