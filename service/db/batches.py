@@ -279,8 +279,10 @@ def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
                 {"id": batch_id},
             )
             expired.append(batch_id)
-        failpoints.hit("expire.before_commit")
-    failpoints.hit("expire.after_commit")
+        if expired:
+            failpoints.hit("expire.before_commit")
+    if expired:
+        failpoints.hit("expire.after_commit")
     return expired
 
 

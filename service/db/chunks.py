@@ -133,8 +133,10 @@ def _claim(
             FROM next WHERE chunks.id = next.id
             RETURNING chunks.id, chunks.batch_id, chunks.first_index, chunks.count, chunks.priority, chunks.deaths
         ), started AS (
+            -- Who cancels or ends a batch locks it before its chunks: not waiting for it here cannot deadlock.
             UPDATE batches SET start_time = clock_timestamp()
-            WHERE id IN (SELECT batch_id FROM taken) AND start_time IS NULL
+            WHERE id IN (SELECT id FROM batches WHERE id IN (SELECT batch_id FROM taken) AND start_time IS NULL
+                         FOR UPDATE SKIP LOCKED)
         )
         SELECT id, batch_id, first_index, count, deaths FROM taken ORDER BY priority DESC, id
         """,
@@ -267,11 +269,14 @@ def _suspect(db: peewee.PostgresqlDatabase, ids: Sequence[int]) -> int:
 
 def release(db: peewee.PostgresqlDatabase, ids: Sequence[int], incarnation: UUID) -> int:
     """Puts these chunks of an incarnation back. Returns how many were still held."""
-    return _release(
+    failpoints.hit("release.before_commit")
+    released = _release(
         db,
         "id = ANY(%(ids)s) AND incarnation = %(incarnation)s::uuid",
         {"ids": list(ids), "incarnation": str(incarnation)},
     )
+    failpoints.hit("release.after_commit")
+    return released
 
 
 def drop_cancelled(db: peewee.PostgresqlDatabase, ids: Sequence[int], incarnation: UUID) -> int:
@@ -288,11 +293,9 @@ def drop_cancelled(db: peewee.PostgresqlDatabase, ids: Sequence[int], incarnatio
 
 
 def _release(db: peewee.PostgresqlDatabase, which: str, params: dict[str, object]) -> int:
-    failpoints.hit("release.before_commit")
     cursor = db.execute_sql(
         "UPDATE chunks SET state = 'pending', worker_id = NULL, incarnation = NULL, lease_until = NULL"
         f" WHERE state = 'leased' AND {which}",
         params or None,
     )
-    failpoints.hit("release.after_commit")
     return int(cursor.rowcount)

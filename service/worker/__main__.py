@@ -106,6 +106,7 @@ async def work(settings: Settings) -> int:
         if not await _until(stopping, preparing):
             preparing.cancel()
             return 0
+        await asyncio.to_thread(_sweep, settings)
         life.enter(Phase.LOADING)
         if not await _until(stopping, thread.run(engine.start())):
             return 0
@@ -152,6 +153,18 @@ async def _prepare_database(database: Database, heart: Heart) -> None:
     heart.start()
     if not await asyncio.to_thread(heart.wait_for_lock, IDENTITY_TIMEOUT_S):
         raise SystemExit(f"another process has been worker {heart.life.worker_id!r} for {IDENTITY_TIMEOUT_S:.0f} s")
+
+
+def _sweep(settings: Settings) -> None:
+    """Ends what an earlier life of this worker left behind. The watchdog does so before it starts a worker; but a
+    supervisord that was killed starts one by itself, beside the engine of the last."""
+    name, me = os.environ.get("SUPERVISOR_PROCESS_NAME"), processes.leader(os.getpid())
+    if name is None or me is None:
+        return
+    left = processes.left_over(processes.Mark(settings.home, name), None, me.start_ticks)
+    if left:
+        log.warning("orphans_swept", pids=[process.pid for process in left])
+        processes.end(left, CLOSE_TIMEOUT_S, (signal.SIGKILL,))
 
 
 async def _until(stopping: "asyncio.Task[bool]", work: "asyncio.Future[None]") -> bool:

@@ -21,6 +21,8 @@ DEFAULTS = {
     # With gRPC loaded a forked child hangs.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # setproctitle writes over a process's environment, by which its processes are known to be ours.
+    "SPT_NOENV": "1",
 }
 # For the tiny model, on whatever machine: little memory, no hub, no compilation for the sake of seconds of work.
 TINY_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}

@@ -92,6 +92,10 @@ class Server:
         lines = [line for line in self.log.read_text().splitlines() if line.startswith("{")]
         return [event for event in map(json.loads, lines) if event.get("event") == name]
 
+    def disarm(self) -> None:
+        """The next life has no failpoint."""
+        self._env.pop("BATCH_FAILPOINT", None)
+
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()
