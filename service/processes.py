@@ -89,7 +89,7 @@ def left_over(mark: Mark, dead: Leader | None, before_ticks: int) -> list[psutil
     found = []
     for process in _others():
         start_ticks = _start_ticks(process.pid)
-        if start_ticks is None or start_ticks >= before_ticks or not _is_alive(process):
+        if start_ticks is None or start_ticks >= before_ticks or not is_alive(process):
             continue
         environ = _environ(process)
         if mark.is_on(environ) or (not environ and dead is not None and _is_member(process.pid, start_ticks, dead)):
@@ -111,7 +111,7 @@ def end(
                 process.send_signal(number)
         deadline = time.monotonic() + timeout_s
         # A zombie whose parent does not wait for it is dead enough, but not for psutil.
-        while (alive := [process for process in alive if _is_alive(process)]) and time.monotonic() < deadline:
+        while (alive := [process for process in alive if is_alive(process)]) and time.monotonic() < deadline:
             psutil.wait_procs(alive, timeout=min(0.1, timeout_s))
         if not alive:
             break
@@ -145,7 +145,8 @@ def _start_ticks(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[19])
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
+    """False for a zombie too, which runs no more and waits for its parent only."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

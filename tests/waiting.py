@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(look: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
+def until(look: Callable[[], T], what: str, timeout_s: float = 90.0) -> T:
     """The first true thing that `look` gives. Fails with `what` was waited for."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -129,7 +129,7 @@ async def work(settings: Settings) -> int:
         heart.stop(CLOSE_TIMEOUT_S)
         thread.stop(CLOSE_TIMEOUT_S)
         # A load that was broken off, or an engine that does not listen any more.
-        left = await asyncio.to_thread(processes.end, psutil.Process().children(recursive=True), CLOSE_TIMEOUT_S)
+        left = await asyncio.to_thread(processes.end, _children(), CLOSE_TIMEOUT_S)
         log.info("worker_ended", processes_left=[process.pid for process in left])
 
 
@@ -189,6 +189,18 @@ async def _drain(
         await asyncio.wait({run}, timeout=CLOSE_TIMEOUT_S)
     elif run.exception() is not None:
         run.result()
+
+
+def _children() -> list[psutil.Process]:
+    """Our processes but Python's resource tracker: that ends after us, and removes the shared memory left then."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "resource_tracker" not in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 async def _finish(what: str, work: "asyncio.Future[None]") -> None:

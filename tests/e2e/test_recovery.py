@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from service.processes import is_alive
 from tests.stacks import FullStack, full_stack
 from tests.waiting import until
 from vllm_batch.client import Client
@@ -16,6 +17,13 @@ from vllm_batch.v1 import recovery_service_pb2 as rpb
 
 pytestmark = pytest.mark.timeout(600)
 COUNT = 120
+# A few that are soon done, by which the kill is timed; the rest take far longer than a look at the batch.
+SHORT = 10
+
+
+def tokens(number: int) -> int:
+    """How many tokens request `number` makes."""
+    return 10 + number if number < SHORT else 250 + number
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,7 @@ def lines() -> Iterator[bytes]:
         body = {
             "model": "tiny",
             "messages": [{"role": "user", "content": f"Tell me something about the number {number}."}],
-            "max_tokens": 200 + number,
+            "max_tokens": tokens(number),
             "ignore_eos": True,
             "temperature": 0,
         }
@@ -52,9 +60,9 @@ def run_and_break(stack: FullStack, victim: str) -> tuple[rpb.RecoveryEvent, lis
     core = next(process for process in engine if "EngineCore" in process.cmdline()[0])
     with Client(stack.target) as client:
         batch = client.submit_lines(lines())
-        until(lambda: client.get(batch.id).counts.completed >= 10, "a few results", 60)
+        until(lambda: client.get(batch.id).counts.completed >= SHORT, "a few results", 60)
         os.kill(worker if victim == "worker" else core.pid, signal.SIGKILL)
-        assert client.get(batch.id).counts.completed < COUNT
+        assert client.get(batch.id).counts.completed < COUNT, "the batch was done before the kill: nothing was proven"
         until(lambda: stack.recovered(before + 1), "the worker to be back", 240)
         *_, done = client.watch(batch.id)
         results = list(client.results(batch.id))
@@ -63,7 +71,7 @@ def run_and_break(stack: FullStack, victim: str) -> tuple[rpb.RecoveryEvent, lis
     assert [response.result.custom_id for response in results] == [f"c{i}" for i in range(COUNT)]
     for number, response in enumerate(results):
         body = json.loads(response.result.response.body_json)
-        assert body["usage"]["completion_tokens"] == 200 + number
+        assert body["usage"]["completion_tokens"] == tokens(number)
     restarts = stack.restarts()
     assert len(restarts) == before + 1
     return restarts[-1], engine
@@ -73,8 +81,8 @@ def test_worker_killed_in_the_middle(stack: FullStack) -> None:
     """SIGKILL of the worker: restarted once as CRASHED, its orphaned engine swept, every request answered once."""
     event, engine = run_and_break(stack, "worker")
     assert event.verdict == rpb.VERDICT_CRASHED
-    assert len(engine) == 2
-    assert not any(process.is_running() for process in engine)
+    assert len(engine) == 1
+    assert not any(is_alive(process) for process in engine)
     assert {timing.phase for timing in event.timings} == {"detect", "decide", "stop", "sweep", "start", "load"}
 
 
@@ -82,7 +90,7 @@ def test_engine_killed_in_the_middle(stack: FullStack) -> None:
     """SIGKILL of EngineCore: no request gets the death as its result, the worker is restarted as ENGINE_DEAD."""
     event, engine = run_and_break(stack, "engine")
     assert event.verdict == rpb.VERDICT_ENGINE_DEAD
-    assert not any(process.is_running() for process in engine)
+    assert not any(is_alive(process) for process in engine)
 
 
 def test_operator_stop_stays(stack: FullStack) -> None:
@@ -91,7 +99,7 @@ def test_operator_stop_stays(stack: FullStack) -> None:
     engine = engine_processes(stack.pid("worker"))
     assert "stopped" in stack.supervisorctl("stop", "worker")
     until(lambda: stack.status().verdict == rpb.VERDICT_OPERATOR_STOP, "the watchdog to see it")
-    assert not any(process.is_running() for process in engine)
+    assert not any(is_alive(process) for process in engine)
     assert "started" in stack.supervisorctl("start", "worker")
     until(lambda: stack.status().verdict == rpb.VERDICT_HEALTHY, "the worker to be healthy", 120)
     assert len(stack.restarts()) == before

@@ -148,7 +148,11 @@ class Stack:
     def wait_until_accepting(self) -> None:
         """Waits until new work would be accepted."""
         with Client(self.target, patience_s=0) as client:
-            until(lambda: not client.accepting(), "the gateway to accept new work")
+            try:
+                until(lambda: not client.accepting(), "the gateway to accept new work")
+            except AssertionError as error:
+                logs = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in self.folder.glob("*.log"))
+                raise AssertionError(f"{error}: {client.accepting()}\n{logs}") from None
 
 
 def free_port() -> int:
