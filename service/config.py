@@ -75,6 +75,7 @@ class Settings(BaseSettings):
     # Recovery.
     check_interval_s: Seconds = 30
     max_restarts_per_hour: Annotated[int, Field(ge=0, le=1000)] = 10
+    restart_backoff_max_s: Seconds = 300
     load_timeout_s: Seconds = 1800
     probe_timeout_s: Seconds = 5
     stop_timeout_s: Seconds = 90

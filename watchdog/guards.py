@@ -34,6 +34,7 @@ def limits_of(settings: Settings) -> Limits:
         load_timeout_s=settings.load_timeout_s,
         drain_timeout_s=settings.drain_timeout_s,
         transition_timeout_s=settings.stop_timeout_s + 30,
+        backoff_max_s=settings.restart_backoff_max_s,
         heartbeat_confirm_s=3 * settings.heartbeat_interval_s,
     )
 

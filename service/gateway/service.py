@@ -1,6 +1,8 @@
 """BatchService on the gateway: new work goes to a live worker, the rest is read from Postgres."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -12,6 +14,7 @@ from service.db.heartbeats import SeenBeat
 from service.gateway.presence import Presence
 from service.gateway.workers import offline
 from service.stored import Context, StoredServicer
+from service.streams import FromThread
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
@@ -30,39 +33,38 @@ class GatewayServicer(StoredServicer):
     def __init__(self, database: Database, limits: Limits, presence: Presence) -> None:
         super().__init__(database, limits)
         self._presence = presence
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels = _Channels()
 
     async def CreateBatch(self, request: pb.CreateBatchRequest, context: Context) -> pb.CreateBatchResponse:
         """Forwards to a live worker."""
+        timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
         return await self._forward(
-            context,
-            lambda worker: worker.CreateBatch(request, timeout=_timeout_s(context, CREATE_TIMEOUT_S)),
+            context, lambda address: self._channels.stub(address).CreateBatch(request, timeout=timeout_s)
         )
 
     async def UploadBatch(
         self, request_iterator: AsyncIterator[pb.UploadBatchRequest], context: Context
     ) -> pb.UploadBatchResponse:
         """Forwards to a live worker, piece by piece: what the worker has not taken is not read from the client."""
+        timeout_s = _timeout_s(context, UPLOAD_TIMEOUT_S)
         return await self._forward(
-            context,
-            lambda worker: worker.UploadBatch(request_iterator, timeout=_timeout_s(context, UPLOAD_TIMEOUT_S)),
+            context, lambda address: _upload(self._channels.blocking_stub(address), aiter(request_iterator), timeout_s)
         )
 
     async def close(self) -> None:
         """Closes the channels to the workers."""
-        for channel in self._channels.values():
-            await channel.close(None)
+        await self._channels.close()
 
-    async def _forward(self, context: Context, call: Callable[[Any], Awaitable[T]]) -> T:
+    async def _forward(self, context: Context, call: Callable[[str], Awaitable[T]]) -> T:
         seen = self._presence.choose()
         try:
-            return await call(self._stub(seen.beat.address))
-        except grpc.aio.AioRpcError as error:
+            return await call(seen.beat.address)
+        except grpc.RpcError as error:
             await self._pass_on(context, seen, error)
 
-    async def _pass_on(self, context: Context, seen: SeenBeat, error: grpc.aio.AioRpcError) -> NoReturn:
+    async def _pass_on(self, context: Context, seen: SeenBeat, error: grpc.RpcError) -> NoReturn:
         """Ends the call as the worker did; or as offline when it was not the worker who said so."""
-        trailers = tuple(error.trailing_metadata() or ())
+        trailers: Any = tuple(error.trailing_metadata() or ())
         is_from_worker = any(key == "grpc-status-details-bin" for key, _ in trailers)
         if error.code() is grpc.StatusCode.UNAVAILABLE and not is_from_worker:
             cause = error.details() or ""
@@ -71,10 +73,60 @@ class GatewayServicer(StoredServicer):
         await context.abort(error.code(), error.details() or "", trailers)
         raise AssertionError("abort raises")
 
-    def _stub(self, address: str) -> batch_service_pb2_grpc.BatchServiceStub:
+
+@dataclass
+class _Channels:
+    """The channels to the workers by address, made when first used."""
+
+    _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
+    _blocking: dict[str, grpc.Channel] = field(default_factory=dict)
+
+    def stub(self, address: str) -> "batch_service_pb2_grpc.BatchServiceAsyncStub":
         if address not in self._channels:
             self._channels[address] = grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
         return batch_service_pb2_grpc.BatchServiceStub(self._channels[address])
+
+    def blocking_stub(self, address: str) -> batch_service_pb2_grpc.BatchServiceStub:
+        if address not in self._blocking:
+            self._blocking[address] = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+        return batch_service_pb2_grpc.BatchServiceStub(self._blocking[address])
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close(None)
+        for blocking in self._blocking.values():
+            blocking.close()
+
+
+async def _upload(
+    stub: batch_service_pb2_grpc.BatchServiceStub, messages: AsyncIterator[pb.UploadBatchRequest], timeout_s: float
+) -> pb.UploadBatchResponse:
+    """UploadBatch by gRPC's blocking API.
+
+    The one for asyncio puts INTERNAL in the place of what a server says that ends a call before it has read all of
+    it (github.com/grpc/grpc/issues/36066).
+    """
+    loop = asyncio.get_running_loop()
+    pieces = FromThread(messages, loop)
+    answer: asyncio.Future[pb.UploadBatchResponse] = loop.create_future()
+
+    def hand_over() -> None:
+        if answer.done():
+            return
+        try:
+            answer.set_result(call.result())
+        except grpc.FutureCancelledError:
+            answer.cancel()
+        except grpc.RpcError as error:
+            answer.set_exception(error)
+
+    call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s)
+    call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))
+    try:
+        return await answer
+    finally:
+        call.cancel()
+        pieces.abort()
 
 
 def _timeout_s(context: Context, otherwise_s: float) -> float:

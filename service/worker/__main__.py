@@ -14,6 +14,7 @@ from uuid import uuid4
 import psutil
 
 from service import config, logs, processes, rpc
+from service.clock import SystemClock
 from service.config import Settings
 from service.db.batches import Limits
 from service.db.connection import Database, Unreachable, connect, migrate
@@ -24,6 +25,7 @@ from service.worker.engine_thread import EngineThread
 from service.worker.heart import Heart
 from service.worker.intake import Intake, Offer, Sizes
 from service.worker.life import Life
+from service.worker.pulse import Pulse
 from service.worker.runner import Runner
 from service.worker.service import WorkerServicer
 from vllm_batch.v1 import batch_service_pb2_grpc
@@ -101,6 +103,7 @@ async def work(settings: Settings) -> int:
 
     life.on_change = phase_changed
     stopping = asyncio.create_task(stop.wait())
+    pulsing: asyncio.Task[None] | None = None
     try:
         preparing = asyncio.create_task(_prepare_database(served, heart))
         if not await _until(stopping, preparing):
@@ -110,10 +113,23 @@ async def work(settings: Settings) -> int:
         life.enter(Phase.LOADING)
         if not await _until(stopping, thread.run(engine.start())):
             return 0
-        life.offer = Offer(frozenset(engine.models), engine.urls)
-        life.enter(Phase.READY)
-        run = thread.run(runner.run())
         try:
+            # The first steps may take long: they belong to loading, and an engine that fails here never was ready.
+            if not await _until(stopping, thread.run(runner.prove())):
+                return 0
+            if engine.is_dead:
+                raise EngineDeadError("the engine died of its first request")
+            life.offer = Offer(frozenset(engine.models), engine.urls)
+            life.enter(Phase.READY)
+            pulse = Pulse(
+                life,
+                SystemClock(),
+                steps=lambda: engine.steps,
+                in_engine=lambda: runner.in_engine,
+                prove=lambda: thread.run(runner.prove()),
+            )
+            pulsing = asyncio.create_task(pulse.follow())
+            run = thread.run(runner.run())
             if await _until(stopping, run):
                 return 0
             await _drain(life, runner, thread, run, settings.drain_timeout_s)
@@ -124,6 +140,8 @@ async def work(settings: Settings) -> int:
         return 0
     finally:
         life.enter(Phase.STOPPING)
+        if pulsing is not None:
+            pulsing.cancel()
         await server.grpc_server.stop(grace=1)
         await _finish("engine_stop", thread.run(engine.stop()))
         heart.stop(CLOSE_TIMEOUT_S)

@@ -1,12 +1,10 @@
 """Intake: the lines of a new batch, from the stream of a client into a COPY, with constant memory."""
 
-import asyncio
 import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterator, Set
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from service.db.connection import Database
 from service.errors import ApiError, Violation, invalid
 from service.lines import MAX_VIOLATIONS, LineError, parse
 from service.messages import creation_error, too_large
+from service.streams import FromThread
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 # A client that sends nothing for this long has gone.
@@ -171,34 +170,6 @@ def _escape(field: bytes) -> bytes:
     return field.replace(b"\t", b"\\t").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
 
 
-class Pieces(Iterator[bytes]):
-    """The data of a client's stream, awaited in the event loop and read in COPY's thread: one piece at a time."""
-
-    def __init__(self, stream: AsyncIterator[bytes], loop: asyncio.AbstractEventLoop) -> None:
-        self._stream = stream
-        self._loop = loop
-        self._next: Future[bytes | None] | None = None
-        self._is_aborted = False
-
-    def __next__(self) -> bytes:
-        if self._is_aborted:
-            raise ConnectionAbortedError("the client has gone")
-        self._next = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
-        piece = self._next.result(timeout=PIECE_TIMEOUT_S)
-        if piece is None:
-            raise StopIteration
-        return piece
-
-    async def _read(self) -> bytes | None:
-        return await anext(self._stream, None)
-
-    def abort(self) -> None:
-        """Ends the reader's wait: the client has gone."""
-        self._is_aborted = True
-        if self._next is not None:
-            self._next.cancel()
-
-
 def inline_lines(request: pb.CreateBatchRequest) -> bytes:
     """Inline requests as the lines of a file. Raises INVALID_ARGUMENT for a body that is given twice or not at all."""
     lines, violations = [], []
@@ -239,7 +210,7 @@ class Intake:
     limits: Limits
 
     async def store(
-        self, options: Options, salt: bytes, pieces: Pieces, offer: Offer, place: Callable[[int], str]
+        self, options: Options, salt: bytes, pieces: FromThread[bytes], offer: Offer, place: Callable[[int], str]
     ) -> Batch:
         """Stores a batch from its lines, whole or not at all. The same again under its request_id gives the first.
 

@@ -22,9 +22,13 @@ GROUP = 500
 # Suspects run alone for this long at a time; then the other work has its turn for as long as that took.
 APART_S = 30.0
 # What the engine must answer before a suspect runs alone: one that dies of nothing must not be a suspect's fault.
+# And what it answers when it is idle, to show that it moves. Completions first: they need no chat template.
 PROOF = {
-    "/v1/chat/completions": '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}',
+    "/v1/completions": '{"prompt": "Hello", "max_tokens": 1}',
     "/v1/embeddings": '{"input": "Hello"}',
+    "/classify": '{"input": "Hello"}',
+    "/pooling": '{"input": "Hello"}',
+    "/score": '{"text_1": "Hello", "text_2": "Hello"}',
 }
 
 log = logs.get("runner")
@@ -163,7 +167,7 @@ class Runner:
         """
         await self._empty()
         if not self._is_proven and not self._is_dead:
-            await self._prove()
+            await self.prove()
         while self._finished and not self._is_dead:
             await self._wait()
         if self._is_dead or self._is_draining or not await self._release_ready():
@@ -191,7 +195,7 @@ class Runner:
                 await self._wait()
         self._apart_at = loop.time() + (loop.time() - began)
 
-    async def _prove(self) -> None:
+    async def prove(self) -> None:
         """Has the engine answer a harmless request."""
         url = next((url for url in PROOF if url in self.engine.urls), None)
         if url is None:

@@ -7,7 +7,8 @@ from service import logs, messages
 from service.db.batches import Batch
 from service.errors import Violation, invalid
 from service.stored import Context, StoredServicer
-from service.worker.intake import Intake, Pieces, file_place, inline_lines, inline_place
+from service.streams import FromThread
+from service.worker.intake import PIECE_TIMEOUT_S, Intake, file_place, inline_lines, inline_place
 from service.worker.life import Life
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -64,7 +65,7 @@ class WorkerServicer(StoredServicer):
         batch = await self._intake.store(
             options,
             salted.SerializeToString(deterministic=True),
-            Pieces(pieces, asyncio.get_running_loop()),
+            FromThread(pieces, asyncio.get_running_loop(), PIECE_TIMEOUT_S),
             self._life.accepting(),
             place,
         )

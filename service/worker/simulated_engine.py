@@ -1,14 +1,18 @@
 """An engine without a model: deterministic answers at a given speed, faults on request. For tests, never the default.
 
-A request asks for a fault in its body, `"vllm_xargs": {"simulate": ...}`:
+As with vLLM, a process of its own makes the steps: killed, the engine is dead; stopped, it hangs; and when the worker
+is killed it lives on. A request asks for a fault in its body, `"vllm_xargs": {"simulate": ...}`:
 `crash` kills the process, `engine_dead` the engine, `hang` stops the engine for good, `refuse` is answered with 400,
 a number is how long the request takes, in seconds.
 """
 
 import asyncio
+import contextlib
 import hashlib
+import heapq
 import os
 import signal
+import sys
 from collections.abc import Set
 from typing import Any
 
@@ -17,6 +21,19 @@ import msgspec
 from service.worker.engine import Answer, EngineDeadError
 
 URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+STEP_S = 0.005
+# Its standard output is the steps. When nobody reads them any more it goes on, as vLLM's processes do.
+STEPS = """
+import signal, sys, time
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+while True:
+    time.sleep(float(sys.argv[2]))
+    try:
+        sys.stdout.write(".")
+        sys.stdout.flush()
+    except OSError:
+        pass
+"""
 
 
 class _Body(msgspec.Struct):
@@ -41,11 +58,20 @@ class SimulatedEngine:
         self._request_s = request_s
         self._load_s = load_s
         self._free = asyncio.Semaphore(concurrency)
-        self._running: set[asyncio.Future[None]] = set()
-        self._hung = asyncio.Event()
+        # What runs, by when it is done.
+        self._running: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._count = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Takes `load_s`."""
+        arguments = ("-E", "-S", "-c", STEPS, "simulated-engine", str(STEP_S))
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        self._following = asyncio.create_task(self._follow(self._process.stdout))
         await asyncio.sleep(self._load_s)
 
     async def run(self, url: str, body: str) -> Answer:
@@ -58,48 +84,62 @@ class SimulatedEngine:
             return _refusal(str(error))
         fault = asked.vllm_xargs.get("simulate")
         async with self._free:
-            if self._hung.is_set():
-                fault = "hang"
             if fault == "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "refuse":
                 return _refusal("refused on request")
             if fault == "engine_dead":
+                self._signal(signal.SIGKILL)
                 self._die()
             if fault == "hang":
-                self._hung.set()
+                self._signal(signal.SIGSTOP)
             await self._take(float("inf") if fault == "hang" else _seconds(fault, self._request_s))
-        self.steps += 1
         return self._answer(url, body, asked.max_tokens)
 
     async def stop(self) -> None:
         """Nothing is left behind."""
+        self._signal(signal.SIGKILL)
+        if self._process is not None:
+            await self._process.wait()
+        if self._following is not None:
+            await self._following
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def _follow(self, steps: asyncio.StreamReader) -> None:
+        """Goes with the steps of the process, until it is gone."""
+        loop = asyncio.get_running_loop()
+        while await steps.read(1024):
+            if self._running:
+                self.steps += 1
+                self._step(loop.time())
         self._die()
+
+    def _step(self, now_s: float) -> None:
+        while self._running and self._running[0][0] <= now_s:
+            _, _, future = heapq.heappop(self._running)
+            if not future.done():
+                future.set_result(None)
 
     def _die(self) -> None:
         self.is_dead = True
-        for future in list(self._running):
+        for _, _, future in self._running:
             if not future.done():
                 future.set_exception(EngineDeadError("the simulated engine died"))
+        self._running.clear()
 
     async def _take(self, seconds: float) -> None:
         """Lets the time pass, unless the engine dies meanwhile."""
         if self.is_dead:
             raise EngineDeadError("the simulated engine died")
-        if seconds == 0:
-            # Still a step of the loop: others get their turn as between two steps of a real engine.
-            await asyncio.sleep(0)
-            return
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._running.add(future)
-        timer = None if seconds == float("inf") else loop.call_later(seconds, _resolve, future)
-        try:
-            await future
-        finally:
-            self._running.discard(future)
-            if timer is not None:
-                timer.cancel()
+        self._count += 1
+        heapq.heappush(self._running, (loop.time() + seconds, self._count, future))
+        await future
 
     def _answer(self, url: str, body: str, max_tokens: int) -> Answer:
         digest = hashlib.sha256(body.encode()).hexdigest()
@@ -120,11 +160,6 @@ class SimulatedEngine:
         usage["total_tokens"] = sum(usage.values())
         data |= {"model": self.models[0], "usage": usage}
         return Answer(200, msgspec.json.encode(data).decode(), usage["prompt_tokens"], usage["completion_tokens"])
-
-
-def _resolve(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _seconds(fault: object, otherwise: float) -> float:

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,9 @@ import psutil
 import pytest
 
 from service.config import Settings
-from service.worker import tiny_model
-from service.worker.engine import Answer, EngineDeadError
-from service.worker.engine_thread import EngineThread
+from service.worker.engine import EngineDeadError
 from service.worker.vllm_engine import EngineArgumentError, VllmEngine
+from tests.e2e.engines import Running, check_same, run_batch
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
@@ -38,22 +35,14 @@ BODIES: list[dict[str, Any]] = [
             "json_schema": {"name": "n", "schema": {"type": "string", "enum": ["yes", "no"]}},
         },
     },
+    {
+        "messages": MESSAGES,
+        "max_tokens": 40,
+        "temperature": 0,
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [{"a": 1}]}}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+    },
 ]
-
-
-class Running:
-    """The engine in its thread, called from the test's."""
-
-    def __init__(self, home: Path) -> None:
-        self.thread = EngineThread()
-        self.engine = VllmEngine(Settings(home=home))
-
-    def call(self, work: Any, timeout_s: float = 120) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.thread._loop).result(timeout_s)
-
-    def run(self, body: dict[str, Any], url: str = CHAT) -> Answer:
-        answer: Answer = self.call(self.engine.run(url, json.dumps({"model": "tiny"} | body)))
-        return answer
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +57,7 @@ def running(home: Path) -> Iterator[Running]:
     running = Running(home)
     running.call(running.engine.start(), 200)
     yield running
-    running.call(running.engine.stop())
-    running.thread.stop(10)
+    running.stop()
 
 
 def test_what_it_serves(running: Running) -> None:
@@ -79,38 +67,12 @@ def test_what_it_serves(running: Running) -> None:
     assert running.engine.window >= 2
 
 
-def without_ids(body: Any) -> Any:
-    """A body without what differs from one run to the next."""
-    if isinstance(body, dict):
-        return {k: without_ids(v) for k, v in body.items() if k not in ("id", "created", "system_fingerprint")}
-    return [without_ids(item) for item in body] if isinstance(body, list) else body
-
-
 def test_same_bodies_as_run_batch(running: Running, home: Path, tmp_path: Path) -> None:
     """vLLM's own batch runner gives the same bodies for the same lines, up to ids and times."""
-    given, made = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    with given.open("w") as file:
-        for number, body in enumerate(BODIES):
-            request = {"custom_id": str(number), "method": "POST", "url": CHAT, "body": {"model": "tiny"} | body}
-            file.write(json.dumps(request) + "\n")
-    arguments = ["--model", str(tiny_model.ensure(Settings(home=home).home / "models" / "tiny"))]
-    arguments += ["--served-model-name", "tiny", "--enforce-eager", "--max-model-len", "2048"]
-    subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.launchers.run_batch", "-i", str(given), "-o", str(made), *arguments],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        check=True,
-        timeout=200,
-        capture_output=True,
-    )
-    theirs = {output["custom_id"]: output for output in map(json.loads, made.read_text().splitlines())}
-    statuses = []
-    for number, body in enumerate(BODIES):
-        answer, their = running.run(body), theirs[str(number)]
-        statuses.append(answer.status_code)
-        assert answer.status_code == their["response"]["status_code"]
-        expected = their["response"]["body"] if answer.status_code == 200 else their["error"]
-        assert without_ids(json.loads(answer.body)) == without_ids(expected)
-    assert statuses == [200, 200, 200, 200, 400, 200]
+    requests = [(CHAT, body) for body in BODIES]
+    theirs = run_batch(home, tmp_path, requests)
+    assert [their["response"]["status_code"] for their in theirs] == [200, 200, 200, 200, 400, 200, 200]
+    check_same(running, theirs, requests)
 
 
 def test_other_endpoints(running: Running) -> None:
@@ -126,16 +88,16 @@ def test_other_endpoints(running: Running) -> None:
 def test_wrong_parameters_are_refused(running: Running) -> None:
     """A body that the endpoint does not take is a 400 that names the parameter; the engine goes on."""
     for body, param in (({"messages": "x"}, "messages"), ({"messages": MESSAGES, "temperature": -1}, "temperature")):
-        answer = running.run(body)
+        answer = running.run(body, CHAT)
         assert answer.status_code == 400
         assert json.loads(answer.body)["error"]["param"] == param
-    assert running.run({"messages": MESSAGES, "max_tokens": 1}).status_code == 200
+    assert running.run({"messages": MESSAGES, "max_tokens": 1}, CHAT).status_code == 200
 
 
 def test_steps_count_while_it_works(running: Running) -> None:
     """The progress counter moves with the engine and stands still without work."""
     before = running.engine.steps
-    running.run({"messages": MESSAGES, "max_tokens": 30, "ignore_eos": True})
+    running.run({"messages": MESSAGES, "max_tokens": 30, "ignore_eos": True}, CHAT)
     assert running.engine.steps >= before + 30
 
 
@@ -186,6 +148,6 @@ def test_engine_death_is_no_answer(running: Running) -> None:
     assert [type(outcome) for outcome in outcomes] == [EngineDeadError] * 8
     assert running.engine.is_dead
     with pytest.raises(EngineDeadError):
-        running.run({"messages": MESSAGES})
+        running.run({"messages": MESSAGES}, CHAT)
     running.call(running.engine.stop())
     until(lambda: not any(c.is_running() and c.cmdline() and "VLLM" in c.cmdline()[0] for c in children), "their end")

@@ -15,7 +15,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 
+from service import processes
 from service.db.connection import Database, migrate
+from service.processes import Mark
 from tests.waiting import until
 from vllm_batch.client import Client
 
@@ -79,6 +81,7 @@ class Server:
         self._arguments = [sys.executable, "-m", module]
         self._env = env
         self.log = log
+        self.port = int(env.get("BATCH_WORKER_PORT", 0))
         self.process = self.start()
 
     def start(self) -> "subprocess.Popen[bytes]":
@@ -147,19 +150,28 @@ class Stack:
 
     def wait_until_accepting(self) -> None:
         """Waits until new work would be accepted."""
+
+        def accepts() -> bool:
+            ended = [server.log.stem for server in self.servers if server.process.poll() is not None]
+            assert not ended, f"{', '.join(ended)} ended"
+            return not client.accepting()
+
         with Client(self.target, patience_s=0) as client:
             try:
-                until(lambda: not client.accepting(), "the gateway to accept new work")
+                until(accepts, "the gateway to accept new work")
             except AssertionError as error:
                 logs = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in self.folder.glob("*.log"))
                 raise AssertionError(f"{error}: {client.accepting()}\n{logs}") from None
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """A port that nobody listens on now, and none of the defaults: the ports of one stack must differ."""
+    while True:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+        if port not in (50051, 50052, 50053):
+            return port
 
 
 @pytest.fixture
@@ -170,6 +182,8 @@ def stack(database_url: str, tmp_path: Path) -> Iterator[Stack]:
     for server in stack.servers:
         if server.process.poll() is None:
             server.kill()
+    # The engine of a worker that was killed.
+    assert not processes.end(processes.marked(Mark(tmp_path)), 10, (signal.SIGKILL,))
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""A stream of the event loop, read from a thread."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class FromThread(Iterator[T]):
+    """The items of `stream`, awaited in `loop` one at a time, as a thread asks for them.
+
+    `next` raises TimeoutError when nothing came for `timeout_s`, what the stream raises, and CancelledError or
+    ConnectionAbortedError once it was aborted.
+    """
+
+    def __init__(
+        self, stream: AsyncIterator[T], loop: asyncio.AbstractEventLoop, timeout_s: float | None = None
+    ) -> None:
+        self._stream = stream
+        self._loop = loop
+        self._timeout_s = timeout_s
+        self._next: Future[tuple[T] | None] | None = None
+        self._is_aborted = False
+
+    def __next__(self) -> T:
+        if self._is_aborted:
+            raise ConnectionAbortedError("nobody reads the stream any more")
+        self._next = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
+        found = self._next.result(timeout=self._timeout_s)
+        if found is None:
+            raise StopIteration
+        return found[0]
+
+    async def _read(self) -> tuple[T] | None:
+        try:
+            return (await anext(self._stream),)
+        except StopAsyncIteration:
+            return None
+
+    def abort(self) -> None:
+        """Ends the thread's wait."""
+        self._is_aborted = True
+        if self._next is not None:
+            self._next.cancel()

@@ -1,0 +1,131 @@
+"""Whatever happens, in whatever order: each request ends with exactly one right result.
+
+`CHAOS=long` for 10,000 requests and 30 faults; `CHAOS_SEED=…` for the same faults once more; `CHAOS_ENGINE=vllm` for
+the real engine.
+"""
+
+import hashlib
+import json
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+import grpc
+import psutil
+import pytest
+
+from service import processes
+from service.processes import Mark
+from tests.chaos.faults import BY_NAME, Faults
+from tests.stacks import FullStack, full_stack
+from tests.waiting import until
+from vllm_batch.client import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+REQUESTS, FAULTS = (10_000, 30) if os.environ.get("CHAOS") == "long" else (2_000, 6)
+BATCHES = 4
+ENGINE = os.environ.get("CHAOS_ENGINE", "simulated")
+# The last kind of fault must be over within this, recovery and all.
+PATIENCE_S = 300
+
+pytestmark = pytest.mark.timeout(3600)
+
+
+def body(batch: int, number: int) -> str:
+    """As sent. On the simulated engine a request takes long enough that the faults meet with work."""
+    given = {"model": "tiny", "messages": [{"role": "user", "content": f"{batch}: {number}"}], "max_tokens": 24}
+    pace: dict[str, object] = {"vllm_xargs": {"simulate": 0.5}} if ENGINE == "simulated" else {"ignore_eos": True}
+    return json.dumps(given | pace)
+
+
+def lines(batch: int) -> Iterator[bytes]:
+    for number in range(REQUESTS // BATCHES):
+        yield f'{{"custom_id": "c{number}", "url": "/v1/chat/completions", "body": {body(batch, number)}}}'.encode()
+
+
+def is_right(result: pb.Result, batch: int) -> bool:
+    """True for the very answer to the request of that name."""
+    if result.response.status_code != 200:
+        return False
+    answer = json.loads(result.response.body_json)
+    if ENGINE == "simulated":
+        asked = body(batch, int(result.custom_id[1:]))
+        return bool(answer["choices"][0]["message"]["content"] == hashlib.sha256(asked.encode()).hexdigest())
+    return bool(answer["usage"]["completion_tokens"] == 24)
+
+
+@pytest.fixture
+def stack() -> Iterator[FullStack]:
+    settings = {
+        "BATCH_ENGINE": ENGINE,
+        "BATCH_HEARTBEAT_INTERVAL_S": "1",
+        "BATCH_HEARTBEAT_TIMEOUT_S": "15",
+        "BATCH_LEASE_S": "15",
+        "BATCH_CHECK_INTERVAL_S": "5",
+        "BATCH_MAX_RESTARTS_PER_HOUR": "1000",
+        "BATCH_RESTART_BACKOFF_MAX_S": "2",
+    }
+    with full_stack(**settings) as stack:
+        started = stack.script("start-all.sh")
+        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        yield stack
+
+
+def test_chaos(stack: FullStack) -> None:
+    """Batches run through random faults: no request lost, none answered twice or wrongly, no restart without cause."""
+    seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(1_000_000)))
+    dice = random.Random(seed)
+    drawn = [dice.choice(sorted(BY_NAME)) for _ in range(FAULTS)]
+    sys.stdout.write(f"\nCHAOS_SEED={seed}: {', '.join(drawn)}\n")
+    faults = Faults(stack, dice)
+    with Client(stack.target, patience_s=PATIENCE_S) as client:
+        ids = [client.submit_lines(lines(0), request_id="chaos-0").id]
+
+        def finished() -> int:
+            return sum(client.get(batch_id).counts.completed for batch_id in ids)
+
+        for number, name in enumerate(drawn):
+            # Spread over the work, so that each fault finds it going on.
+            due = number * REQUESTS // (FAULTS + 1)
+            until(lambda due=due: finished() >= due, f"{due} results after {faults.done}", PATIENCE_S)  # type: ignore[misc]
+            faults.strike(name)
+            if len(ids) < BATCHES and (number + 1) * BATCHES > len(ids) * FAULTS // 2:
+                ids.append(client.submit_lines(lines(len(ids)), request_id=f"chaos-{len(ids)}").id)
+        while len(ids) < BATCHES:
+            ids.append(client.submit_lines(lines(len(ids)), request_id=f"chaos-{len(ids)}").id)
+        until(lambda: finished() == REQUESTS, f"the rest of the results after {faults.done}", 2 * PATIENCE_S)
+
+        for place, batch_id in enumerate(ids):
+            order = "RESULT_ORDER_FINISHED" if place % 2 else "RESULT_ORDER_INPUT"
+            results = [response.result for response in client.results(batch_id, order=order)]
+            counted = Counter(result.custom_id for result in results)
+            assert counted == Counter(f"c{number}" for number in range(REQUESTS // BATCHES))
+            wrong = [result for result in results if not is_right(result, place)]
+            assert not wrong, wrong[:3]
+            assert client.get(batch_id).state == pb.BATCH_STATE_COMPLETED
+        assert len({*ids}) == BATCHES == len(list(client.list(limit=100)))
+
+    until(lambda: is_healthy(stack), "the worker to be healthy at last", PATIENCE_S)
+    restarts = stack.restarts()
+    reasons = Counter(f"{event.reason} → {event.outcome}" for event in restarts)
+    told = "".join(f"  {count} × {reason}\n" for reason, count in reasons.items())
+    sys.stdout.write(f"{REQUESTS} requests, {FAULTS} faults, {len(restarts)} restarts:\n{told}")
+    assert len(restarts) <= faults.of_the_worker, (reasons, faults.done)
+    assert {event.outcome for event in restarts} <= {"recovered", "superseded"}
+    check_no_orphans(stack)
+
+
+def is_healthy(stack: FullStack) -> bool:
+    try:
+        return stack.recovered(0)
+    except grpc.RpcError:
+        return False
+
+
+def check_no_orphans(stack: FullStack) -> None:
+    """Of all lives of the worker one is left."""
+    leader = psutil.Process(stack.pid("worker"))
+    family = {leader.pid, *(child.pid for child in leader.children(recursive=True))}
+    assert {process.pid for process in processes.marked(Mark(stack.home, "worker"))} <= family
