@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from service import logs
 from service.db.connection import Unreachable
-from service.errors import ApiError, database_unavailable
+from service.errors import ApiError, Violation, database_unavailable, invalid
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -100,24 +100,45 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             else (handler.stream_unary if handler.request_streaming else handler.unary_unary)
         )
 
+        deserialize: Any = handler.request_deserializer
+
+        def parse(data: bytes) -> Any:
+            try:
+                return deserialize(data)
+            except Exception:  # noqa: BLE001 - told to the client; gRPC would call it our fault
+                return invalid([Violation("message", f"is not what {method} takes")])
+
+        def checked(request: Any) -> Any:
+            if isinstance(request, ApiError):
+                raise request
+            return _checked(request) if handler.request_streaming else request
+
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                return await inner(request, context)
+                return await inner(checked(request), context)
             except Exception as error:  # noqa: BLE001 - every error ends the call with a status
                 await _abort(context, method, error)
 
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                async for response in inner(request, context):
+                async for response in inner(checked(request), context):
                     yield response
             except Exception as error:  # noqa: BLE001 - every error ends the call with a status
                 await _abort(context, method, error)
 
         return make(
             stream if handler.response_streaming else unary,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=parse,
             response_serializer=handler.response_serializer,
         )
+
+
+async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A client's stream, as far as its messages can be read."""
+    async for request in requests:
+        if isinstance(request, ApiError):
+            raise request
+        yield request
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:

@@ -12,12 +12,14 @@ class FromThread(Iterator[T]):
     """The items of `stream`, awaited in `loop` one at a time, as a thread asks for them.
 
     `next` raises TimeoutError when nothing came for `timeout_s`, what the stream raises, and CancelledError or
-    ConnectionAbortedError once it was aborted.
+    ConnectionAbortedError once it was aborted. What the stream raised is kept in `failure`, for a reader that does
+    not tell.
     """
 
     def __init__(
         self, stream: AsyncIterator[T], loop: asyncio.AbstractEventLoop, timeout_s: float | None = None
     ) -> None:
+        self.failure: Exception | None = None
         self._stream = stream
         self._loop = loop
         self._timeout_s = timeout_s
@@ -38,6 +40,9 @@ class FromThread(Iterator[T]):
             return (await anext(self._stream),)
         except StopAsyncIteration:
             return None
+        except Exception as error:
+            self.failure = error
+            raise
 
     def abort(self) -> None:
         """Ends the thread's wait."""

@@ -119,6 +119,7 @@ class Client:
                 yield pb.UploadBatchRequest(data=piece)
                 sent += len(piece)
                 on_sent(sent)
+            yield pb.UploadBatchRequest(end=pb.UploadEnd())
 
         def upload() -> pb.Batch:
             file.seek(0)

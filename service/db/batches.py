@@ -10,6 +10,7 @@ import peewee
 from psycopg2.extras import Json
 
 from service import failpoints
+from service.db.connection import allow
 
 # Requests per chunk: small enough that a chunk is soon done and spreads over workers, large enough that claiming
 # costs nothing beside running. A million requests are 10,000 chunks.
@@ -122,7 +123,7 @@ def store(
     repeated custom_id.
     """
     with db.atomic():
-        _allow(db, timeout_s)
+        allow(db, timeout_s)
         if limits is not None:
             _check_limits(db, limits, 0)
         batch_id = db.execute_sql("SELECT nextval(pg_get_serial_sequence('batches', 'id'))").fetchone()[0]
@@ -135,11 +136,6 @@ def store(
         failpoints.hit("store.before_commit")
     failpoints.hit("store.after_commit")
     return batch
-
-
-def _allow(db: peewee.PostgresqlDatabase, timeout_s: float) -> None:
-    """Lets the statements of this transaction take longer than others."""
-    db.execute_sql("SELECT set_config('statement_timeout', %s, true)", (str(round(timeout_s * 1000)),))
 
 
 def _check_limits(db: peewee.PostgresqlDatabase, limits: Limits, more: int) -> None:
@@ -247,7 +243,7 @@ def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
     """
     expired = []
     with db.atomic():
-        _allow(db, timeout_s)
+        allow(db, timeout_s)
         due = db.execute_sql(
             "SELECT id FROM batches WHERE state = 'in_progress' AND expire_time < clock_timestamp()"
             " ORDER BY id LIMIT 10"
@@ -348,7 +344,7 @@ def retry(
     """
     digest = hashlib.sha256(f"retry of {batch_id}".encode()).digest()
     with db.atomic():
-        _allow(db, timeout_s)
+        allow(db, timeout_s)
         batch = _locked(db, batch_id)
         if batch is None:
             return None

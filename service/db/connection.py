@@ -2,6 +2,7 @@
 
 import asyncio
 import select
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,8 @@ import peewee
 import psycopg2
 from playhouse.migrations import Runner
 from playhouse.pool import PooledPostgresqlDatabase
+
+from service.db.deadlines import Deadlines, extend
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,12 +27,33 @@ WORKER_LOCKS = 0x76626175
 HOUSEKEEPING_LOCK = 0x76626176
 
 
+# A call is several statements, each of which has the timeout.
+CALL_FACTOR = 3
+# What a new version does to old tables may take its time.
+MIGRATION_TIMEOUT_S = 600.0
+
+
 class _Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
-    """Does not hand out a connection that the server has closed while it lay idle."""
+    """Hands out no connection that the server has closed while it lay idle, without asking the server each time."""
+
+    _failure: BaseException | None = None
+    _failed_s = 0.0
 
     def _is_closed(self, conn: Any) -> bool:
         # An idle connection has nothing to read, unless the server said goodbye or the socket is gone.
-        return super()._is_closed(conn) or bool(select.select([conn], [], [], 0)[0])
+        return bool(conn.closed or select.select([conn], [], [], 0)[0])
+
+    def _connect(self) -> Any:
+        asked_s = time.monotonic()
+        with self._pool_lock:
+            # Who waited while somebody else tried in vain need not wait for the same again.
+            if self._failure is not None and self._failed_s > asked_s:
+                raise self._failure
+            try:
+                return super()._connect()
+            except Unreachable as error:
+                self._failure, self._failed_s = error, time.monotonic()
+                raise
 
 
 def connection_options(name: str, timeout_s: float) -> dict[str, Any]:
@@ -56,12 +80,17 @@ class Database:
             url, max_connections=connections, timeout=timeout_s, **connection_options(name, timeout_s)
         )
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="database")
+        self._deadlines = Deadlines()
+        self._timeout_s = timeout_s
 
     def call(
         self, function: Callable[Concatenate[peewee.PostgresqlDatabase, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Runs `function(connection, ...)` here. Raises one of `Unreachable` when Postgres is away."""
-        with self._pool.connection_context():
+        with (
+            self._pool.connection_context(),
+            self._deadlines.within(self._pool.connection(), CALL_FACTOR * self._timeout_s),
+        ):
             return function(self._pool, *args, **kwargs)
 
     async def run(
@@ -82,9 +111,16 @@ def connect(url: str, name: str, timeout_s: float) -> peewee.PostgresqlDatabase:
     return peewee.PostgresqlDatabase(url, **connection_options(name, timeout_s))
 
 
+def allow(db: peewee.PostgresqlDatabase, timeout_s: float) -> None:
+    """Lets this transaction take longer than others, each of its statements and all of them."""
+    extend(timeout_s)
+    db.execute_sql("SELECT set_config('statement_timeout', %s, true)", (str(round(timeout_s * 1000)),))
+
+
 def migrate(db: peewee.PostgresqlDatabase) -> list[str]:
     """Brings the schema up to date, also when several processes start at once. Returns the migrations applied."""
     with db.atomic():
+        allow(db, MIGRATION_TIMEOUT_S)
         db.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
         applied: list[str] = Runner(db, directory=str(Path(__file__).parent / "migrations")).up()
     return applied

@@ -118,7 +118,7 @@ async def _upload(
         except grpc.FutureCancelledError:
             answer.cancel()
         except grpc.RpcError as error:
-            answer.set_exception(error)
+            answer.set_exception(pieces.failure or error)
 
     call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s)
     call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))

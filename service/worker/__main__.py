@@ -17,7 +17,7 @@ from service import config, logs, processes, rpc
 from service.clock import SystemClock
 from service.config import Settings
 from service.db.batches import Limits
-from service.db.connection import Database, Unreachable, connect, migrate
+from service.db.connection import CALL_FACTOR, Database, Unreachable, connect, migrate
 from service.db.heartbeats import Beat, Phase
 from service.worker import engines
 from service.worker.engine import EngineDeadError
@@ -89,6 +89,7 @@ async def work(settings: Settings) -> int:
         life=life,
         interval_s=settings.heartbeat_interval_s,
         lease_s=settings.lease_s,
+        timeout_s=CALL_FACTOR * settings.database_timeout_s,
         beat=beat,
         held=lambda: runner.held,
         on_leases_lost=lambda ids: thread.call_soon(lambda: runner.leases_lost(ids)),

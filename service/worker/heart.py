@@ -10,6 +10,7 @@ import peewee
 from service import logs
 from service.db import batches, chunks, heartbeats
 from service.db.connection import Unreachable, lock_worker
+from service.db.deadlines import Deadlines
 from service.db.heartbeats import Beat
 from service.worker.life import Life
 
@@ -33,11 +34,14 @@ class Heart:
     life: Life
     interval_s: float
     lease_s: float
+    # Of all that is said to Postgres at one beat.
+    timeout_s: float
     beat: Callable[[], Beat]
     held: Callable[[], list[int]]
     on_leases_lost: Callable[[Sequence[int]], None]
     on_identity_taken: Callable[[], None]
 
+    _deadlines: Deadlines = field(default_factory=Deadlines)
     _has_lock: bool = False
     _is_database_away: bool = False
     _wake: threading.Event = field(default_factory=threading.Event)
@@ -90,6 +94,10 @@ class Heart:
     def _once(self) -> None:
         if self.connection.is_closed():
             self.connection.connect()
+        with self._deadlines.within(self.connection.connection(), self.timeout_s):
+            self._speak()
+
+    def _speak(self) -> None:
         if not self._has_lock:
             if not lock_worker(self.connection, self.life.worker_id):
                 raise IdentityTakenError

@@ -40,7 +40,10 @@ class WorkerServicer(StoredServicer):
     async def UploadBatch(
         self, request_iterator: AsyncIterator[pb.UploadBatchRequest], context: Context
     ) -> pb.UploadBatchResponse:
-        """Stores a batch from a stream: options first, then the file in pieces."""
+        """Stores a batch from a stream: options first, then the file in pieces, then its end.
+
+        The end is said, as a stream that was broken off by its client ends like any other.
+        """
         self._life.accepting()
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("piece") != "options":
@@ -48,9 +51,13 @@ class WorkerServicer(StoredServicer):
 
         async def pieces() -> AsyncIterator[bytes]:
             async for message in request_iterator:
-                if message.WhichOneof("piece") != "data":
-                    raise invalid([Violation("data", "each message of an upload but the first holds data")])
+                piece = message.WhichOneof("piece")
+                if piece == "end":
+                    return
+                if piece != "data":
+                    raise invalid([Violation("data", "is all there may be between options and end")])
                 yield message.data
+            raise invalid([Violation("end", "the upload broke off: its last message holds the end")])
 
         batch = await self._store(first.options, pieces(), file_place)
         return pb.UploadBatchResponse(batch=messages.batch_message(batch))

@@ -24,32 +24,53 @@ from vllm_batch.client import Client
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """URL of an embedded server without its database name; started as users' is."""
-    # Not pytest's folder: that is deep, and a socket's path is short.
-    with tempfile.TemporaryDirectory(prefix="vbt-", ignore_cleanup_errors=True) as home:
-        env = os.environ | {"BATCH_HOME": home, "BATCH_ENV_FILE": "/dev/null"}
-        server = subprocess.Popen([sys.executable, "-m", "service.postgres"], env=env, cwd=ROOT)
-        url = f"postgresql:///%s?host={home}/run/pg&user=postgres"
+class PostgresServer:
+    """An embedded server in a home of its own; `homes` may be several that share its data, of which one serves."""
+
+    def __init__(self, home: Path, *others: Path) -> None:
+        self.homes = (home, *others)
+        hosts = ",".join(f"{each}/run/pg" for each in self.homes)
+        self.url = f"postgresql:///%s?host={hosts}&user=postgres"
+        for other in others:
+            (other / "pgdata").symlink_to(home / "pgdata")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, home: Path | None = None) -> None:
+        """Starts it as users' is, and waits until it answers."""
+        env = os.environ | {"BATCH_HOME": str(home or self.homes[0]), "BATCH_ENV_FILE": "/dev/null"}
+        self.process = process = subprocess.Popen([sys.executable, "-m", "service.postgres"], env=env, cwd=ROOT)
 
         def answers() -> bool:
-            assert server.poll() is None, "the embedded Postgres ended"
+            assert process.poll() is None, "the embedded Postgres ended"
             try:
-                psycopg2.connect(url % "batch", connect_timeout=2).close()
+                psycopg2.connect(self.url % "batch", connect_timeout=2).close()
             except psycopg2.OperationalError:
                 return False
             return True
 
+        until(answers, "the embedded Postgres")
+
+    def stop(self) -> None:
+        """Shuts it down."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of an embedded server without its database name."""
+    # Not pytest's folder: that is deep, and a socket's path is short.
+    with tempfile.TemporaryDirectory(prefix="vbt-", ignore_cleanup_errors=True) as home:
+        server = PostgresServer(Path(home))
         try:
-            until(answers, "the embedded Postgres")
-            database = Database(url % "batch", "template")
+            server.start()
+            database = Database(server.url % "batch", "template")
             database.call(migrate)
             database.close()
-            yield url
+            yield server.url
         finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(30)
+            server.stop()
 
 
 @pytest.fixture
@@ -163,6 +184,13 @@ class Stack:
                 logs = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in self.folder.glob("*.log"))
                 raise AssertionError(f"{error}: {client.accepting()}\n{logs}") from None
 
+    def end(self) -> None:
+        """Ends all processes, also the engine of a worker that was killed."""
+        for server in self.servers:
+            if server.process.poll() is None:
+                server.kill()
+        assert not processes.end(processes.marked(Mark(self.folder)), 10, (signal.SIGKILL,))
+
 
 def free_port() -> int:
     """A port that nobody listens on now, and none of the defaults: the ports of one stack must differ."""
@@ -179,11 +207,7 @@ def stack(database_url: str, tmp_path: Path) -> Iterator[Stack]:
     """Processes are started by the test; all are ended after it."""
     stack = Stack(database_url, tmp_path, free_port(), [])
     yield stack
-    for server in stack.servers:
-        if server.process.poll() is None:
-            server.kill()
-    # The engine of a worker that was killed.
-    assert not processes.end(processes.marked(Mark(tmp_path)), 10, (signal.SIGKILL,))
+    stack.end()
 
 
 @pytest.fixture

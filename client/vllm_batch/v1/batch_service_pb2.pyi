@@ -143,12 +143,18 @@ class CreateBatchResponse(_message.Message):
     def __init__(self, batch: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
 
 class UploadBatchRequest(_message.Message):
-    __slots__ = ("options", "data")
+    __slots__ = ("options", "data", "end")
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
     options: BatchOptions
     data: bytes
-    def __init__(self, options: _Optional[_Union[BatchOptions, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    end: UploadEnd
+    def __init__(self, options: _Optional[_Union[BatchOptions, _Mapping]] = ..., data: _Optional[bytes] = ..., end: _Optional[_Union[UploadEnd, _Mapping]] = ...) -> None: ...
+
+class UploadEnd(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class UploadBatchResponse(_message.Message):
     __slots__ = ("batch",)

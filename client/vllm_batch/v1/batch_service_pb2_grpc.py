@@ -123,7 +123,7 @@ class BatchServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadBatch(self, request_iterator, context):
-        """Creates a batch from a JSONL file of any size, streamed: one header, then the bytes of the file in pieces.
+        """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
         The batch exists once this has answered and not before; a broken upload leaves nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

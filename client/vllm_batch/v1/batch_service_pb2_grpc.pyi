@@ -49,7 +49,7 @@ class BatchServiceStub:
     CreateBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.CreateBatchRequest, _batch_service_pb2.CreateBatchResponse]
     """Creates a batch from requests given inline: for small batches, by hand with grpcurl for instance."""
     UploadBatch: _grpc.StreamUnaryMultiCallable[_batch_service_pb2.UploadBatchRequest, _batch_service_pb2.UploadBatchResponse]
-    """Creates a batch from a JSONL file of any size, streamed: one header, then the bytes of the file in pieces.
+    """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
     The batch exists once this has answered and not before; a broken upload leaves nothing.
     """
     GetBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.GetBatchRequest, _batch_service_pb2.GetBatchResponse]
@@ -90,7 +90,7 @@ class BatchServiceAsyncStub(BatchServiceStub):
     CreateBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.CreateBatchRequest, _batch_service_pb2.CreateBatchResponse]  # type: ignore[assignment]
     """Creates a batch from requests given inline: for small batches, by hand with grpcurl for instance."""
     UploadBatch: _aio.StreamUnaryMultiCallable[_batch_service_pb2.UploadBatchRequest, _batch_service_pb2.UploadBatchResponse]  # type: ignore[assignment]
-    """Creates a batch from a JSONL file of any size, streamed: one header, then the bytes of the file in pieces.
+    """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
     The batch exists once this has answered and not before; a broken upload leaves nothing.
     """
     GetBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.GetBatchRequest, _batch_service_pb2.GetBatchResponse]  # type: ignore[assignment]
@@ -140,7 +140,7 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_batch_service_pb2.UploadBatchRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_batch_service_pb2.UploadBatchResponse, _abc.Awaitable[_batch_service_pb2.UploadBatchResponse]]:
-        """Creates a batch from a JSONL file of any size, streamed: one header, then the bytes of the file in pieces.
+        """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
         The batch exists once this has answered and not before; a broken upload leaves nothing.
         """
 
