@@ -129,7 +129,8 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
             if in_order:
                 page = await self.database.run(results.read_in_order, batch_id, last + 1, PAGE)
                 full = len(page) == PAGE
-                if request.follow and not batch.is_terminal:
+                if not batch.is_terminal:
+                    # A gap may be filled yet, and a token behind it would leave that out.
                     whole = _consecutive(page, last + 1)
                     full = full and len(whole) == PAGE
                     page = whole
@@ -144,6 +145,8 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
             if full:
                 continue
             if batch.is_terminal or not request.follow:
+                # Its rows go after it: what was read of a batch that is still there was whole.
+                await self._get(batch_id)
                 return
             batch = await self._next(batch_id)
 

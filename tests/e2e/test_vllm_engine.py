@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from service.config import Settings
+from service.processes import is_alive
 from service.worker.engine import EngineDeadError
 from service.worker.vllm_engine import EngineArgumentError, VllmEngine
 from tests.e2e.engines import Running, check_same, run_batch
@@ -19,7 +20,9 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
 CHAT = "/v1/chat/completions"
+FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 MESSAGES = [{"role": "user", "content": "Say something."}]
+TOOL = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 BODIES: list[dict[str, Any]] = [
     {"messages": MESSAGES, "max_tokens": 12, "temperature": 0},
     {"messages": MESSAGES, "max_tokens": 8, "seed": 3, "temperature": 0.9, "n": 3},
@@ -39,7 +42,7 @@ BODIES: list[dict[str, Any]] = [
         "messages": MESSAGES,
         "max_tokens": 40,
         "temperature": 0,
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [{"a": 1}]}}}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": TOOL}}],
         "tool_choice": {"type": "function", "function": {"name": "f"}},
     },
 ]
@@ -54,7 +57,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
     """One engine for the module; the last test kills it."""
-    running = Running(home)
+    running = Running(home, " ".join(FLAGS))
     running.call(running.engine.start(), 200)
     yield running
     running.stop()
@@ -70,7 +73,7 @@ def test_what_it_serves(running: Running) -> None:
 def test_same_bodies_as_run_batch(running: Running, home: Path, tmp_path: Path) -> None:
     """vLLM's own batch runner gives the same bodies for the same lines, up to ids and times."""
     requests = [(CHAT, body) for body in BODIES]
-    theirs = run_batch(home, tmp_path, requests)
+    theirs = run_batch(home, tmp_path, requests, *FLAGS)
     assert [their["response"]["status_code"] for their in theirs] == [200, 200, 200, 200, 400, 200, 200]
     check_same(running, theirs, requests)
 
@@ -150,4 +153,4 @@ def test_engine_death_is_no_answer(running: Running) -> None:
     with pytest.raises(EngineDeadError):
         running.run({"messages": MESSAGES}, CHAT)
     running.call(running.engine.stop())
-    until(lambda: not any(c.is_running() and c.cmdline() and "VLLM" in c.cmdline()[0] for c in children), "their end")
+    until(lambda: not is_alive(core), "its end")

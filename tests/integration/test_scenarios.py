@@ -1,0 +1,187 @@
+"""The scenarios that batch gateways are measured by, each a test under its name; here those not told elsewhere.
+
+`worker_crash_strands_job`, `cancel_reverted`, `replicas_execute_once` are in test_front_door.py,
+`cancel_racing_completion` in test_store.py, `create_crash_after_store`, `finalization_strand` in test_failpoints.py.
+"""
+
+import os
+import random
+import signal
+from uuid import uuid4
+
+import grpc
+import psycopg2
+import pytest
+
+from service.db import batches, chunks, results
+from service.db.connection import Database
+from tests.integration.conftest import Stack
+from tests.integration.test_front_door import count, finished, line, lines, refused
+from tests.integration.test_store import LEASE_S, answers, stored
+from tests.waiting import until
+from vllm_batch.client import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import batch_service_pb2_grpc
+
+
+def in_engine(stack: Stack, worker_id: str) -> int:
+    """How many requests a worker says to have in its engine."""
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT detail ->> 'in_engine' FROM heartbeats WHERE worker_id LIKE %s", (f"%:{worker_id}",))
+        [found] = cursor.fetchone() or ("0",)
+        return int(found)
+
+
+def test_terminal_overwrite(database: Database) -> None:
+    """Nothing that comes late changes a batch that has ended: no result, cancel, expiry or second completion."""
+    batch, cancelled = stored(database, 2, completion_window_s=3600.0), stored(database, 2)
+    mine = uuid4()
+    one, two = database.call(chunks.claim, "w", mine, ["tiny"], 2, LEASE_S)
+    database.call(results.write, answers(one, range(2)), mine)
+    database.call(batches.cancel, cancelled.id)
+    database.call(chunks.drop_cancelled, [two.id], mine)
+    database.call(batches.settle_cancelled)
+    before = [database.call(batches.get, batch_id) for batch_id in (batch.id, cancelled.id)]
+    assert [ended and ended.state for ended in before] == ["completed", "cancelled"]
+
+    database.call(lambda db: db.execute_sql("UPDATE batches SET expire_time = clock_timestamp()"))
+    before = [database.call(batches.get, batch_id) for batch_id in (batch.id, cancelled.id)]
+    assert database.call(results.write, answers(one, range(2), status=500), mine) == 0
+    assert database.call(results.write, answers(two, range(2)), mine) == 0
+    assert database.call(batches.expire, 60) == []
+    database.call(batches.settle_cancelled)
+    database.call(batches.cancel, cancelled.id)
+    assert [database.call(batches.get, batch_id) for batch_id in (batch.id, cancelled.id)] == before
+
+
+def test_duplicate_execution(serving: Stack, client: Client) -> None:
+    """Workers that lose all their connections, one beside the other: none takes what another still works on."""
+    second = serving.worker("second")
+    until(lambda: count(serving, "heartbeats") == 2, "both workers")
+    batch = client.submit_lines(lines(1000, vllm_xargs={"simulate": 0.3}))
+    until(lambda: client.get(batch.id).counts.completed > 50, "part of the batch")
+    with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%worker%'")
+    assert finished(client, batch.id).counts.completed == 1000
+    assert not [event for worker in (serving.servers[1], second) for event in worker.events("leases_lost")]
+
+
+def test_zombie_owner_burns_inference(stack: Stack, client: Client) -> None:
+    """A worker that was frozen past its lease finds its work taken when it wakes: it stops it, and writes nothing."""
+    stack.gateway()
+    zombie = stack.worker("zombie", lease_s=1, window=50)
+    stack.wait_until_accepting()
+    assert_postgres_is_old(stack)
+    batch = client.submit_lines(lines(50, vllm_xargs={"simulate": 2}))
+    until(lambda: in_engine(stack, "zombie") == 50, "all of it to be in the engine")
+    os.kill(zombie.process.pid, signal.SIGSTOP)
+    stack.worker("heir", lease_s=1, window=50)
+    until(lambda: in_engine(stack, "heir") == 50, "another to take it over")
+    os.kill(zombie.process.pid, signal.SIGCONT)
+    until(lambda: zombie.events("leases_lost"), "the zombie to learn of it")
+    until(lambda: in_engine(stack, "zombie") == 0, "the zombie to stop")
+    assert finished(client, batch.id).counts.completed == 50
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT DISTINCT worker_id FROM results LEFT JOIN heartbeats USING (incarnation)")
+        assert [worker_id.rpartition(":")[2] for (worker_id,) in cursor.fetchall()] == ["heir"]
+
+
+def assert_postgres_is_old(stack: Stack) -> None:
+    """No lease is released in the first lease of Postgres itself; the server of the tests is older than that."""
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT clock_timestamp() - pg_postmaster_start_time() > interval '1s'")
+        assert cursor.fetchone() == (True,)
+
+
+def test_recovery_crash_loop(stack: Stack) -> None:
+    """Lives that die in the middle of recovering do not add to the deaths of what they recover."""
+    stack.gateway()
+    worker = stack.worker(failpoint="write.after_commit:2", window=50)
+    stack.wait_until_accepting()
+    with Client(stack.target, patience_s=90) as client:
+        batch = client.submit_lines(lines(300))
+        until(lambda: worker.process.poll() is not None, "the first death")
+        looping = stack.worker(failpoint="bury.before_commit")
+        for _ in range(4):
+            until(lambda: looping.process.poll() is not None, "a death in recovery")
+            looping.start()
+        with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT max(deaths) FROM chunks")
+            assert cursor.fetchone() == (0,)
+        until(lambda: looping.process.poll() is not None, "the last death in recovery")
+        looping.disarm()
+        looping.start()
+        done = finished(client, batch.id)
+    assert (done.counts.completed, done.counts.failed) == (300, 0)
+
+
+def test_cancel_event_lost(stack: Stack, client: Client) -> None:
+    """A cancel that no worker is there to hear is not forgotten: whoever comes next runs nothing of the batch."""
+    stack.gateway()
+    worker = stack.worker(window=10)
+    stack.wait_until_accepting()
+    batch = client.submit_lines(lines(200, vllm_xargs={"simulate": 0.2}))
+    until(lambda: client.get(batch.id).counts.completed > 0, "the first results")
+    worker.kill()
+    client.cancel(batch.id)
+    results_then = count(stack, "results")
+    worker.start()
+    assert finished(client, batch.id).state == pb.BATCH_STATE_CANCELLED
+    # It works, and on other things only.
+    with Client(stack.target, patience_s=60) as patient:
+        assert finished(patient, patient.submit_lines(lines(20)).id).counts.completed == 20
+    assert count(stack, "results") == results_then + 20
+
+
+def test_orphaned_blob(serving: Stack, client: Client) -> None:
+    """Nothing is left of a deleted batch, nor of an upload that was refused."""
+    refused(lambda: client.submit_lines([*lines(500), b"{"]))
+    batch = client.submit_lines(lines(500))
+    finished(client, batch.id)
+    client.delete(batch.id)
+    for table in ("batches", "requests", "chunks", "results", "purges"):
+        until(lambda table=table: count(serving, table) == 0, f"{table} to be empty")  # type: ignore[misc]
+
+
+def test_async_result_destruction(serving: Stack, client: Client) -> None:
+    """Results that somebody is reading are not cut short without a word when the batch is deleted."""
+    batch = client.submit_lines(line(f"{number:0500}") for number in range(1500))
+    assert refused(lambda: client.delete(batch.id)).reason == "BATCH_STATE"
+    finished(client, batch.id)
+    # So that no more than a part of it can be under way.
+    small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
+    with grpc.insecure_channel(serving.target, options=small_window) as channel:
+        stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+        stream = stub.StreamResults(pb.StreamResultsRequest(batch_id=batch.id), timeout=60)
+        read = [next(stream).result.index]
+        client.delete(batch.id)
+        until(lambda: count(serving, "requests") == 0, "the rows to be gone")
+        with pytest.raises(grpc.RpcError) as ended:
+            read.extend(response.result.index for response in stream)
+    assert ended.value.code() is grpc.StatusCode.NOT_FOUND
+    assert read == list(range(len(read)))
+
+
+def test_results_of_several_writers_resume(serving: Stack, client: Client) -> None:
+    """With several workers writing, a stream that breaks again and again has no gap and no repeat, in both orders."""
+    for name in ("second", "third"):
+        serving.worker(name)
+    until(lambda: count(serving, "heartbeats") == 3, "all workers")
+    batch = client.submit_lines(lines(2000, vllm_xargs={"simulate": 0.05}))
+    dice = random.Random(7)
+    for order in ("RESULT_ORDER_FINISHED", "RESULT_ORDER_INPUT"):
+        token, read = "", []
+        while len(read) < 2000:
+            stream = client.results(batch.id, follow=True, order=order, resume_token=token)
+            for _ in range(dice.randrange(1, 300)):
+                response = next(stream, None)
+                if response is None:
+                    break
+                token = response.resume_token
+                read.append(response.result.custom_id)
+            stream.close()  # type: ignore[attr-defined]
+        assert len(set(read)) == 2000
+        assert order == "RESULT_ORDER_FINISHED" or read == [f"c{number}" for number in range(2000)]
+    with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(DISTINCT incarnation) FROM results")
+        assert cursor.fetchone() == (3,)
