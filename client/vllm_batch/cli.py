@@ -119,6 +119,7 @@ def submit(
             request_id=request_id,
             metadata=metadata,
             priority=priority,
+            completion_window_s=window,
             on_sent=lambda sent: progress.update(task, completed=sent),
         )
     # Flushed: whoever reads this through a pipe needs it now.

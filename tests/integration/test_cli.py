@@ -32,7 +32,9 @@ def file(tmp_path: Path) -> Path:
 def test_submit_wait_and_output(serving: Stack, file: Path, tmp_path: Path) -> None:
     """One command from a file to a file in OpenAI's output format, in the order of the input."""
     made = tmp_path / "out.jsonl"
-    done = run(serving, "submit", str(file), "--wait", "-o", str(made), "-m", "a=b", "--priority", "2")
+    done = run(
+        serving, "submit", str(file), "--wait", "-o", str(made), "-m", "a=b", "--priority", "2", "--window", "3600"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().strip() == "batch_1"
     outputs = [json.loads(text) for text in made.read_text().splitlines()]

@@ -52,6 +52,11 @@ def count(stack: Stack, table: str) -> int:
         return int(found)
 
 
+def ready(stack: Stack) -> int:
+    """How many workers say that they are ready."""
+    return count(stack, "heartbeats WHERE phase = 'ready'")
+
+
 def run_sql(stack: Stack, statement: str) -> None:
     with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute(statement)
@@ -463,7 +468,7 @@ def test_sigterm_drains(serving: Stack, client: Client) -> None:
 def test_replicas_execute_once(serving: Stack, client: Client) -> None:
     """Several workers share one batch: each request is run by one of them."""
     serving.worker("second")
-    until(lambda: count(serving, "heartbeats") == 2, "both workers")
+    until(lambda: ready(serving) == 2, "both workers to be ready")
     batch = client.submit_lines(lines(1500))
     assert finished(client, batch.id).counts.completed == 1500
     with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:

@@ -16,7 +16,7 @@ import pytest
 from service.db import batches, chunks, results
 from service.db.connection import Database
 from tests.integration.conftest import Stack
-from tests.integration.test_front_door import count, finished, line, lines, refused
+from tests.integration.test_front_door import count, finished, line, lines, ready, refused
 from tests.integration.test_store import LEASE_S, answers, stored
 from tests.waiting import until
 from vllm_batch.client import Client
@@ -57,7 +57,7 @@ def test_terminal_overwrite(database: Database) -> None:
 def test_duplicate_execution(serving: Stack, client: Client) -> None:
     """Workers that lose all their connections, one beside the other: none takes what another still works on."""
     second = serving.worker("second")
-    until(lambda: count(serving, "heartbeats") == 2, "both workers")
+    until(lambda: ready(serving) == 2, "both workers to be ready")
     batch = client.submit_lines(lines(1000, vllm_xargs={"simulate": 0.3}))
     until(lambda: client.get(batch.id).counts.completed > 50, "part of the batch")
     with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
@@ -166,7 +166,7 @@ def test_results_of_several_writers_resume(serving: Stack, client: Client) -> No
     """With several workers writing, a stream that breaks again and again has no gap and no repeat, in both orders."""
     for name in ("second", "third"):
         serving.worker(name)
-    until(lambda: count(serving, "heartbeats") == 3, "all workers")
+    until(lambda: ready(serving) == 3, "all workers to be ready")
     batch = client.submit_lines(lines(2000, vllm_xargs={"simulate": 0.05}))
     dice = random.Random(7)
     for order in ("RESULT_ORDER_FINISHED", "RESULT_ORDER_INPUT"):
