@@ -7,7 +7,6 @@ the peak of each process (VmHWM). Prints a table.
 import argparse
 import io
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,17 +22,17 @@ from vllm_batch.client import Client
 
 ROUNDS = 3
 UPLOAD = """
-import resource, sys
+import re, sys
 from vllm_batch.client import Client
 with Client(sys.argv[1]) as client, open(sys.argv[2], "rb") as file:
-    print(client.submit(file).id, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(client.submit(file).id, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
 """
 DOWNLOAD = """
-import resource, sys
+import re, sys
 from vllm_batch.client import Client
 with Client(sys.argv[1]) as client:
     count = sum(1 for _ in client.results(sys.argv[2]))
-    print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(count, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
 """
 
 
@@ -136,7 +135,6 @@ def main() -> None:
         started = stack.script("start-all.sh")
         assert started.returncode == 0, started.stderr
         measure(stack, count, file)
-    say(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ check lint "$bin/ruff" check .
 check types "$bin/mypy"
 check scripts bash -n scripts/*.sh .ci/run
 check unit "$bin/python" -m pytest -q tests/unit
-# Two at a time: they wait for processes most of the time.
-check integration "$bin/python" -m pytest -q -n 2 --dist loadscope tests/integration
+# More of them than cores: they wait for processes most of the time.
+check integration "$bin/python" -m pytest -q -n 3 --dist loadscope tests/integration
 check chaos "$bin/python" -m pytest -q -s tests/chaos
 check vllm "$bin/python" -m pytest -q tests/e2e
 check demo scripts/demo.sh

@@ -14,6 +14,7 @@ from service import config, logs, processes
 from service.clock import SystemClock
 from service.config import Settings
 from service.db.connection import Database, Unreachable, migrate
+from watchdog.alerts import Alerts
 from watchdog.guards import GROUP, Guards, limits_of
 from watchdog.service import RecoveryServicer, Server
 from watchdog.supervisor import Supervisor, SupervisorAwayError
@@ -51,7 +52,8 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
     """Guards all workers until `ending` is set; `changed` wakes it. Returns the exit status."""
     database = Database(settings.postgres_url, "watchdog", settings.database_timeout_s, CONNECTIONS)
     supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
-    guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), changed.set)
+    alerts = Alerts(settings)
+    guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), changed.set, alerts)
     try:
         server = Server(settings.host, settings.watchdog_port, RecoveryServicer(guards, database))
     except RuntimeError as error:
@@ -72,6 +74,7 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
     for thread in threads:
         thread.join(END_TIMEOUT_S)
     guards.stop()
+    alerts.close()
     log.info("watchdog_ended")
     return 0
 

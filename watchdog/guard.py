@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -10,6 +10,7 @@ from service import logs
 from service.clock import Clock
 from service.db.recoveries import Event, Standing
 from watchdog.act import AbandonedError, Restarter, RestartError
+from watchdog.alerts import Alerts
 from watchdog.observe import Observer
 from watchdog.policy import (
     Action,
@@ -43,7 +44,12 @@ QUIET = frozenset(
         Verdict.PAUSED,
     }
 )
+# What a person is told of though nothing is done: recovery cannot see, or not act.
+AWAY = frozenset({Verdict.SUPERVISOR_AWAY, Verdict.DATABASE_AWAY})
 NOTHING_ORDERED = Standing(0.0, None, "", 0)
+
+# Outcomes of a restart that a person is told of, and how loudly.
+ALERTED = {"recovered": ("worker_recovered", "warning"), "failed": ("recovery_failed", "error")}
 
 log = logs.get("guard")
 
@@ -76,8 +82,13 @@ class Guard:
         clock: Clock,
         woken: threading.Event,
         on_change: Callable[[], None],
+        keep_evidence: Callable[[Event], None],
+        alerts: Alerts,
     ) -> None:
-        """`woken` is set by who has seen a change, as the observer, to have it check now."""
+        """`woken` is set by who has seen a change, as the observer, to have it check now.
+
+        `keep_evidence` is called with the intent, before the life that it ends is touched.
+        """
         self.worker_id = worker_id
         # None until the first check.
         self.snapshot: Snapshot | None = None
@@ -87,6 +98,8 @@ class Guard:
         self._limits = limits
         self._clock = clock
         self._on_change = on_change
+        self._keep_evidence = keep_evidence
+        self._alerts = alerts
         self._memory = Memory()
         self._intent: Event | None = None
         self._is_step_recorded = True
@@ -121,9 +134,11 @@ class Guard:
             except AbandonedError:
                 log.warning("restart_abandoned", worker_id=self.worker_id)
                 break
-            except Exception:
+            except Exception as error:
                 # A watchdog that dies of its own fault guards nothing.
                 log.exception("check_failed", worker_id=self.worker_id)
+                name = type(error).__name__
+                self._alerts.tell("watchdog_error", name, self.worker_id, "error", f"a check failed: {error!r}", {})
                 check_in_s = RETRY_S
             self._wait(check_in_s)
         self._observer.close()
@@ -210,6 +225,8 @@ class Guard:
             reason=decision.reason,
             was=before and before.verdict,
         )
+        if decision.verdict in AWAY and (before is None or before.verdict is not decision.verdict):
+            self._alert("dependency_away", decision.verdict, "warning", decision.reason, {})
         is_of_note = before is not None and before.verdict is not decision.verdict and decision.action is Action.HOLD
         if is_of_note and before and Verdict.HEALTHY in (before.verdict, decision.verdict) and evidence.intent is None:
             try:
@@ -252,6 +269,8 @@ class Guard:
 
     def _restart(self, decision: Decision) -> None:
         log.warning("restart_begun", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
+        if self._intent is not None and not decision.continues:
+            self._keep_evidence(self._intent)
         try:
             pid = self._restarter.restart(decision.verdict, self._observer.leader, self._on_step)
         except (RestartError, SupervisorAwayError) as error:
@@ -287,6 +306,10 @@ class Guard:
             # Still open for us too: closed at a later check.
             return
         log.info("restart_ended", worker_id=self.worker_id, outcome=outcome, timings=timings)
+        if outcome in ALERTED:
+            kind, level = ALERTED[outcome]
+            told = {"event": self._intent.id, "timings": timings, "evidence": self._intent.evidence}
+            self._alert(kind, Verdict(self._intent.verdict), level, self._intent.reason, told)
         self._intent = None
 
     def _give_up(self, evidence: Evidence, decision: Decision) -> None:
@@ -295,6 +318,11 @@ class Guard:
             raise DatabaseAwayError("the database is away")
         self._record.add("gave_up", decision, evidence)
         log.error("gave_up", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
+        self._alert("budget_spent", decision.verdict, "fatal", decision.reason, {"evidence": asdict(evidence)})
+
+    def _alert(self, kind: str, verdict: Verdict, level: str, reason: str, told: dict[str, object]) -> None:
+        message = f"{self.worker_id}: {kind.replace('_', ' ')}, {verdict}: {reason}"
+        self._alerts.tell(kind, str(verdict), self.worker_id, level, message, told)
 
     def _publish(self, evidence: Evidence, decision: Decision) -> None:
         before, now = self.snapshot, self._clock.now()

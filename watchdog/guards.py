@@ -3,14 +3,17 @@
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from service import logs
 from service.clock import Clock
 from service.config import Settings
 from service.db.connection import Database
+from service.db.recoveries import Event
 from service.processes import Mark
+from watchdog import evidence_folder
 from watchdog.act import Restarter
+from watchdog.alerts import Alerts
 from watchdog.guard import Guard
 from watchdog.observe import Observer
 from watchdog.policy import Limits
@@ -49,6 +52,7 @@ class Guards:
     database: Database
     clock: Clock
     on_change: Callable[[], None]
+    alerts: Alerts
     by_worker: dict[str, Guard] = field(default_factory=dict)
 
     def discover(self) -> None:
@@ -106,5 +110,20 @@ class Guards:
             clock=self.clock,
             ending=threading.Event(),
         )
-        record = Record(self.database, worker_id)
-        return Guard(worker_id, observer, record, restarter, self.limits, self.clock, woken, self.on_change)
+        return Guard(
+            worker_id,
+            observer,
+            Record(self.database, worker_id),
+            restarter,
+            self.limits,
+            self.clock,
+            woken,
+            self.on_change,
+            lambda intent: self._keep_evidence(process_name, intent),
+            self.alerts,
+        )
+
+    def _keep_evidence(self, process_name: str, intent: Event) -> None:
+        home = self.settings.home
+        mark, log_file = Mark(home, process_name), home / "log" / f"{process_name}.log"
+        evidence_folder.keep(home, mark, self.clock.now(), intent.id, asdict(intent), log_file)

@@ -13,22 +13,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import click
-import grpc
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_batch import __version__
-from vllm_batch.client import DEFAULT_TARGET, OPTIONS, PATIENCE_S, CallError, Client
+from vllm_batch import __version__, recovery
+from vllm_batch.client import DEFAULT_TARGET, PATIENCE_S, CallError, Client
 from vllm_batch.output import line
+from vllm_batch.terminal import EXIT_FAILED, EXIT_UNAVAILABLE, err, errors, out
 from vllm_batch.v1 import batch_service_pb2 as pb
-from vllm_batch.v1 import recovery_service_pb2, recovery_service_pb2_grpc
-
-EXIT_FAILED = 1
-EXIT_REFUSED = 3
-EXIT_UNAVAILABLE = 4
-EXIT_INTERRUPTED = 130
 
 EPILOG = """\b
 Exit codes:
@@ -40,9 +33,6 @@ Exit codes:
   130  Ctrl-C; a batch that was stored goes on
 """
 STATES = [name.removeprefix("BATCH_STATE_").lower() for name in pb.BatchState.keys()[1:]]
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,29 +48,6 @@ def main(context: click.Context, target: str, patience: float) -> None:
 
 def _tell_retry(error: CallError, delay_s: float) -> None:
     err.print(f"{error.message}; trying again in {delay_s:.0f} s", style="yellow")
-
-
-@contextmanager
-def _errors(batch_id: str = "") -> Iterator[None]:
-    """Errors of calls as messages and exit codes; no traceback."""
-    try:
-        yield
-    except CallError as error:
-        if error.violations:
-            for field, description in error.violations:
-                err.print(f"{field}: {description}", style="red", markup=False)
-        else:
-            err.print(f"{error.code.name}: {error.message}", style="red", markup=False)
-        unavailable = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        sys.exit(EXIT_UNAVAILABLE if error.code in unavailable else EXIT_REFUSED)
-    except KeyboardInterrupt:
-        _interrupted(batch_id)
-
-
-def _interrupted(batch_id: str) -> NoReturn:
-    if batch_id:
-        err.print(f"\n{batch_id} goes on. Come back with: vllm-batch watch {batch_id}")
-    sys.exit(EXIT_INTERRUPTED)
 
 
 def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -112,7 +79,7 @@ def submit(
     """Submit FILE, requests in OpenAI's batch format, one a line. `-` reads stdin. Prints the id of the batch."""
     if output is not None and not wait:
         raise click.UsageError("--output goes with --wait; later: vllm-batch results BATCH -o FILE")
-    with _errors(), _rewindable(file) as (source, size), _bar(DownloadColumn()) as progress:
+    with errors(), _rewindable(file) as (source, size), _bar(DownloadColumn()) as progress:
         task = progress.add_task("uploading", total=size)
         batch = client.submit(
             source,
@@ -145,7 +112,7 @@ def watch(client: Client, batch: str) -> None:
 @click.pass_obj
 def results(client: Client, batch: str, output: Path | None, follow: bool, order: str) -> None:
     """The results of BATCH so far, in OpenAI's batch output format."""
-    with _errors(batch):
+    with errors(batch):
         _write_results(client, batch, output, follow, f"RESULT_ORDER_{order.upper()}")
 
 
@@ -157,7 +124,7 @@ def results(client: Client, batch: str, output: Path | None, follow: bool, order
 def list_(client: Client, state: tuple[str, ...], limit: int, as_json: bool) -> None:
     """Batches, newest first."""
     states = [f"BATCH_STATE_{name.upper()}" for name in state]
-    with _errors():
+    with errors():
         batches = list(client.list(states, limit))
     if as_json:
         for batch in batches:
@@ -171,7 +138,7 @@ def list_(client: Client, state: tuple[str, ...], limit: int, as_json: bool) -> 
 @click.pass_obj
 def cancel(client: Client, batch: str) -> None:
     """Stop BATCH. Finished results stay."""
-    with _errors():
+    with errors():
         click.echo(_state(client.cancel(batch)))
 
 
@@ -181,7 +148,7 @@ def cancel(client: Client, batch: str) -> None:
 @click.pass_obj
 def retry(client: Client, batch: str, request_id: str) -> None:
     """Run the failed requests of BATCH again, as a new batch. Prints its id."""
-    with _errors():
+    with errors():
         click.echo(client.retry(batch, request_id).id)
 
 
@@ -190,20 +157,21 @@ def retry(client: Client, batch: str, request_id: str) -> None:
 @click.pass_obj
 def delete(client: Client, batch: str) -> None:
     """Delete BATCH, which has ended, with its requests and results."""
-    with _errors():
+    with errors():
         client.delete(batch)
 
 
+main.add_command(recovery.group)
+
+
 @main.command()
-@click.option(
-    "--watchdog-target", envvar="BATCH_WATCHDOG_TARGET", default="127.0.0.1:50053", show_default=True, help="host:port"
-)
+@recovery.watchdog_option
 @click.pass_obj
 def status(client: Client, watchdog_target: str) -> None:
     """Gateway, workers, last recovery and batches, on one screen; whatever of it is up."""
-    with _errors():
+    with errors():
         is_up = _print_gateway(client)
-        _print_recovery(watchdog_target)
+        recovery.print_overview(watchdog_target)
         if is_up:
             batches = list(Client(client.target, patience_s=0).list(limit=8))
             out.print(_table(batches) if batches else "batches: none")
@@ -223,44 +191,6 @@ def _print_gateway(client: Client) -> bool:
     return True
 
 
-def _print_recovery(target: str) -> None:
-    with grpc.insecure_channel(target, options=OPTIONS) as channel:
-        stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
-        try:
-            workers = stub.GetStatus(recovery_service_pb2.GetStatusRequest(), timeout=5).workers
-        except grpc.RpcError as error:
-            out.print(f"watchdog  {target}  [red]{CallError(error).message}[/red]")
-            return
-        for worker in workers:
-            out.print(_worker_line(worker))
-        try:
-            request = recovery_service_pb2.ListEventsRequest(page_size=20)
-            events = stub.ListEvents(request, timeout=5).events
-        except grpc.RpcError as error:
-            out.print(f"events    [red]{CallError(error).message}[/red]")
-            return
-        restart = next((event for event in events if event.kind == "restart"), None)
-        out.print(_restart_line(restart) if restart is not None else "recovery  none yet")
-
-
-def _worker_line(worker: recovery_service_pb2.WorkerStatus) -> str:
-    verdict = recovery_service_pb2.Verdict.Name(worker.verdict).removeprefix("VERDICT_")
-    colour = "green" if worker.verdict == recovery_service_pb2.VERDICT_HEALTHY else "yellow"
-    beat = f"{worker.heartbeat_age.ToMilliseconds() / 1000:.1f} s ago" if worker.HasField("heartbeat_age") else "none"
-    return (
-        f"worker    {worker.worker_id}  [{colour}]{verdict}[/{colour}]  {worker.process_state or 'supervisord away'}"
-        f" pid {worker.pid}  health {worker.health or '-'}  heartbeat {beat}  phase {worker.phase or '-'}"
-        f"  budget {worker.budget_left}/{worker.budget_limit}"
-    )
-
-
-def _restart_line(event: recovery_service_pb2.RecoveryEvent) -> str:
-    verdict = recovery_service_pb2.Verdict.Name(event.verdict).removeprefix("VERDICT_")
-    took = ", ".join(f"{timing.phase} {timing.duration.ToMilliseconds() / 1000:.1f} s" for timing in event.timings)
-    when = event.start_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S")
-    return f"recovery  {when} UTC  {verdict} → {event.outcome}  ({event.reason})  {took}"
-
-
 def _table(batches: list[pb.Batch]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("batch", "state", "total", "done", "failed", "created (UTC)"):
@@ -278,7 +208,7 @@ def _state(batch: pb.Batch) -> str:
 
 
 def _wait(client: Client, batch_id: str, output: Path | None) -> NoReturn:
-    with _errors(batch_id):
+    with errors(batch_id):
         batch = _follow(client, batch_id)
         if output is not None:
             _write_results(client, batch_id, output, False, "RESULT_ORDER_INPUT")

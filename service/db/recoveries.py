@@ -171,6 +171,15 @@ def has_given_up(db: peewee.PostgresqlDatabase, worker_id: str) -> bool:
     return row is not None and row[0] == "gave_up"
 
 
+def given_up(db: peewee.PostgresqlDatabase) -> set[str]:
+    """The workers whose budget was spent and not given back."""
+    rows = db.execute_sql(
+        "SELECT DISTINCT ON (worker_id) worker_id, kind FROM recovery_events WHERE kind IN ('gave_up', 'budget_reset')"
+        " ORDER BY worker_id, id DESC"
+    ).fetchall()
+    return {worker_id for worker_id, kind in rows if kind == "gave_up"}
+
+
 def uptime_s(db: peewee.PostgresqlDatabase) -> float:
     """How long Postgres has been up."""
     row = db.execute_sql("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())::float8").fetchone()

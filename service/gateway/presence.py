@@ -4,13 +4,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
+import peewee
+
 from service import logs
 from service.clock import Clock
-from service.db import heartbeats
+from service.db import heartbeats, recoveries
 from service.db.connection import Database, Unreachable, migrate
 from service.db.heartbeats import SeenBeat
 from service.errors import ApiError
-from service.gateway.workers import Freshness, choose
+from service.gateway.workers import Freshness, choose, unreachable
 
 LOOK_INTERVAL_S = 1.0
 
@@ -36,9 +38,9 @@ class Presence:
         """The worker for new work. Raises UNAVAILABLE with the reason."""
         return choose(self.freshness, self.clock.monotonic(), self.timeout_s)
 
-    def age_s(self, seen: SeenBeat) -> float:
-        """How old a worker's last beat is now."""
-        return self.freshness.age_s(seen, self.clock.monotonic())
+    def unreachable(self, seen: SeenBeat, cause: str) -> ApiError:
+        """UNAVAILABLE for a worker that was chosen and does not answer."""
+        return unreachable(seen, self.freshness, self.clock.monotonic(), cause)
 
     async def follow(self) -> None:
         """Looks for ever."""
@@ -52,7 +54,7 @@ class Presence:
             if not self._is_migrated:
                 await self.database.run(migrate)
                 self._is_migrated = True
-            beats = await self.database.run(heartbeats.read)
+            beats, given_up = await self.database.run(_read)
         except Unreachable as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not self.freshness.failure:
@@ -61,7 +63,7 @@ class Presence:
         else:
             if self.freshness.failure:
                 log.info("database_back")
-            self.freshness = Freshness(beats, self.clock.monotonic())
+            self.freshness = Freshness(beats, self.clock.monotonic(), given_up)
         reason = ""
         try:
             self.choose()
@@ -72,3 +74,7 @@ class Presence:
             self._is_accepting = is_accepting
             log.info("accepting" if is_accepting else "not_accepting", reason=reason)
             await self.on_change(is_accepting)
+
+
+def _read(db: peewee.PostgresqlDatabase) -> tuple[list[SeenBeat], frozenset[str]]:
+    return heartbeats.read(db), frozenset(recoveries.given_up(db))

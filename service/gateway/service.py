@@ -12,7 +12,6 @@ from service.db.batches import Limits
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
 from service.gateway.presence import Presence
-from service.gateway.workers import offline
 from service.stored import Context, StoredServicer
 from service.streams import FromThread
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -69,7 +68,7 @@ class GatewayServicer(StoredServicer):
         if error.code() is grpc.StatusCode.UNAVAILABLE and not is_from_worker:
             cause = error.details() or ""
             log.warning("worker_unreachable", worker_id=seen.beat.worker_id, cause=cause)
-            raise offline(seen, self._presence.age_s(seen), cause)
+            raise self._presence.unreachable(seen, cause)
         await context.abort(error.code(), error.details() or "", trailers)
         raise AssertionError("abort raises")
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import grpc
 
 from service.db.heartbeats import Phase, SeenBeat
-from service.errors import WORKER_LOADING, WORKER_OFFLINE, WORKER_STALLED, ApiError, database_unavailable
+from service.errors import (
+    RECOVERY_GAVE_UP,
+    WORKER_LOADING,
+    WORKER_OFFLINE,
+    WORKER_STALLED,
+    ApiError,
+    database_unavailable,
+)
 
 _LOADING = (Phase.STARTING, Phase.LOADING)
 _STALLED = (Phase.STALLED, Phase.ENGINE_DEAD)
@@ -22,6 +29,8 @@ class Freshness:
 
     beats: Sequence[SeenBeat] = ()
     read_at_s: float = 0.0
+    # Workers that the watchdog does not restart any more: a person is needed.
+    given_up: frozenset[str] = frozenset()
     # Why the last look failed. Empty: it did not.
     failure: str = ""
 
@@ -40,6 +49,10 @@ def choose(freshness: Freshness, now_s: float, timeout_s: float) -> SeenBeat:
         raise database_unavailable(freshness.failure)
     if not freshness.beats:
         raise _refusal(WORKER_OFFLINE, "worker offline (never seen)", {}, 15)
+    hopeful = [seen for seen in freshness.beats if seen.beat.worker_id not in freshness.given_up]
+    if not hopeful:
+        raise _gave_up(freshness, now_s)
+    fresh = [seen for seen in fresh if seen in hopeful]
     if not fresh:
         last = min(freshness.beats, key=lambda seen: freshness.age_s(seen, now_s))
         age_s = freshness.age_s(last, now_s)
@@ -57,8 +70,22 @@ def choose(freshness: Freshness, now_s: float, timeout_s: float) -> SeenBeat:
     raise _refusal(WORKER_OFFLINE, f"worker is {phase} (last seen {age_s:.0f}s ago)", metadata, 10)
 
 
-def offline(seen: SeenBeat, age_s: float, cause: str) -> ApiError:
+def _gave_up(freshness: Freshness, now_s: float) -> ApiError:
+    last = min(freshness.beats, key=lambda seen: freshness.age_s(seen, now_s))
+    age_s = freshness.age_s(last, now_s)
+    message = (
+        f"worker offline (last seen {age_s:.0f}s ago), and restarting it has not helped as often as is allowed:"
+        " see `vllm-batch recovery events`, then `vllm-batch recovery reset`"
+    )
+    metadata = {"worker_id": last.beat.worker_id, "last_seen_s": f"{age_s:.0f}"}
+    return _refusal(RECOVERY_GAVE_UP, message, metadata, 300)
+
+
+def unreachable(seen: SeenBeat, freshness: Freshness, now_s: float, cause: str) -> ApiError:
     """What a client is told when the chosen worker cannot be reached."""
+    if seen.beat.worker_id in freshness.given_up:
+        return _gave_up(freshness, now_s)
+    age_s = freshness.age_s(seen, now_s)
     metadata = {"worker_id": seen.beat.worker_id, "last_seen_s": f"{age_s:.0f}", "cause": cause}
     return _refusal(WORKER_OFFLINE, f"worker offline (last seen {age_s:.0f}s ago)", metadata, 5)
 

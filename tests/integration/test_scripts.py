@@ -6,14 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.processes import Mark, marked
 from tests.integration.test_front_door import lines
 from tests.stacks import BIN, ROOT, FullStack, full_stack
 from tests.waiting import until
-from vllm_batch.client import Client
+from vllm_batch.client import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
@@ -87,7 +89,56 @@ def test_killed_worker_comes_back(stack: FullStack) -> None:
         assert [r.result.custom_id for r in client.results(batch.id)] == [f"c{i}" for i in range(3000)]
     until(lambda: stack.recovered(before + 1), "the restart to be closed as recovered")
     assert len(stack.restarts()) == before + 1
-    assert stack.restarts()[-1].verdict == rpb.VERDICT_CRASHED
+    restart = stack.restarts()[-1]
+    assert restart.verdict == rpb.VERDICT_CRASHED
+    [folder] = (stack.home / "crash").glob(f"*-event-{restart.id}")
+    assert '"CRASHED"' in (folder / "event.json").read_text()
+    assert "phase_entered" in (folder / "worker.log").read_text()
+
+
+def recovery(stack: FullStack, *arguments: str) -> str:
+    """What `vllm-batch recovery` prints."""
+    command = [str(BIN / "vllm-batch"), "recovery", "--watchdog-target", stack.watchdog, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_recovery_is_paused_and_resumed(stack: FullStack) -> None:
+    """While paused nothing is restarted and everybody is told why; resumed, what is broken is mended at once."""
+    before = len(stack.restarts())
+    assert "paused until" in recovery(stack, "pause", "an upgrade", "--minutes", "5")
+    os.kill(stack.pid("worker"), signal.SIGKILL)
+    until(lambda: stack.status().verdict == rpb.VERDICT_PAUSED, "the pause to be seen")
+    shown = recovery(stack, "status")
+    assert "PAUSED" in shown
+    assert "an upgrade" in shown
+    assert len(stack.restarts()) == before
+    recovery(stack, "resume")
+    until(lambda: stack.recovered(before + 1), "the worker to be back")
+    told = recovery(stack, "events", "--limit", "10")
+    for expected in ("restart CRASHED → recovered", "paused", "resumed"):
+        assert expected in told
+
+
+def test_budget_spent_and_given_back() -> None:
+    """When the budget is spent, clients and operators are told what to do; given back, the worker is."""
+    with full_stack(BATCH_ENGINE="simulated", BATCH_HEARTBEAT_INTERVAL_S="1", BATCH_MAX_RESTARTS_PER_HOUR="1") as stack:
+        assert stack.script("start-all.sh").returncode == 0
+        os.kill(stack.pid("worker"), signal.SIGKILL)
+        until(lambda: stack.recovered(1), "the one restart that is allowed")
+        os.kill(stack.pid("worker"), signal.SIGKILL)
+        with Client(stack.target, patience_s=0) as client:
+            until(lambda: "vllm-batch recovery reset" in client.accepting(), "the gateway to say what to do")
+            with pytest.raises(CallError) as caught:
+                client.submit_lines(lines(1))
+        assert caught.value.reason == "RECOVERY_GAVE_UP"
+        assert "gave up" in recovery(stack, "status")
+        with grpc.insecure_channel(stack.watchdog) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        recovery(stack, "reset", "the test is over")
+        until(lambda: stack.recovered(2), "the worker to be back")
 
 
 @pytest.mark.parametrize("program", ["gateway", "watchdog", "postgres"])

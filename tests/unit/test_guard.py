@@ -12,6 +12,7 @@ import pytest
 from service.db.recoveries import Event, Standing
 from service.processes import Leader
 from watchdog.act import Restarter, RestartError
+from watchdog.alerts import Alerts
 from watchdog.guard import Guard, Snapshot
 from watchdog.observe import Observer
 from watchdog.policy import Action, Decision, Evidence, Health, Heartbeat, Limits, Process, State, Step, Verdict
@@ -135,12 +136,24 @@ class FakeRestarter:
         return 8
 
 
+class FakeAlerts:
+    """Keeps what was told: kind, cause and level."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str, str]] = []
+
+    def tell(self, kind: str, cause: str, worker_id: str, level: str, message: str, told: dict[str, object]) -> None:
+        self.told.append((kind, cause, level))
+
+
 class Parts:
     """A guard and the fakes around it."""
 
     def __init__(self) -> None:
         self.clock, self.record, self.restarter = FakeClock(), FakeRecord(), FakeRestarter()
-        self.observer = FakeObserver(self.clock)
+        self.observer, self.alerts = FakeObserver(self.clock), FakeAlerts()
+        # How many restarts had been made when evidence was kept, for each time.
+        self.kept_before: list[int] = []
         self.guard = Guard(
             worker_id="w",
             observer=cast(Observer, self.observer),
@@ -150,6 +163,8 @@ class Parts:
             clock=self.clock,
             woken=threading.Event(),
             on_change=lambda: None,
+            keep_evidence=lambda _: self.kept_before.append(self.restarter.restarts),
+            alerts=cast(Alerts, self.alerts),
         )
 
     def see(self, evidence: Evidence) -> Snapshot:
@@ -284,3 +299,34 @@ def test_verdicts_are_recorded_to_and_from_health(first: Evidence, then: Evidenc
     parts.see(first)
     parts.see(then)
     assert parts.record.kinds == kinds
+
+
+def test_a_person_is_told_once(parts: Parts) -> None:
+    """Of a recovery with its cause, of Postgres and supervisord away, of giving up: one alert for each."""
+    parts.see(in_state(State.EXITED))
+    for _ in range(3):
+        parts.see(beating(NEW))
+    for _ in range(3):
+        parts.see(replace(beating(NEW), process=None))
+    parts.record.is_away = True
+    for _ in range(3):
+        parts.see(beating(NEW))
+    parts.record.is_away = False
+    parts.see(in_state(State.EXITED))
+    for _ in range(3):
+        parts.clock.time_s += 10
+        parts.see(in_state(State.EXITED))
+    assert parts.alerts.told == [
+        ("worker_recovered", "CRASHED", "warning"),
+        ("dependency_away", "SUPERVISOR_AWAY", "warning"),
+        ("dependency_away", "DATABASE_AWAY", "warning"),
+        ("recovery_failed", "CRASHED", "error"),
+        ("budget_spent", "CRASHED", "fatal"),
+    ]
+
+
+def test_evidence_is_kept_before_the_restart(parts: Parts) -> None:
+    """What is to be seen of a life is kept while it is still there, once for each restart."""
+    parts.see(in_state(State.EXITED))
+    parts.see(beating(NEW))
+    assert parts.kept_before == [0]

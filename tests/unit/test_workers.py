@@ -50,6 +50,13 @@ def test_age_grows_between_looks() -> None:
         (Freshness([seen(phase=Phase.STALLED)]), "WORKER_STALLED", "stalled"),
         (Freshness([seen(phase=Phase.ENGINE_DEAD)]), "WORKER_STALLED", "engine_dead"),
         (Freshness([seen(phase=Phase.DRAINING)]), "WORKER_OFFLINE", "worker is draining"),
+        (Freshness([seen(age_s=72)], given_up=frozenset({"w"})), "RECOVERY_GAVE_UP", "vllm-batch recovery reset"),
+        (Freshness([seen(phase=Phase.ENGINE_DEAD)], given_up=frozenset({"w"})), "RECOVERY_GAVE_UP", "has not helped"),
+        (
+            Freshness([seen(age_s=72), seen("v", phase=Phase.LOADING)], given_up=frozenset({"w"})),
+            "WORKER_LOADING",
+            "worker is loading",
+        ),
         (Freshness([seen()], failure="refused"), "DATABASE_UNAVAILABLE", "database unavailable: refused"),
     ],
 )

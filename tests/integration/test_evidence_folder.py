@@ -1,0 +1,61 @@
+"""What is kept of a life that is ended, of real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from service.processes import Mark
+from watchdog import evidence_folder
+
+WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+CODE = """
+import time
+def a_function_to_be_found():
+    print("up", flush=True)
+    time.sleep(600)
+a_function_to_be_found()
+"""
+
+
+def test_stacks_of_a_frozen_process(tmp_path: Path) -> None:
+    """A process that is stopped and cannot help gives its stack; log tail, memory and the event are beside it."""
+    env = os.environ | {"BATCH_HOME": str(tmp_path), "SUPERVISOR_PROCESS_NAME": "worker"}
+    process = subprocess.Popen([sys.executable, "-c", CODE], env=env, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGSTOP)
+        log = tmp_path / "worker.log"
+        log.write_text("x" * 300_000 + "\nthe last line\n")
+        folder = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), WHEN, 12, {"verdict": "FROZEN"}, log)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert folder == tmp_path / "crash" / "20260102T030405Z-event-12"
+    assert "a_function_to_be_found" in (folder / f"stack-{process.pid}.txt").read_text()
+    kept = (folder / "worker.log").read_text()
+    assert kept.endswith("the last line\n")
+    assert len(kept) <= evidence_folder.LOG_TAIL_BYTES
+    assert '"FROZEN"' in (folder / "event.json").read_text()
+    assert f"{process.pid} parent {os.getpid()} stopped" in (folder / "processes.txt").read_text()
+    assert "/dev/shm" in (folder / "memory.txt").read_text()
+
+
+def test_what_fails_is_told_in_its_place(tmp_path: Path) -> None:
+    """A log that is not there does not keep the rest from being written."""
+    folder = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), WHEN, 1, {}, tmp_path / "none.log")
+    assert folder is not None
+    assert "FileNotFoundError" in (folder / "worker.log").read_text()
+    assert (folder / "memory.txt").exists()
+
+
+def test_old_folders_are_removed(tmp_path: Path) -> None:
+    """The newest stay."""
+    for number in range(5):
+        when = WHEN.replace(minute=number)
+        evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), when, number, {}, tmp_path / "none.log")
+    evidence_folder.prune(tmp_path, kept=2)
+    assert sorted(path.name[-1] for path in (tmp_path / "crash").iterdir()) == ["3", "4"]

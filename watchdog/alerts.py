@@ -1,0 +1,44 @@
+"""What a person is told through Sentry: once for each thing that happened, grouped by its cause. No DSN, no traffic."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import sentry_sdk
+
+from service.config import Settings
+
+SHUTDOWN_TIMEOUT_S = 2.0
+
+
+class Alerts:
+    """Sends events. `told` must hold nothing secret and no prompts: evidence of signals, reasons, timings."""
+
+    def __init__(self, settings: Settings) -> None:
+        dsn = settings.sentry_dsn.get_secret_value() if settings.sentry_dsn else None
+        self._client = sentry_sdk.Client(
+            dsn=dsn,
+            environment=settings.environment,
+            # Only what is said here goes out: no request bodies, local variables, log lines, or arguments.
+            default_integrations=False,
+            auto_enabling_integrations=False,
+            include_local_variables=False,
+            max_breadcrumbs=0,
+            server_name="",
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        )
+        self._scope = sentry_sdk.Scope(client=self._client)
+
+    def tell(self, kind: str, cause: str, worker_id: str, level: str, message: str, told: Mapping[str, Any]) -> None:
+        """One event, grouped by its kind and cause (a verdict); never waits for the network."""
+        with sentry_sdk.new_scope() as scope:
+            scope.set_client(self._client)
+            scope.fingerprint = [kind, cause]
+            scope.set_tag("kind", kind)
+            scope.set_tag("cause", cause)
+            scope.set_tag("worker_id", worker_id)
+            scope.set_context("recovery", dict(told))
+            scope.capture_message(message, level=level)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Sends what is waiting, for a short while."""
+        self._client.close(timeout=SHUTDOWN_TIMEOUT_S)

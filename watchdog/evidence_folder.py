@@ -1,0 +1,105 @@
+"""What is kept of a life that is about to be ended: a folder under `BATCH_HOME/crash`, for a person to read."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from service import logs, processes
+from service.processes import Mark
+
+KEPT_FOLDERS = 20
+LOG_TAIL_BYTES = 256 << 10
+# All of it together: a worker that waits for its restart serves nobody.
+TIMEOUT_S = 10.0
+
+log = logs.get("evidence")
+
+
+def keep(home: Path, mark: Mark, now: datetime, event_id: int, told: Mapping[str, Any], log_file: Path) -> Path | None:
+    """Writes the folder; None when it cannot be made. What of it fails leaves its error in its place.
+
+    `told` is what the event says. Processes are those with `mark`, stacks by py-spy, which reads them without their
+    help: it does not run, and cannot hang, in what it looks at.
+    """
+    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event_id}"
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        log.warning("evidence_not_kept", cause=str(error))
+        return None
+    deadline_s = time.monotonic() + TIMEOUT_S
+    parts: dict[str, Callable[[], str]] = {
+        "event.json": lambda: json.dumps(told, indent=2, default=str),
+        "worker.log": lambda: _tail(log_file),
+        "memory.txt": _memory,
+        "gpu.txt": lambda: _output(["nvidia-smi"], deadline_s) if shutil.which("nvidia-smi") else "",
+    }
+    found = processes.marked(mark)
+    parts["processes.txt"] = lambda: "\n".join(map(_describe, found)) + "\n"
+    for process in found:
+        parts[f"stack-{process.pid}.txt"] = lambda pid=process.pid: _stack(pid, deadline_s)  # type: ignore[misc]
+    # Stacks side by side: each takes a good part of a second.
+    with ThreadPoolExecutor(4) as threads:
+        for name, text in zip(parts, threads.map(_safely, parts.values()), strict=True):
+            if text:
+                with suppress(OSError):
+                    (folder / name).write_text(text)
+    prune(home)
+    log.info("evidence_kept", folder=str(folder), processes=[process.pid for process in found])
+    return folder
+
+
+def prune(home: Path, kept: int = KEPT_FOLDERS) -> None:
+    """Removes all but the newest folders."""
+    folders = sorted((home / "crash").glob("*-event-*"))
+    for folder in folders[: max(0, len(folders) - kept)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _safely(part: Callable[[], str]) -> str:
+    try:
+        return part()
+    except Exception as error:  # noqa: BLE001 - evidence is worth something in part too
+        return f"{type(error).__name__}: {error}\n"
+
+
+def _tail(file: Path) -> str:
+    with file.open("rb") as given:
+        given.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
+        return given.read().decode(errors="replace")
+
+
+def _memory() -> str:
+    lines = [str(psutil.virtual_memory()), str(psutil.swap_memory()), f"/dev/shm {psutil.disk_usage('/dev/shm')}"]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(process: psutil.Process) -> str:
+    with process.oneshot():
+        return (
+            f"{process.pid} parent {process.ppid()} {process.status()} rss {process.memory_info().rss >> 20} MB"
+            f" threads {process.num_threads()} {process.cpu_times()} {' '.join(process.cmdline())[:200]}"
+        )
+
+
+def _stack(pid: int, deadline_s: float) -> str:
+    # Beside our Python, also where the environment is not on PATH. Not stopping it: it may be stopped already.
+    return _output(
+        [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)], deadline_s
+    )
+
+
+def _output(command: list[str], deadline_s: float) -> str:
+    left_s = max(0.5, deadline_s - time.monotonic())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=left_s)
+    return done.stdout or done.stderr
