@@ -1,6 +1,6 @@
 """Results: written once, only under a lease that is held; read in order or as finished."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -134,33 +134,34 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     return len(written)
 
 
-READ = """
+# The page first, then its requests: joined as a whole, Postgres may read all requests from the first for each page.
+READ_PAGE = """
 SELECT r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time
-FROM results r JOIN requests q USING (batch_id, index)
+FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s ORDER BY {column} LIMIT %(limit)s) r
+JOIN requests q USING (batch_id, index) ORDER BY r.{column}
+"""
+READ_ONE = """
+SELECT r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time
+FROM results r JOIN requests q USING (batch_id, index) WHERE q.batch_id = %s AND q.custom_id = %s
 """
 
 
 def read_in_order(db: peewee.PostgresqlDatabase, batch_id: int, start: int, limit: int) -> list[StoredResult]:
     """Up to `limit` results from index `start`, in the order of the requests."""
-    rows = db.execute_sql(
-        READ + "WHERE r.batch_id = %s AND r.index >= %s ORDER BY r.index LIMIT %s", (batch_id, start, limit)
-    )
-    return list(_stored(rows.fetchall()))
+    return _page(db, "index", batch_id, start, limit)
 
 
 def read_finished(db: peewee.PostgresqlDatabase, batch_id: int, after: int, limit: int) -> list[StoredResult]:
     """Up to `limit` results with a sequence number over `after`, in the order in which they were stored."""
-    rows = db.execute_sql(
-        READ + "WHERE r.batch_id = %s AND r.sequence > %s ORDER BY r.sequence LIMIT %s", (batch_id, after, limit)
-    )
-    return list(_stored(rows.fetchall()))
+    return _page(db, "sequence", batch_id, after + 1, limit)
+
+
+def _page(db: peewee.PostgresqlDatabase, column: str, batch_id: int, start: int, limit: int) -> list[StoredResult]:
+    rows = db.execute_sql(READ_PAGE.format(column=column), {"batch": batch_id, "start": start, "limit": limit})
+    return [StoredResult(*row) for row in rows.fetchall()]
 
 
 def read_one(db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str) -> StoredResult | None:
     """The result of the request of that name; None when there is no such request, or no result yet."""
-    row = db.execute_sql(READ + "WHERE q.batch_id = %s AND q.custom_id = %s", (batch_id, custom_id)).fetchone()
+    row = db.execute_sql(READ_ONE, (batch_id, custom_id)).fetchone()
     return StoredResult(*row) if row else None
-
-
-def _stored(rows: Sequence[tuple]) -> Iterator[StoredResult]:  # type: ignore[type-arg]
-    return (StoredResult(*row) for row in rows)
