@@ -132,6 +132,19 @@ def lock_worker(db: peewee.PostgresqlDatabase, worker_id: str) -> bool:
     return bool(row[0])
 
 
+def end_earlier_sessions(db: peewee.PostgresqlDatabase) -> int:
+    """Ends other sessions under the application_name of this one. Returns how many there were.
+
+    For a name that one process alone uses: Postgres, frozen for a while, may not have noticed yet that an earlier
+    connection of this process is gone, and still keeps what that one had locked.
+    """
+    rows = db.execute_sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()"
+    )
+    return len(rows.fetchall())
+
+
 def lock_housekeeping(db: peewee.PostgresqlDatabase) -> bool:
     """Takes the lock of the housekeeper for this transaction. False: another has it."""
     row = db.execute_sql("SELECT pg_try_advisory_xact_lock(%s)", (HOUSEKEEPING_LOCK,)).fetchone()

@@ -85,7 +85,7 @@ async def work(settings: Settings) -> int:
         )
 
     heart = Heart(
-        connection=connect(settings.postgres_url, "worker-heart", settings.database_timeout_s),
+        connection=connect(settings.postgres_url, f"heart-{life.incarnation}", settings.database_timeout_s),
         life=life,
         interval_s=settings.heartbeat_interval_s,
         lease_s=settings.lease_s,

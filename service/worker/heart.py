@@ -9,7 +9,7 @@ import peewee
 
 from service import logs
 from service.db import batches, chunks, heartbeats
-from service.db.connection import Unreachable, lock_worker
+from service.db.connection import Unreachable, end_earlier_sessions, lock_worker
 from service.db.deadlines import Deadlines
 from service.db.heartbeats import Beat
 from service.worker.life import Life
@@ -26,7 +26,8 @@ class Heart:
     """Beats every `interval_s` on a connection of its own, so that nothing else in the process can hold it up.
 
     The lock lives and dies with that connection. When it is lost with Postgres and another process has taken it,
-    this one has no right to go on: `on_identity_taken` is called, once.
+    this one has no right to go on: `on_identity_taken` is called, once. `connection` has an application_name that
+    nobody else uses, by which earlier sessions of this process are known.
     `beat` gives what to say; `held` the chunks to renew; `on_leases_lost` is told which are no longer ours.
     """
 
@@ -100,6 +101,9 @@ class Heart:
     def _speak(self) -> None:
         if not self._has_lock:
             if not lock_worker(self.connection, self.life.worker_id):
+                if end_earlier_sessions(self.connection):
+                    log.info("earlier_session_ended", worker_id=self.life.worker_id)
+                    return
                 raise IdentityTakenError
             if not self._locked.is_set():
                 burial = chunks.bury(self.connection, self.life.worker_id)

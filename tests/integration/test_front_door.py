@@ -469,7 +469,7 @@ def test_replicas_execute_once(serving: Stack, client: Client) -> None:
     """Several workers share one batch: each request is run by one of them."""
     serving.worker("second")
     until(lambda: ready(serving) == 2, "both workers to be ready")
-    batch = client.submit_lines(lines(1500))
+    batch = client.submit_lines(lines(1500, vllm_xargs={"simulate": 0.2}))
     assert finished(client, batch.id).counts.completed == 1500
     with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT count(DISTINCT incarnation), count(*) FROM results")

@@ -7,10 +7,11 @@ import pytest
 
 from service.db import batches, chunks, heartbeats, results
 from service.db.batches import Batch, Options
-from service.db.connection import Database, lock_worker, migrate
+from service.db.connection import Database, connect, end_earlier_sessions, lock_worker, migrate
 from service.db.heartbeats import Beat
 from service.db.results import Result
 from service.worker.intake import Offer, Rows, Sizes, file_place
+from tests.waiting import until
 
 OFFER = Offer({"tiny"}, {"/v1/chat/completions"})
 SIZES = Sizes(1_000_000, 1 << 20, 1 << 30)
@@ -364,3 +365,18 @@ def test_an_identity_is_locked_for_one_process(database_url: str) -> None:
         assert lock_worker(second._pool, "v")
     first.close()
     second.close()
+
+
+def test_a_session_of_ones_own_does_not_lock_one_out(database_url: str) -> None:
+    """What Postgres still keeps for an earlier connection of the same process is ended; another process's is not."""
+    name = f"heart-{uuid4()}"
+    earlier, later, other = (connect(database_url, of, 10) for of in (name, name, f"heart-{uuid4()}"))
+    for connection in (earlier, later, other):
+        connection.connect()
+    assert lock_worker(earlier, "w")
+    assert not lock_worker(later, "w")
+    assert end_earlier_sessions(other) == 0
+    assert end_earlier_sessions(later) == 1
+    until(lambda: lock_worker(later, "w"), "the lock")
+    later.close()
+    other.close()

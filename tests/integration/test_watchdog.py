@@ -28,6 +28,7 @@ from tests.integration.standin_worker import is_alive
 from tests.waiting import until
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
+from watchdog.alerts import Alerts
 from watchdog.guard import Snapshot
 from watchdog.guards import Guards, limits_of
 from watchdog.policy import Action, State, Verdict
@@ -113,7 +114,9 @@ class Host:
             restless_interval_s=0.1,
             backoff_s=0.1,
         )
-        guards = Guards(self.settings, limits, self.supervisor, database or self.database, SystemClock(), lambda: None)
+        database = database or self.database
+        alerts = Alerts(self.settings)
+        guards = Guards(self.settings, limits, self.supervisor, database, SystemClock(), lambda: None, alerts)
         self.guards.append(guards)
         guards.discover()
         return guards
