@@ -24,7 +24,7 @@ from tests.waiting import until
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
-REQUESTS, FAULTS = (10_000, 30) if os.environ.get("CHAOS") == "long" else (2_000, 6)
+REQUESTS, FAULTS = (10_000, 30) if os.environ.get("CHAOS") == "long" else (1_600, 4)
 BATCHES = 4
 ENGINE = os.environ.get("CHAOS_ENGINE", "simulated")
 # The last kind of fault must be over within this, recovery and all.
