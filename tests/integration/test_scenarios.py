@@ -162,12 +162,15 @@ def test_async_result_destruction(serving: Stack, client: Client) -> None:
     assert read == list(range(len(read)))
 
 
-def test_results_of_several_writers_resume(serving: Stack, client: Client) -> None:
+def test_results_of_several_writers_resume(stack: Stack, client: Client) -> None:
     """With several workers writing, a stream that breaks again and again has no gap and no repeat, in both orders."""
-    for name in ("second", "third"):
-        serving.worker(name)
-    until(lambda: ready(serving) == 3, "all workers to be ready")
-    batch = client.submit_lines(lines(2000, vllm_xargs={"simulate": 0.05}))
+    stack.gateway()
+    for name in ("first", "second", "third"):
+        # So small a window that a worker alone would be at it for 12 s: each has its part, as it looks every second.
+        stack.worker(name, window=50)
+    until(lambda: ready(stack) == 3, "all workers to be ready")
+    stack.wait_until_accepting()
+    batch = client.submit_lines(lines(2000, vllm_xargs={"simulate": 0.3}))
     dice = random.Random(7)
     for order in ("RESULT_ORDER_FINISHED", "RESULT_ORDER_INPUT"):
         token, read = "", []
@@ -182,6 +185,6 @@ def test_results_of_several_writers_resume(serving: Stack, client: Client) -> No
             stream.close()  # type: ignore[attr-defined]
         assert len(set(read)) == 2000
         assert order == "RESULT_ORDER_FINISHED" or read == [f"c{number}" for number in range(2000)]
-    with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT count(DISTINCT incarnation) FROM results")
         assert cursor.fetchone() == (3,)
