@@ -11,18 +11,15 @@ T = TypeVar("T")
 class FromThread(Iterator[T]):
     """The items of `stream`, awaited in `loop` one at a time, as a thread asks for them.
 
-    `next` raises TimeoutError when nothing came for `timeout_s`, what the stream raises, and CancelledError or
-    ConnectionAbortedError once it was aborted. What the stream raised is kept in `failure`, for a reader that does
+    `next` raises what the stream raises, and CancelledError or ConnectionAbortedError once it was aborted. What the
+    stream raised is kept in `failure`, for a reader that does
     not tell.
     """
 
-    def __init__(
-        self, stream: AsyncIterator[T], loop: asyncio.AbstractEventLoop, timeout_s: float | None = None
-    ) -> None:
+    def __init__(self, stream: AsyncIterator[T], loop: asyncio.AbstractEventLoop) -> None:
         self.failure: Exception | None = None
         self._stream = stream
         self._loop = loop
-        self._timeout_s = timeout_s
         self._next: Future[tuple[T] | None] | None = None
         self._is_aborted = False
 
@@ -30,7 +27,7 @@ class FromThread(Iterator[T]):
         if self._is_aborted:
             raise ConnectionAbortedError("nobody reads the stream any more")
         self._next = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
-        found = self._next.result(timeout=self._timeout_s)
+        found = self._next.result()
         if found is None:
             raise StopIteration
         return found[0]

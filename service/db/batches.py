@@ -1,10 +1,11 @@
 """Batches: stored whole or not at all, read, listed."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 import peewee
 from psycopg2.extras import Json
@@ -70,23 +71,13 @@ class Options:
     completion_window_s: float | None = None
 
 
-class RowSource(Protocol):
-    """The requests of a new batch, read by COPY as they arrive; what is known of them is known at the end."""
+@dataclass(frozen=True)
+class Content:
+    """What the requests of a new batch come to: how many, the models they name, a hash of content and options."""
 
-    def read(self, size: int) -> bytes:
-        """At most about `size` bytes of rows in Postgres' text format; b"" at the end. May raise: nothing is stored."""
-
-    @property
-    def total(self) -> int:
-        """How many requests there were."""
-
-    @property
-    def models(self) -> Iterable[str]:
-        """The models they name."""
-
-    @property
-    def digest(self) -> bytes:
-        """Hash of content and options."""
+    total: int
+    models: Sequence[str]
+    digest: bytes
 
 
 class FullError(Exception):
@@ -105,6 +96,10 @@ class StateError(Exception):
         self.batch = batch
 
 
+class StagedTooLongError(Exception):
+    """What was staged for a batch is due to be removed, or has been."""
+
+
 class DuplicateError(Exception):
     """The request_id is taken; `batch` is the one that has it."""
 
@@ -113,29 +108,73 @@ class DuplicateError(Exception):
         self.batch = batch
 
 
-def store(
-    db: peewee.PostgresqlDatabase, options: Options, make_rows: Any, timeout_s: float, limits: Limits | None = None
-) -> Batch:
-    """Stores a batch with its requests and chunks in one transaction.
+def reserve(db: peewee.PostgresqlDatabase, limits: Limits | None = None) -> int:
+    """The number of a batch that is going to be created. Raises FullError when it could not be at this moment."""
+    if limits is not None:
+        _check_limits(db, limits, 0)
+    return int(db.execute_sql("SELECT nextval(pg_get_serial_sequence('batches', 'id'))").fetchone()[0])
 
-    `make_rows(batch_id)` gives the `RowSource`; what its `read` raises travels up and nothing is stored.
-    Raises DuplicateError when the request_id is taken, FullError at a limit, psycopg2's UniqueViolation for a
-    repeated custom_id.
+
+def stage(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes, lease_s: float) -> None:
+    """Stores some requests of a batch that does not exist yet: rows in COPY's text format, seen by nobody.
+
+    A large upload goes in by such pieces, so that neither a transaction nor a connection lasts as long as its client
+    takes. What does not become a batch by `create` within `lease_s` is removed by `purge`. Raises psycopg2's
+    UniqueViolation for a repeated custom_id.
+    """
+    with db.atomic():
+        db.execute_sql(
+            "INSERT INTO purges (batch_id, due_time) VALUES (%s, clock_timestamp() + make_interval(secs => %s))"
+            " ON CONFLICT DO NOTHING",
+            (batch_id, lease_s),
+        )
+        _copy(db, rows)
+    failpoints.hit("stage.after_commit")
+
+
+def abandon(db: peewee.PostgresqlDatabase, batch_id: int) -> None:
+    """Has what was staged for a batch removed."""
+    db.execute_sql("UPDATE purges SET due_time = clock_timestamp() WHERE batch_id = %s", (batch_id,))
+
+
+def create(
+    db: peewee.PostgresqlDatabase,
+    batch_id: int,
+    options: Options,
+    content: Content,
+    rows: bytes,
+    is_staged: bool,
+    timeout_s: float,
+    limits: Limits | None = None,
+) -> Batch:
+    """Creates a reserved batch in one transaction: `rows`, which are all its requests or the rest after `stage`.
+
+    Raises DuplicateError when the request_id is taken, FullError at a limit, StagedTooLongError, psycopg2's
+    UniqueViolation for a repeated custom_id; then nothing of this call is stored.
     """
     with db.atomic():
         allow(db, timeout_s)
         if limits is not None:
-            _check_limits(db, limits, 0)
-        batch_id = db.execute_sql("SELECT nextval(pg_get_serial_sequence('batches', 'id'))").fetchone()[0]
-        rows: RowSource = make_rows(batch_id)
-        with db.cursor() as cursor:
-            cursor.copy_expert("COPY requests (batch_id, index, custom_id, url, body) FROM STDIN", rows, size=1 << 18)
-        if limits is not None:
-            _check_limits(db, limits, rows.total)
-        batch = _insert(db, batch_id, options, rows.digest, sorted(rows.models), rows.total)
+            _check_limits(db, limits, content.total)
+        if rows:
+            _copy(db, rows)
+        if is_staged:
+            kept = db.execute_sql(
+                "DELETE FROM purges WHERE batch_id = %s AND due_time > clock_timestamp()", (batch_id,)
+            )
+            if not kept.rowcount:
+                raise StagedTooLongError(batch_id)
+        batch = _insert(db, batch_id, options, content)
         failpoints.hit("store.before_commit")
     failpoints.hit("store.after_commit")
     return batch
+
+
+def _copy(db: peewee.PostgresqlDatabase, rows: bytes) -> None:
+    with db.cursor() as cursor:
+        cursor.copy_expert(
+            "COPY requests (batch_id, index, custom_id, url, body) FROM STDIN", io.BytesIO(rows), 1 << 18
+        )
 
 
 def _check_limits(db: peewee.PostgresqlDatabase, limits: Limits, more: int) -> None:
@@ -149,9 +188,7 @@ def _check_limits(db: peewee.PostgresqlDatabase, limits: Limits, more: int) -> N
         raise FullError("requests queued", limits.queued_requests, queued + more)
 
 
-def _insert(
-    db: peewee.PostgresqlDatabase, batch_id: int, options: Options, digest: bytes, models: Sequence[str], total: int
-) -> Batch:
+def _insert(db: peewee.PostgresqlDatabase, batch_id: int, options: Options, content: Content) -> Batch:
     """The batch and its chunks, for requests that are stored already. Raises DuplicateError."""
     stored = db.execute_sql(
         f"""
@@ -163,11 +200,11 @@ def _insert(
         {
             "id": batch_id,
             "request_id": options.request_id,
-            "digest": digest,
+            "digest": content.digest,
             "metadata": Json(dict(options.metadata or {})),
             "priority": options.priority,
-            "models": list(models),
-            "total": total,
+            "models": list(content.models),
+            "total": content.total,
             "window": options.completion_window_s,
         },
     ).fetchone()
@@ -313,9 +350,15 @@ def delete_old(db: peewee.PostgresqlDatabase, retention_s: float) -> list[int]:
 
 
 def purge(db: peewee.PostgresqlDatabase, slice_size: int) -> bool:
-    """Removes up to `slice_size` rows of each kind of a deleted batch. False: there was nothing to do."""
+    """Removes up to `slice_size` rows of each kind of a batch that was deleted, or staged and never created.
+
+    False: there was nothing to do.
+    """
     with db.atomic():
-        row = db.execute_sql("SELECT batch_id FROM purges ORDER BY batch_id LIMIT 1 FOR UPDATE SKIP LOCKED").fetchone()
+        row = db.execute_sql(
+            "SELECT batch_id FROM purges WHERE due_time <= clock_timestamp() ORDER BY batch_id LIMIT 1"
+            " FOR UPDATE SKIP LOCKED"
+        ).fetchone()
         if row is None:
             return False
         removed = 0
@@ -358,7 +401,7 @@ def retry(
                     raise DuplicateError(first)
                 return first
         _check_limits(db, limits, batch.total - batch.completed)
-        new_id = db.execute_sql("SELECT nextval(pg_get_serial_sequence('batches', 'id'))").fetchone()[0]
+        new_id = reserve(db)
         total = db.execute_sql(
             """
             INSERT INTO requests (batch_id, index, custom_id, url, body)
@@ -372,7 +415,7 @@ def retry(
         if not total:
             raise StateError(batch, "has no failed request")
         options = Options(request_id, batch.metadata, batch.priority)
-        retried = _insert(db, new_id, options, digest, batch.models, total)
+        retried = _insert(db, new_id, options, Content(total, batch.models, digest))
         failpoints.hit("retry.before_commit")
     failpoints.hit("retry.after_commit")
     return retried

@@ -1,14 +1,12 @@
 """BatchService on the worker: takes new batches in, and reads."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from service import logs, messages
 from service.db.batches import Batch
 from service.errors import Violation, invalid
 from service.stored import Context, StoredServicer
-from service.streams import FromThread
-from service.worker.intake import PIECE_TIMEOUT_S, Intake, file_place, inline_lines, inline_place
+from service.worker.intake import Intake, file_place, inline_lines, inline_place
 from service.worker.life import Life
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -72,7 +70,7 @@ class WorkerServicer(StoredServicer):
         batch = await self._intake.store(
             options,
             salted.SerializeToString(deterministic=True),
-            FromThread(pieces, asyncio.get_running_loop(), PIECE_TIMEOUT_S),
+            pieces,
             self._life.accepting(),
             place,
         )

@@ -1,16 +1,15 @@
 """What is stored: batches whole or not at all, leases that fence, results once, streams without gap or repeat."""
 
-from collections.abc import Callable, Iterator
 from uuid import uuid4
 
 import pytest
 
 from service.db import batches, chunks, heartbeats, results
-from service.db.batches import Batch, Options
+from service.db.batches import Batch, Limits, Options
 from service.db.connection import Database, connect, end_earlier_sessions, lock_worker, migrate
 from service.db.heartbeats import Beat
 from service.db.results import Result
-from service.worker.intake import Offer, Rows, Sizes, file_place
+from service.worker.intake import Offer, Rows, Sizes
 from tests.waiting import until
 
 OFFER = Offer({"tiny"}, {"/v1/chat/completions"})
@@ -22,13 +21,12 @@ def line(number: int) -> bytes:
     return b'{"custom_id":"c%d","url":"/v1/chat/completions","body":{"model":"tiny","x":"a\\\\b\\tc"}}\n' % number
 
 
-def make(pieces: Iterator[bytes]) -> Callable[[int], Rows]:
-    return lambda batch_id: Rows(batch_id, pieces, OFFER, SIZES, file_place, b"")
-
-
-def stored(database: Database, count: int, **options: object) -> Batch:
-    pieces = iter([b"".join(map(line, range(count)))])
-    return database.call(batches.store, Options(**options), make(pieces), 60)  # type: ignore[arg-type]
+def stored(database: Database, count: int, limits: Limits | None = None, **options: object) -> Batch:
+    batch_id = database.call(batches.reserve)
+    rows = Rows(batch_id, OFFER, SIZES)
+    copied = rows.feed(b"".join(map(line, range(count)))) + rows.end()
+    given = Options(**options)  # type: ignore[arg-type]
+    return database.call(batches.create, batch_id, given, rows.content, copied, False, 60, limits)
 
 
 def count(database: Database, table: str) -> int:
@@ -48,19 +46,6 @@ def test_batch_is_stored_with_bodies_byte_for_byte(database: Database) -> None:
     assert [request.custom_id for request in requests] == ["c0", "c1", "c2"]
     assert requests[1].body == '{"model":"tiny","x":"a\\\\b\\tc"}'
     assert (batch.total, batch.state, list(batch.models)) == (3, "in_progress", ["tiny"])
-
-
-def test_a_broken_upload_leaves_nothing(database: Database) -> None:
-    """A client that vanishes in the middle has stored neither a batch nor a request."""
-
-    def pieces() -> Iterator[bytes]:
-        yield line(0) * 1
-        yield b"".join(map(line, range(1, 5000)))
-        raise ConnectionResetError
-
-    with pytest.raises(Exception, match=r"COPY|read"):
-        database.call(batches.store, Options(), make(pieces()), 60)
-    assert (count(database, "batches"), count(database, "requests"), count(database, "chunks")) == (0, 0, 0)
 
 
 def test_large_batches_are_cut_into_chunks(database: Database) -> None:
@@ -301,13 +286,13 @@ def test_retry_takes_what_failed(database: Database) -> None:
 
 def test_limits_on_what_is_open(database: Database) -> None:
     """Over a limit nothing is stored, and the error has the limit and the value."""
-    pieces = b"".join(map(line, range(10)))
-    store = lambda limits: database.call(batches.store, Options(), make(iter([pieces])), 60, limits)  # noqa: E731
-    store(batches.Limits(1, 10))
+    stored(database, 10, Limits(1, 10))
     with pytest.raises(batches.FullError, match="batches open: 2, at most 1"):
-        store(batches.Limits(1, 100))
+        stored(database, 10, Limits(1, 100))
+    with pytest.raises(batches.FullError, match="batches open: 2, at most 1"):
+        database.call(batches.reserve, Limits(1, 100))
     with pytest.raises(batches.FullError, match="requests queued: 20, at most 19"):
-        store(batches.Limits(5, 19))
+        stored(database, 10, Limits(5, 19))
     assert count(database, "requests") == 10
 
 
