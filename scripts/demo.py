@@ -138,7 +138,7 @@ def run(home: Path, ports: list[int], env: dict[str, str]) -> str:
         event = recovery.wait()
         took = ", ".join(f"{timing.phase} {timing.duration.ToMilliseconds() / 1000:.1f} s" for timing in event.timings)
         say(f"audit log, event {event.id}: {event.reason}; {event.outcome}; {took}")
-        results = Counter(response.result.custom_id for response in client.results(batch.id))
+        results = Counter(result.custom_id for result in client.results(batch.id))
         done = client.get(batch.id)
     return judge(asked, results, done, recovery)
 

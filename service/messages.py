@@ -64,7 +64,7 @@ def result_message(batch: int, result: StoredResult) -> pb.Result:
         custom_id=result.custom_id,
         index=result.index,
         id=f"batch_req_{batch}_{result.index}",
-        finish_time=_timestamp(result.finish_time),
+        finish_time=Timestamp(seconds=result.finish_us // 1_000_000, nanos=result.finish_us % 1_000_000 * 1000),
     )
     if result.status_code is not None:
         message.response.status_code = result.status_code

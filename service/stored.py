@@ -18,8 +18,9 @@ from vllm_batch.v1 import batch_service_pb2_grpc
 
 # How often the batches that somebody watches are looked at, all in one query.
 POLL_INTERVAL_S = 0.5
-# Results read at once. A stream holds one such page, whatever the size of the batch.
-PAGE = 200
+# Results read at once, and bytes of them. A stream holds one such page, whatever the size of the batch.
+PAGE = 1000
+PAGE_BYTES = 1 << 20
 
 # Making a batch of the failed requests of a large one.
 RETRY_TIMEOUT_S = 600.0
@@ -126,23 +127,20 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         # Read before the results: what is terminal here has all its results there.
         batch = await self._get(batch_id)
         while True:
-            if in_order:
-                page = await self.database.run(results.read_in_order, batch_id, last + 1, PAGE)
-                full = len(page) == PAGE
-                if not batch.is_terminal:
-                    # A gap may be filled yet, and a token behind it would leave that out.
-                    whole = _consecutive(page, last + 1)
-                    full = full and len(whole) == PAGE
-                    page = whole
-            else:
-                page = await self.database.run(results.read_finished, batch_id, last, PAGE)
-                full = len(page) == PAGE
-            for result in page:
-                last = result.index if in_order else result.sequence
+            read = results.read_in_order if in_order else results.read_finished
+            start = last + 1 if in_order else last
+            page, is_full = await self.database.run(read, batch_id, start, PAGE, PAGE_BYTES)
+            if in_order and not batch.is_terminal:
+                # A gap may be filled yet, and a token behind it would leave that out.
+                whole = _consecutive(page, start)
+                page, is_full = whole, is_full and len(whole) == len(page)
+            if page:
+                last = page[-1].index if in_order else page[-1].sequence
                 yield pb.StreamResultsResponse(
-                    result=messages.result_message(batch_id, result), resume_token=messages.token(kind, last)
+                    results=[messages.result_message(batch_id, result) for result in page],
+                    resume_token=messages.token(kind, last),
                 )
-            if full:
+            if is_full:
                 continue
             if batch.is_terminal or not request.follow:
                 # Its rows go after it: what was read of a batch that is still there was whole.

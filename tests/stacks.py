@@ -73,7 +73,11 @@ class FullStack:
 
     def recovered(self, count: int) -> bool:
         """True once that many restarts are done, all successful, and new work is accepted."""
-        restarts = self.restarts()
+        try:
+            restarts = self.restarts()
+        except grpc.RpcError:
+            # The watchdog may be on its way up itself.
+            return False
         with Client(self.target, patience_s=0) as client:
             is_accepting = not client.accepting()
         return len(restarts) >= count and all(e.outcome == "recovered" for e in restarts) and is_accepting

@@ -256,17 +256,17 @@ def _rewindable(file: BinaryIO) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _write_results(client: Client, batch_id: str, output: Path | None, follow: bool, order: str) -> None:
-    responses = client.results(batch_id, follow=follow, order=order)
+    found = client.results(batch_id, follow=follow, order=order)
     if output is None:
-        for response in responses:
-            click.echo(line(response.result))
+        for result in found:
+            click.echo(line(result))
         return
     # Whole or not at all: a file that is there can be trusted.
     part = output.with_name(output.name + ".part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            for response in responses:
-                file.write(line(response.result) + "\n")
+            for result in found:
+                file.write(line(result) + "\n")
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)

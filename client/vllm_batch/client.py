@@ -159,7 +159,12 @@ class Client:
         for response in self._stream(lambda: self._stub.WatchBatch(request)):
             yield response.batch
 
-    def results(
+    def results(self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT") -> Iterator[pb.Result]:
+        """The results of a batch; after a lost connection it goes on behind the last, without gap or repeat."""
+        for page in self.result_pages(batch_id, follow=follow, order=order):
+            yield from page.results
+
+    def result_pages(
         self,
         batch_id: str,
         *,
@@ -167,7 +172,7 @@ class Client:
         order: str = "RESULT_ORDER_INPUT",
         resume_token: str = "",
     ) -> Iterator[pb.StreamResultsResponse]:
-        """The results of a batch; after a lost connection it goes on behind the last, without gap or repeat."""
+        """The results page by page, each with the token to go on behind it, for who wants to in another process."""
         last = resume_token
 
         def call() -> Iterator[pb.StreamResultsResponse]:
@@ -175,9 +180,9 @@ class Client:
                 pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, resume_token=last)
             )
 
-        for response in self._stream(call):
-            last = response.resume_token
-            yield response
+        for page in self._stream(call):
+            last = page.resume_token
+            yield page
 
     def result(self, batch_id: str, custom_id: str) -> pb.Result:
         """The result of one request; CallError with NOT_FOUND until it has one."""

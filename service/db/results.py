@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
+import msgspec
 import peewee
 from psycopg2.extras import execute_values
 
@@ -34,9 +35,8 @@ class Result:
         return self.status_code is not None and 200 <= self.status_code < 300
 
 
-@dataclass(frozen=True)
-class StoredResult:
-    """A result as it is read back."""
+class StoredResult(msgspec.Struct, frozen=True):
+    """A result as it is read back. `finish_us` is its time, in microseconds since 1970."""
 
     index: int
     sequence: int
@@ -45,7 +45,14 @@ class StoredResult:
     body: str | None
     error_code: str | None
     error_message: str | None
-    finish_time: datetime
+    finish_us: int
+
+
+class Page(NamedTuple):
+    """Some consecutive results, at least one if there is any. `is_full`: there may be more behind them."""
+
+    results: list[StoredResult]
+    is_full: bool
 
 
 # One statement, thus one transaction: the results, the batch's counts and end, and the chunk's, or nothing.
@@ -134,31 +141,41 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     return len(written)
 
 
+FIELDS = """
+r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message,
+(extract(epoch FROM r.finish_time) * 1000000)::bigint
+"""
 # The page first, then its requests: joined as a whole, Postgres may read all requests from the first for each page.
-READ_PAGE = """
-SELECT r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time
-FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s ORDER BY {column} LIMIT %(limit)s) r
-JOIN requests q USING (batch_id, index) ORDER BY r.{column}
+# It ends with the result that takes it over the bytes, so that one of any size makes a page.
+READ_PAGE = f"""
+SELECT r.bytes, {FIELDS}
+FROM (SELECT *, sum(octet_length(body)) OVER (ORDER BY {{column}}) AS bytes
+      FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {{column}} >= %(start)s
+            ORDER BY {{column}} LIMIT %(limit)s) s) r
+JOIN requests q USING (batch_id, index)
+WHERE coalesce(r.bytes, 0) - coalesce(octet_length(r.body), 0) < %(bytes)s
+ORDER BY r.{{column}}
 """
-READ_ONE = """
-SELECT r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time
-FROM results r JOIN requests q USING (batch_id, index) WHERE q.batch_id = %s AND q.custom_id = %s
-"""
+READ_ONE = (
+    f"SELECT {FIELDS} FROM results r JOIN requests q USING (batch_id, index) WHERE q.batch_id = %s AND custom_id = %s"
+)
 
 
-def read_in_order(db: peewee.PostgresqlDatabase, batch_id: int, start: int, limit: int) -> list[StoredResult]:
-    """Up to `limit` results from index `start`, in the order of the requests."""
-    return _page(db, "index", batch_id, start, limit)
+def read_in_order(db: peewee.PostgresqlDatabase, batch_id: int, start: int, limit: int, max_bytes: int) -> Page:
+    """Up to `limit` results from index `start`, of about `max_bytes` of bodies, in the order of the requests."""
+    return _page(db, "index", batch_id, start, limit, max_bytes)
 
 
-def read_finished(db: peewee.PostgresqlDatabase, batch_id: int, after: int, limit: int) -> list[StoredResult]:
-    """Up to `limit` results with a sequence number over `after`, in the order in which they were stored."""
-    return _page(db, "sequence", batch_id, after + 1, limit)
+def read_finished(db: peewee.PostgresqlDatabase, batch_id: int, after: int, limit: int, max_bytes: int) -> Page:
+    """The same of results with a sequence number over `after`, in the order in which they were stored."""
+    return _page(db, "sequence", batch_id, after + 1, limit, max_bytes)
 
 
-def _page(db: peewee.PostgresqlDatabase, column: str, batch_id: int, start: int, limit: int) -> list[StoredResult]:
-    rows = db.execute_sql(READ_PAGE.format(column=column), {"batch": batch_id, "start": start, "limit": limit})
-    return [StoredResult(*row) for row in rows.fetchall()]
+def _page(db: peewee.PostgresqlDatabase, column: str, batch_id: int, start: int, limit: int, max_bytes: int) -> Page:
+    params = {"batch": batch_id, "start": start, "limit": limit, "bytes": max_bytes}
+    rows = db.execute_sql(READ_PAGE.format(column=column), params).fetchall()
+    is_full = len(rows) == limit or (bool(rows) and (rows[-1][0] or 0) >= max_bytes)
+    return Page([StoredResult(*row[1:]) for row in rows], is_full)
 
 
 def read_one(db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str) -> StoredResult | None:

@@ -99,7 +99,7 @@ def test_chaos(stack: FullStack) -> None:
 
         for place, batch_id in enumerate(ids):
             order = "RESULT_ORDER_FINISHED" if place % 2 else "RESULT_ORDER_INPUT"
-            results = [response.result for response in client.results(batch_id, order=order)]
+            results = list(client.results(batch_id, order=order))
             counted = Counter(result.custom_id for result in results)
             assert counted == Counter(f"c{number}" for number in range(REQUESTS // BATCHES))
             wrong = [result for result in results if not is_right(result, place)]

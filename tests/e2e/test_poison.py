@@ -39,7 +39,7 @@ def test_poison_costs_only_itself() -> None:
             other = client.submit_lines(lines(with_killer=False))
             *_, other = client.watch(other.id)
             *_, poisoned = client.watch(poisoned.id)
-            results = [response.result for response in client.results(poisoned.id)]
+            results = list(client.results(poisoned.id))
         restarts = stack.restarts()
     assert (other.state, other.counts.completed) == (pb.BATCH_STATE_COMPLETED, COUNT)
     assert (poisoned.state, poisoned.counts.completed) == (pb.BATCH_STATE_COMPLETED, COUNT - 1)

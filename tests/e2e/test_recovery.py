@@ -68,9 +68,9 @@ def run_and_break(stack: FullStack, victim: str) -> tuple[rpb.RecoveryEvent, lis
         results = list(client.results(batch.id))
     assert done.state == pb.BATCH_STATE_COMPLETED
     assert (done.counts.completed, done.counts.failed) == (COUNT, 0)
-    assert [response.result.custom_id for response in results] == [f"c{i}" for i in range(COUNT)]
-    for number, response in enumerate(results):
-        body = json.loads(response.result.response.body_json)
+    assert [result.custom_id for result in results] == [f"c{i}" for i in range(COUNT)]
+    for number, result in enumerate(results):
+        body = json.loads(result.response.body_json)
         assert body["usage"]["completion_tokens"] == tokens(number)
     restarts = stack.restarts()
     assert len(restarts) == before + 1

@@ -116,6 +116,10 @@ class Server:
         lines = [line for line in self.log.read_text().splitlines() if line.startswith("{")]
         return [event for event in map(json.loads, lines) if event.get("event") == name]
 
+    def arm(self, failpoint: str) -> None:
+        """The next life dies there."""
+        self._env["BATCH_FAILPOINT"] = failpoint
+
     def disarm(self) -> None:
         """The next life has no failpoint."""
         self._env.pop("BATCH_FAILPOINT", None)

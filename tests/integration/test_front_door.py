@@ -76,7 +76,7 @@ def test_batch_from_upload_to_results(serving: Stack, client: Client) -> None:
     assert (done.counts.total, done.counts.completed, done.counts.failed) == (500, 500, 0)
     assert (dict(done.metadata), done.priority, list(done.models)) == ({"who": "me"}, 3, ["tiny"])
     assert done.usage.completion_tokens == 500 * 16
-    found = [response.result.custom_id for response in client.results(batch.id)]
+    found = [result.custom_id for result in client.results(batch.id)]
     assert found == [f"c{i}" for i in range(500)]
 
 
@@ -89,7 +89,7 @@ def test_inline_batch(serving: Stack, client: Client) -> None:
         structure.body.update({"model": "tiny", "messages": [], "max_tokens": 7})
         batch = stub.CreateBatch(pb.CreateBatchRequest(requests=[structure, text]), timeout=10).batch
     finished(client, batch.id)
-    first, second = (json.loads(r.result.response.body_json) for r in client.results(batch.id))
+    first, second = (json.loads(r.response.body_json) for r in client.results(batch.id))
     assert (first["usage"]["completion_tokens"], second["usage"]["completion_tokens"]) == (7, 16)
 
 
@@ -153,18 +153,19 @@ def test_listing_pages(serving: Stack, client: Client) -> None:
 
 def test_results_resume_by_token(serving: Stack, client: Client) -> None:
     """A stream taken up again by its token goes on without gap or repeat, in either order, also while work goes on."""
-    batch = client.submit_lines(lines(400))
+    batch = client.submit_lines(lines(2500))
     for order in ("RESULT_ORDER_INPUT", "RESULT_ORDER_FINISHED"):
-        found, token = [], ""
-        for _ in range(300):
-            stream = client.results(batch.id, follow=True, order=order, resume_token=token)
-            for response in stream:
-                found.append(response.result.custom_id)
-                token = response.resume_token
-                if len(found) % 13 == 0:
-                    break
+        found, token, pages = [], "", 0
+        while True:
+            stream = client.result_pages(batch.id, follow=True, order=order, resume_token=token)
+            page = next(stream, None)
             stream.close()
-        assert len(found) == len(set(found)) == 400
+            if page is None:
+                break
+            found += [result.custom_id for result in page.results]
+            token, pages = page.resume_token, pages + 1
+        assert pages >= 3
+        assert len(found) == len(set(found)) == 2500
 
 
 def test_unknown_batch(serving: Stack, client: Client) -> None:
@@ -290,7 +291,7 @@ def test_completion_window(serving: Stack, client: Client) -> None:
     batch = client.submit_lines(given, completion_window_s=2)
     ended = finished(client, batch.id)
     assert (ended.state, ended.counts.completed, ended.counts.failed) == (pb.BATCH_STATE_EXPIRED, 10, 5)
-    assert [r.result.error.code for r in client.results(batch.id)][10:] == ["batch_expired"] * 5
+    assert [r.error.code for r in client.results(batch.id)][10:] == ["batch_expired"] * 5
     assert finished(client, client.submit_lines(lines(300)).id).counts.completed == 300
 
 
@@ -323,7 +324,7 @@ def test_poison_costs_only_itself(stack: Stack, client: Client, count: int, kill
     # Killers that happen to be in the engine together share a death.
     assert 3 <= deaths <= 3 * killers
     assert (done.state, done.counts.completed, done.counts.failed) == (pb.BATCH_STATE_COMPLETED, count, killers)
-    failed = [r.result for r in client.results(done.id) if r.result.HasField("error")]
+    failed = [r for r in client.results(done.id) if r.HasField("error")]
     assert [result.custom_id for result in failed] == [f"killer{number}" for number in range(killers)]
     assert {result.error.code for result in failed} == {"REQUEST_CRASHED_ENGINE"}
     assert "died 3 times" in failed[0].error.message
@@ -393,7 +394,7 @@ def test_worker_crash_strands_job(serving: Stack, client: Client) -> None:
     assert done_before < 2000
     worker.start()
     done = finished(client, batch.id)
-    found = [response.result.custom_id for response in client.results(batch.id)]
+    found = [result.custom_id for result in client.results(batch.id)]
     assert done.counts.completed == 2000
     assert found == [f"c{i}" for i in range(2000)]
     [first, second] = worker.events("identity_locked")
@@ -447,8 +448,8 @@ def test_refused_request_has_an_error_result(serving: Stack, client: Client) -> 
     done = finished(client, batch.id)
     assert (done.state, done.counts.completed, done.counts.failed) == (pb.BATCH_STATE_COMPLETED, 1, 1)
     _, bad = client.results(batch.id)
-    assert bad.result.response.status_code == 400
-    assert json.loads(bad.result.response.body_json)["error"]["message"] == "refused on request"
+    assert bad.response.status_code == 400
+    assert json.loads(bad.response.body_json)["error"]["message"] == "refused on request"
 
 
 def test_sigterm_drains(serving: Stack, client: Client) -> None:
@@ -497,7 +498,7 @@ def test_postgres_connections_cut(serving: Stack, client: Client) -> None:
     )
     with Client(serving.target, patience_s=30) as patient:
         assert finished(patient, batch.id).counts.completed == 1500
-        assert len({r.result.custom_id for r in patient.results(batch.id)}) == 1500
+        assert len({r.custom_id for r in patient.results(batch.id)}) == 1500
     assert all(server.process.poll() is None for server in serving.servers)
 
 

@@ -68,7 +68,7 @@ def test_huge_numbers_are_the_engines_affair(serving: Stack, client: Client) -> 
     done = finished(client, client.submit_lines(huge).id)
     assert done.state == pb.BATCH_STATE_COMPLETED
     assert done.counts.completed + done.counts.failed == 3
-    statuses = [response.result.response.status_code for response in client.results(done.id)]
+    statuses = [result.response.status_code for result in client.results(done.id)]
     assert (statuses[0], statuses[2]) == (400, 200)
 
 
@@ -185,8 +185,8 @@ def test_bodies_survive_as_given(serving: Stack, client: Client) -> None:
         given = [raw(f"c{place}", body.encode()) for place, body in enumerate(bodies)]
         batch = client.submit_lines(given)
         finished(client, batch.id)
-        for response, body in zip(client.results(batch.id), bodies, strict=True):
-            answer = json.loads(response.result.response.body_json)
+        for result, body in zip(client.results(batch.id), bodies, strict=True):
+            answer = json.loads(result.response.body_json)
             assert answer["choices"][0]["message"]["content"] == hashlib.sha256(body.encode()).hexdigest()
 
     check()

@@ -52,7 +52,7 @@ def check_all_done(stack: Stack, client: Client, batch: pb.Batch, outages: int) 
     """Every request once, both processes still in their first life, and a line per outage in each log."""
     *_, done = client.watch(batch.id)
     assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, COUNT)
-    found = [response.result.custom_id for response in client.results(batch.id)]
+    found = [result.custom_id for result in client.results(batch.id)]
     assert found == [f"c{number}" for number in range(COUNT)]
     for process in stack.servers:
         assert process.process.poll() is None

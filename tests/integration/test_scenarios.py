@@ -15,7 +15,7 @@ import pytest
 
 from service.db import batches, chunks, results
 from service.db.connection import Database
-from tests.integration.conftest import Stack
+from tests.integration.conftest import Server, Stack
 from tests.integration.test_front_door import count, finished, line, lines, ready, refused
 from tests.integration.test_store import LEASE_S, answers, stored
 from tests.waiting import until
@@ -66,21 +66,37 @@ def test_duplicate_execution(serving: Stack, client: Client) -> None:
     assert not [event for worker in (serving.servers[1], second) for event in worker.events("leases_lost")]
 
 
-def test_zombie_owner_burns_inference(stack: Stack, client: Client) -> None:
-    """A worker that was frozen past its lease finds its work taken when it wakes: it stops it, and writes nothing."""
+def frozen_past_its_lease(stack: Stack, request_s: float) -> tuple[Server, str]:
+    """A worker stopped with 50 requests in its engine, which another has taken over; and the name of their batch."""
     stack.gateway()
     zombie = stack.worker("zombie", lease_s=1, window=50)
     stack.wait_until_accepting()
     assert_postgres_is_old(stack)
-    batch = client.submit_lines(lines(50, vllm_xargs={"simulate": 2}))
+    with Client(stack.target) as client:
+        batch = client.submit_lines(lines(50, vllm_xargs={"simulate": request_s}))
     until(lambda: in_engine(stack, "zombie") == 50, "all of it to be in the engine")
     os.kill(zombie.process.pid, signal.SIGSTOP)
     stack.worker("heir", lease_s=1, window=50)
-    until(lambda: in_engine(stack, "heir") == 50, "another to take it over")
+    until(lambda: count(stack, "chunks WHERE worker_id LIKE '%:heir' OR state = 'done'"), "another to take it over")
+    return zombie, batch.id
+
+
+def test_zombie_owner_burns_inference(stack: Stack, client: Client) -> None:
+    """A worker that was frozen past its lease finds its work taken when it wakes, and stops it."""
+    zombie, batch_id = frozen_past_its_lease(stack, 60)
     os.kill(zombie.process.pid, signal.SIGCONT)
     until(lambda: zombie.events("leases_lost"), "the zombie to learn of it")
     until(lambda: in_engine(stack, "zombie") == 0, "the zombie to stop")
-    assert finished(client, batch.id).counts.completed == 50
+    assert client.get(batch_id).counts.completed == 0
+
+
+def test_zombie_owner_writes_nothing(stack: Stack, client: Client) -> None:
+    """What a worker that was frozen past its lease has finished when it wakes is not stored a second time."""
+    zombie, batch_id = frozen_past_its_lease(stack, 2)
+    assert finished(client, batch_id).counts.completed == 50
+    os.kill(zombie.process.pid, signal.SIGCONT)
+    until(lambda: in_engine(stack, "zombie") == 0, "the zombie to be done")
+    assert (zombie.process.poll(), count(stack, "results")) == (None, 50)
     with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT DISTINCT worker_id FROM results LEFT JOIN heartbeats USING (incarnation)")
         assert [worker_id.rpartition(":")[2] for (worker_id,) in cursor.fetchall()] == ["heir"]
@@ -145,7 +161,7 @@ def test_orphaned_blob(serving: Stack, client: Client) -> None:
 
 def test_async_result_destruction(serving: Stack, client: Client) -> None:
     """Results that somebody is reading are not cut short without a word when the batch is deleted."""
-    batch = client.submit_lines(line(f"{number:0500}") for number in range(1500))
+    batch = client.submit_lines(line(f"{number:0500}") for number in range(5000))
     assert refused(lambda: client.delete(batch.id)).reason == "BATCH_STATE"
     finished(client, batch.id)
     # So that no more than a part of it can be under way.
@@ -153,11 +169,11 @@ def test_async_result_destruction(serving: Stack, client: Client) -> None:
     with grpc.insecure_channel(serving.target, options=small_window) as channel:
         stub = batch_service_pb2_grpc.BatchServiceStub(channel)
         stream = stub.StreamResults(pb.StreamResultsRequest(batch_id=batch.id), timeout=60)
-        read = [next(stream).result.index]
+        read = [result.index for result in next(stream).results]
         client.delete(batch.id)
         until(lambda: count(serving, "requests") == 0, "the rows to be gone")
         with pytest.raises(grpc.RpcError) as ended:
-            read.extend(response.result.index for response in stream)
+            read.extend(result.index for page in stream for result in page.results)
     assert ended.value.code() is grpc.StatusCode.NOT_FOUND
     assert read == list(range(len(read)))
 
@@ -175,13 +191,13 @@ def test_results_of_several_writers_resume(stack: Stack, client: Client) -> None
     for order in ("RESULT_ORDER_FINISHED", "RESULT_ORDER_INPUT"):
         token, read = "", []
         while len(read) < 2000:
-            stream = client.results(batch.id, follow=True, order=order, resume_token=token)
-            for _ in range(dice.randrange(1, 300)):
-                response = next(stream, None)
-                if response is None:
+            stream = client.result_pages(batch.id, follow=True, order=order, resume_token=token)
+            for _ in range(dice.randrange(1, 4)):
+                page = next(stream, None)
+                if page is None:
                     break
-                token = response.resume_token
-                read.append(response.result.custom_id)
+                token = page.resume_token
+                read += [result.custom_id for result in page.results]
             stream.close()  # type: ignore[attr-defined]
         assert len(set(read)) == 2000
         assert order == "RESULT_ORDER_FINISHED" or read == [f"c{number}" for number in range(2000)]

@@ -86,7 +86,7 @@ def test_killed_worker_comes_back(stack: FullStack) -> None:
         os.kill(stack.pid("worker"), signal.SIGKILL)
         *_, done = client.watch(batch.id)
         assert done.counts.completed == 3000
-        assert [r.result.custom_id for r in client.results(batch.id)] == [f"c{i}" for i in range(3000)]
+        assert [r.custom_id for r in client.results(batch.id)] == [f"c{i}" for i in range(3000)]
     until(lambda: stack.recovered(before + 1), "the restart to be closed as recovered")
     assert len(stack.restarts()) == before + 1
     restart = stack.restarts()[-1]
@@ -152,7 +152,7 @@ def test_other_programs_are_restarted_by_supervisord(stack: FullStack, program: 
         until(lambda: stack.pid(program) not in (0, pid), f"another {program}")
         *_, done = client.watch(batch.id)
         assert done.state == pb.BATCH_STATE_COMPLETED
-        assert len({r.result.custom_id for r in client.results(batch.id)}) == 2000
+        assert len({r.custom_id for r in client.results(batch.id)}) == 2000
     until(lambda: stack.recovered(before), "all to be well")
     assert (len(stack.restarts()), stack.pid("worker")) == (before, worker)
 

@@ -160,7 +160,7 @@ def test_three_deaths_find_a_killer(database: Database) -> None:
 
     [alone] = database.call(chunks.claim_alone, "w", lives[2], ["tiny"], LEASE_S)
     assert bury(database) == (0, 0, 1)
-    [killer] = database.call(results.read_in_order, batch.id, 20, 1)
+    [killer] = database.call(results.read_in_order, batch.id, 20, 1, 1000).results
     assert (killer.index, killer.error_code) == (alone.first_index, "REQUEST_CRASHED_ENGINE")
     assert "3 times" in (killer.error_message or "")
 
@@ -226,7 +226,7 @@ def test_expiry_answers_the_rest(database: Database) -> None:
     assert done is not None
     assert (done.state, done.completed, done.failed) == ("expired", 10, 20)
     assert database.call(results.write, answers(chunk, range(10, 20)), mine) == 0
-    read = database.call(results.read_finished, batch.id, 0, 100)
+    read = database.call(results.read_finished, batch.id, 0, 100, 1 << 20).results
     assert [result.sequence for result in read] == list(range(1, 31))
     assert {result.error_code for result in read[10:]} == {"batch_expired"}
 
@@ -315,7 +315,7 @@ def test_sequence_numbers_have_no_gaps(database: Database) -> None:
     database.call(results.write, answers(second, range(150, 200)), two)
     database.call(results.write, answers(first, range(100)), one)
     database.call(results.write, answers(second, range(100, 150)), two)
-    read = database.call(results.read_finished, batch.id, 0, 1000)
+    read = database.call(results.read_finished, batch.id, 0, 1000, 1 << 20).results
     assert [result.sequence for result in read] == list(range(1, 201))
     assert read[0].custom_id == "c150"
 
@@ -365,3 +365,22 @@ def test_a_session_of_ones_own_does_not_lock_one_out(database_url: str) -> None:
     until(lambda: lock_worker(later, "w"), "the lock")
     later.close()
     other.close()
+
+
+def test_pages_of_results_end_by_number_and_by_bytes(database: Database) -> None:
+    """A reader gets every result once, in pages that are bounded, however large one of them is."""
+    batch = stored(database, 20)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    sizes = [10] * 5 + [400, 10_000, 10] + [60] * 12
+    given = [Result(chunk.id, batch.id, index, status_code=200, body="x" * size) for index, size in enumerate(sizes)]
+    database.call(results.write, given, mine)
+    for read, start, place in ((results.read_in_order, 0, "index"), (results.read_finished, 0, "sequence")):
+        found, pages, is_full = [], [], True
+        while is_full:
+            page, is_full = database.call(read, batch.id, start, 4, 300)
+            found += page
+            pages.append([len(result.body or "") for result in page])
+            start = getattr(page[-1], place) + (place == "index") if page else start
+        assert [len(result.body or "") for result in found] == sizes
+        assert pages == [[10] * 4, [10, 400], [10_000], [10, 60, 60, 60], [60] * 4, [60] * 4, [60]]

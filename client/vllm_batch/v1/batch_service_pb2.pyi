@@ -217,12 +217,12 @@ class StreamResultsRequest(_message.Message):
     def __init__(self, batch_id: _Optional[str] = ..., order: _Optional[_Union[ResultOrder, str]] = ..., follow: _Optional[bool] = ..., resume_token: _Optional[str] = ...) -> None: ...
 
 class StreamResultsResponse(_message.Message):
-    __slots__ = ("result", "resume_token")
-    RESULT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("results", "resume_token")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    result: Result
+    results: _containers.RepeatedCompositeFieldContainer[Result]
     resume_token: str
-    def __init__(self, result: _Optional[_Union[Result, _Mapping]] = ..., resume_token: _Optional[str] = ...) -> None: ...
+    def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., resume_token: _Optional[str] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("custom_id", "index", "id", "response", "error", "finish_time")

@@ -152,7 +152,7 @@ class BatchServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamResults(self, request, context):
-        """Sends the results of a batch. Works while the batch runs and while no worker is live.
+        """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,7 +59,7 @@ class BatchServiceStub:
     WatchBatch: _grpc.UnaryStreamMultiCallable[_batch_service_pb2.WatchBatchRequest, _batch_service_pb2.WatchBatchResponse]
     """Sends the batch now, again whenever it changes, and ends after it was sent in a terminal state."""
     StreamResults: _grpc.UnaryStreamMultiCallable[_batch_service_pb2.StreamResultsRequest, _batch_service_pb2.StreamResultsResponse]
-    """Sends the results of a batch. Works while the batch runs and while no worker is live."""
+    """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live."""
     GetResult: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.GetResultRequest, _batch_service_pb2.GetResultResponse]
     """Returns the result of one request. NOT_FOUND until it has one."""
     CancelBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.CancelBatchRequest, _batch_service_pb2.CancelBatchResponse]
@@ -100,7 +100,7 @@ class BatchServiceAsyncStub(BatchServiceStub):
     WatchBatch: _aio.UnaryStreamMultiCallable[_batch_service_pb2.WatchBatchRequest, _batch_service_pb2.WatchBatchResponse]  # type: ignore[assignment]
     """Sends the batch now, again whenever it changes, and ends after it was sent in a terminal state."""
     StreamResults: _aio.UnaryStreamMultiCallable[_batch_service_pb2.StreamResultsRequest, _batch_service_pb2.StreamResultsResponse]  # type: ignore[assignment]
-    """Sends the results of a batch. Works while the batch runs and while no worker is live."""
+    """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live."""
     GetResult: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.GetResultRequest, _batch_service_pb2.GetResultResponse]  # type: ignore[assignment]
     """Returns the result of one request. NOT_FOUND until it has one."""
     CancelBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.CancelBatchRequest, _batch_service_pb2.CancelBatchResponse]  # type: ignore[assignment]
@@ -174,7 +174,7 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.StreamResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_batch_service_pb2.StreamResultsResponse], _abc.AsyncIterator[_batch_service_pb2.StreamResultsResponse]]:
-        """Sends the results of a batch. Works while the batch runs and while no worker is live."""
+        """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live."""
 
     @_abc_1.abstractmethod
     def GetResult(
