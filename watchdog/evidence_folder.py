@@ -25,13 +25,13 @@ TIMEOUT_S = 10.0
 log = logs.get("evidence")
 
 
-def keep(home: Path, mark: Mark, now: datetime, event_id: int, told: Mapping[str, Any], log_file: Path) -> Path | None:
+def keep(home: Path, mark: Mark, now: datetime, event: str, told: Mapping[str, Any], log_file: Path) -> Path | None:
     """Writes the folder; None when it cannot be made. What of it fails leaves its error in its place.
 
-    `told` is what the event says. Processes are those with `mark`, stacks by py-spy, which reads them without their
-    help: it does not run, and cannot hang, in what it looks at.
+    `event` is its number, or its key while it has none; `told` what it says. Processes are those with `mark`, stacks by
+    py-spy, which reads them without their help: it does not run, and cannot hang, in what it looks at.
     """
-    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event_id}"
+    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event}"
     try:
         folder.mkdir(parents=True, mode=0o700)
     except OSError as error:

@@ -15,6 +15,7 @@ from watchdog import evidence_folder
 from watchdog.act import Restarter
 from watchdog.alerts import Alerts
 from watchdog.guard import Guard
+from watchdog.journal import Journal
 from watchdog.observe import Observer
 from watchdog.policy import Limits
 from watchdog.record import Record
@@ -113,7 +114,7 @@ class Guards:
         return Guard(
             worker_id,
             observer,
-            Record(self.database, worker_id),
+            Record(self.database, Journal(settings.home / "recovery" / f"{process_name}.json"), worker_id, self.clock),
             restarter,
             self.limits,
             self.clock,
@@ -126,4 +127,5 @@ class Guards:
     def _keep_evidence(self, process_name: str, intent: Event) -> None:
         home = self.settings.home
         mark, log_file = Mark(home, process_name), home / "log" / f"{process_name}.log"
-        evidence_folder.keep(home, mark, self.clock.now(), intent.id, asdict(intent), log_file)
+        name = str(intent.id or intent.key)
+        evidence_folder.keep(home, mark, self.clock.now(), name, asdict(intent), log_file)

@@ -97,7 +97,7 @@ class Heartbeat:
 class Intent:
     """A restart of ours that is written down and not finished."""
 
-    id: int
+    key: str
     step: Step
 
 
@@ -181,11 +181,22 @@ class Memory:
     transition_since_s: float | None = None
     suspicion: Suspicion | None = None
     # The intent that was taken up again without a new unit of the budget.
-    continued_intent: int | None = None
+    continued_intent: str | None = None
 
     def with_budget(self) -> "Memory":
         """The same with a whole budget: a person has given it back."""
         return replace(self, restarts=(), streak=0, gave_up=False)
+
+    def with_past(
+        self, restart_ages_s: tuple[float, ...], has_given_up: bool, time_s: float, limits: Limits
+    ) -> "Memory":
+        """The same with what was done before, or by somebody else."""
+        return replace(
+            self,
+            restarts=tuple(time_s - age_s for age_s in restart_ages_s),
+            streak=max(self.streak, sum(age_s < limits.healthy_reset_s for age_s in restart_ages_s)),
+            gave_up=has_given_up,
+        )
 
 
 @dataclass(frozen=True)
@@ -385,8 +396,8 @@ def _is_sure(suspicion: Suspicion, patience_s: float, time_s: float, limits: Lim
 def _restart(finding: _Finding, evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision, Memory]:
     """A restart, if backoff and budget let it. An intent is taken up once without either: it has had its unit."""
     now, intent = evidence.time_s, evidence.intent
-    if intent is not None and intent.step is not Step.LOADING and memory.continued_intent != intent.id:
-        memory = replace(memory, continued_intent=intent.id, suspicion=None)
+    if intent is not None and intent.step is not Step.LOADING and memory.continued_intent != intent.key:
+        memory = replace(memory, continued_intent=intent.key, suspicion=None)
         return Decision(finding.verdict, Action.RESTART, finding.reason, 0, continues=True), memory
 
     restarts = tuple(time for time in memory.restarts if now - time < HOUR_S)

@@ -9,8 +9,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import grpc
 import pytest
@@ -124,6 +126,15 @@ class Host:
     def events(self) -> list[Event]:
         """The audit log, oldest first."""
         return self.database.call(recoveries.list_page, WORKER_ID, None, 1000)[::-1]
+
+    def cut(self) -> None:
+        """Breaks every connection to the database but ours."""
+        self.database.call(
+            lambda db: db.execute_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
 
     def restarts(self) -> list[Event]:
         """The restarts in the audit log, oldest first."""
@@ -335,7 +346,11 @@ def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> Non
     until(lambda: host.database.call(heartbeats.read, WORKER_ID), "its heartbeat")
     host.supervisor.stop("worker:worker")
     until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
-    host.database.call(recoveries.begin, WORKER_ID, "FROZEN", "for the test", {}, {"detect": 1.0}, None)
+    now, timings = datetime.now(UTC), {"detect": 1.0}
+    intent = Event(
+        0, uuid4(), WORKER_ID, "restart", "FROZEN", "test", {}, "stopping", "open", timings, now, None, None, None
+    )
+    host.database.call(recoveries.put, intent)
 
     guards = host.guard()
     until_healthy(guards)
@@ -488,28 +503,57 @@ def test_events_are_listed_in_pages_newest_first(host: Host) -> None:
     assert not watchdog.recovery.ListEvents(pb.ListEventsRequest(worker_id="nobody"), timeout=5).events
 
 
-def test_without_postgres_it_serves_and_holds_what_it_cannot_write_down(host: Host) -> None:
-    """With Postgres away the watchdog is up and says so; a crash waits until the intent can be written."""
+def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
+    """With Postgres away a crash is seen to all the same, within the budget across deaths of the watchdog, and told."""
     proxy = host.home / "pg"
     proxy.mkdir()
     real = host.settings.postgres_url
-    away = f"postgresql:///x?host={proxy}&user=postgres"
-    socket_name = ".s.PGSQL.5432"
-    watchdog = Watchdog(host, DATABASE_URL=real.replace(real.split("host=")[1].split("&")[0], str(proxy)))
+    real_socket = Path(real.split("host=")[1].split("&")[0]) / ".s.PGSQL.5432"
+    way = proxy / real_socket.name
+    through = {"DATABASE_URL": real.replace(str(real_socket.parent), str(proxy)), "BATCH_MAX_RESTARTS_PER_HOUR": "2"}
+
+    watchdog = Watchdog(host, **through)
     pid = watchdog.until(pb.VERDICT_DATABASE_AWAY).pid
+    os.kill(pid, signal.SIGKILL)
+    # Nobody has told it yet what was spent before.
+    assert "cannot be written down" in watchdog.until(pb.VERDICT_CRASHED).reason
+    assert host.run(sys.executable, "-m", "watchdog", "--check", **through).wait(30) == 1
+    way.symlink_to(real_socket)
+    pid = watchdog.until(pb.VERDICT_HEALTHY).pid
+
+    way.unlink()
+    host.cut()
+    watchdog.until(pb.VERDICT_DATABASE_AWAY)
     with pytest.raises(grpc.RpcError) as refused:
         watchdog.recovery.ListEvents(pb.ListEventsRequest(), timeout=5)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    pause = pb.PauseRecoveryRequest(duration=Duration(seconds=600), reason="let me look")
+    watchdog.recovery.PauseRecovery(pause, timeout=5)
+    watchdog.kill()
     os.kill(pid, signal.SIGKILL)
-    status = watchdog.until(pb.VERDICT_CRASHED)
-    assert "cannot be written down" in status.reason
-    assert len(host.lives()) == 1
-    check = host.run(sys.executable, "-m", "watchdog", "--check", DATABASE_URL=away)
-    assert check.wait(30) == 1
+    watchdog = Watchdog(host, **through)
+    assert watchdog.until(pb.VERDICT_PAUSED).pause_reason == "let me look"
+    watchdog.recovery.ResumeRecovery(pb.ResumeRecoveryRequest(), timeout=5)
+    until(lambda: len(host.lives()) == 3, "a third life")
+    until(lambda: watchdog.worker().verdict == pb.VERDICT_DATABASE_AWAY, "it to serve")
+    watchdog.kill()
+    os.kill(host.lives()[-1]["pid"], signal.SIGKILL)
+    watchdog = Watchdog(host, **through)
+    assert watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP).budget_left == 0
+    assert (len(host.lives()), len(host.restarts())) == (3, 1)
 
-    (proxy / socket_name).symlink_to(Path(real.split("host=")[1].split("&")[0]) / socket_name)
-    assert watchdog.until(pb.VERDICT_HEALTHY).pid != pid
-    assert [event.outcome for event in host.restarts()] == ["recovered"]
+    way.symlink_to(real_socket)
+    until(lambda: host.database.call(recoveries.given_up) == {WORKER_ID}, "all to be told")
+    assert [event.kind for event in host.events() if event.kind != "verdict"] == [
+        "restart",
+        "paused",
+        "resumed",
+        "restart",
+        "gave_up",
+    ]
+    watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="seen to"), timeout=5)
+    watchdog.until(pb.VERDICT_HEALTHY)
+    assert [event.outcome for event in host.restarts()] == ["recovered"] * 3
 
 
 def test_one_watchdog_per_port_ends_when_told(host: Host) -> None:
