@@ -43,6 +43,38 @@ def limits_of(settings: Settings) -> Limits:
     )
 
 
+def workers_of(supervisor: Supervisor) -> dict[str, str]:
+    """supervisord's names of this host's workers, by worker id. Raises SupervisorAwayError."""
+    return {f"{socket.gethostname()}:{name}": name for name in supervisor.processes(GROUP)}
+
+
+def journal_of(settings: Settings, process_name: str) -> Journal:
+    """Where the events of a worker are kept on this host."""
+    return Journal(settings.home / "recovery" / f"{process_name}.json")
+
+
+def observer_of(
+    settings: Settings,
+    supervisor: Supervisor,
+    database: Database,
+    clock: Clock,
+    process_name: str,
+    on_change: Callable[[], None],
+) -> Observer:
+    """What looks at one worker of this host."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    return Observer(
+        name=f"{GROUP}:{process_name}",
+        worker_id=f"{socket.gethostname()}:{process_name}",
+        supervisor=supervisor,
+        database=database,
+        address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
+        probe_timeout_s=settings.probe_timeout_s,
+        clock=clock,
+        on_change=on_change,
+    )
+
+
 @dataclass
 class Guards:
     """The guards by worker id. `on_change` is called from their threads when a verdict or an action changed."""
@@ -59,11 +91,10 @@ class Guards:
     def discover(self) -> None:
         """Guards workers that are new, lets go of those that are gone. With supervisord away nothing changes."""
         try:
-            names = self.supervisor.processes(GROUP)
+            wanted = workers_of(self.supervisor)
         except SupervisorAwayError as error:
             log.warning("workers_not_found", cause=str(error))
             return
-        wanted = {f"{socket.gethostname()}:{name}": name for name in names}
         for worker_id in self.by_worker.keys() - wanted.keys():
             log.info("worker_gone", worker_id=worker_id)
             self._without(worker_id).stop(STOP_TIMEOUT_S)
@@ -91,18 +122,8 @@ class Guards:
 
     def _guard(self, worker_id: str, process_name: str) -> Guard:
         settings, name = self.settings, f"{GROUP}:{process_name}"
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
         woken = threading.Event()
-        observer = Observer(
-            name=name,
-            worker_id=worker_id,
-            supervisor=self.supervisor,
-            database=self.database,
-            address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
-            probe_timeout_s=settings.probe_timeout_s,
-            clock=self.clock,
-            on_change=woken.set,
-        )
+        observer = observer_of(settings, self.supervisor, self.database, self.clock, process_name, woken.set)
         restarter = Restarter(
             name=name,
             mark=Mark(settings.home, process_name),
@@ -114,7 +135,7 @@ class Guards:
         return Guard(
             worker_id,
             observer,
-            Record(self.database, Journal(settings.home / "recovery" / f"{process_name}.json"), worker_id, self.clock),
+            Record(self.database, journal_of(settings, process_name), worker_id, self.clock),
             restarter,
             self.limits,
             self.clock,

@@ -28,6 +28,11 @@ class UnrecordedError(Exception):
     """Neither Postgres nor the journal takes it, or what was done before is not known yet: nothing may be done."""
 
 
+def past_since(clock: Clock) -> datetime:
+    """From when on restarts count."""
+    return clock.now() - timedelta(seconds=HOUR_S)
+
+
 class Record:
     """The events of one worker: written into the journal first and then into Postgres, which has all of them for good.
 
@@ -52,9 +57,8 @@ class Record:
         self._store()
         if self._is_away or self._has_read_database:
             return False
-        since = self._clock.now() - timedelta(seconds=HOUR_S)
         try:
-            found = self._database.call(recoveries.of_note, self._worker_id, since)
+            found = self._database.call(recoveries.of_note, self._worker_id, past_since(self._clock))
         except AWAY:
             self._is_away = True
             return False

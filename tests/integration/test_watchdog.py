@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service import processes
 from service.clock import SystemClock
 from service.config import Settings
-from service.db import heartbeats, recoveries
+from service.db import heartbeats, recoveries, watchdogs
 from service.db.connection import Database
 from service.db.recoveries import Event
 from tests.integration.conftest import ROOT, free_port
@@ -554,6 +554,47 @@ def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
     watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="seen to"), timeout=5)
     watchdog.until(pb.VERDICT_HEALTHY)
     assert [event.outcome for event in host.restarts()] == ["recovered"] * 3
+
+
+def test_dry_run_says_what_it_would_do_and_does_nothing(host: Host) -> None:
+    """`--dry-run` sees a worker die and says so; nothing is started, written, kept or served by it."""
+    host.run(sys.executable, "-m", "watchdog", "--dry-run")
+
+    def decisions() -> list[tuple[str, str]]:
+        lines = (host.home / "programs.log").read_text().splitlines()
+        said = [json.loads(line) for line in lines if '"would_decide"' in line]
+        return [(line["verdict"], line["action"]) for line in said]
+
+    until(lambda: ("HEALTHY", "HOLD") in decisions(), "it to see the worker")
+    os.kill(host.lives()[0]["pid"], signal.SIGKILL)
+    until(lambda: decisions()[-1] == ("CRASHED", "RESTART"), "it to see the crash")
+    host.fault("crash")
+    host.supervisorctl("start", "worker")
+    until(lambda: len(host.lives()) == 2, "a second life, by an operator")
+    until(lambda: host.supervisor.info("worker:worker").state is State.EXITED, "its end")
+    assert len(host.lives()) == 2
+    assert host.events() == []
+    assert host.database.call(watchdogs.read) == []
+    assert {path.name for path in host.home.iterdir()} == {
+        "run",
+        "faults",
+        "lives",
+        "supervisord.conf",
+        "supervisord.log",
+        "programs.log",
+        "worker.log",
+    }
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", host.settings.watchdog_port), timeout=5)
+
+
+def test_watchdog_is_seen_in_postgres_while_it_lives(host: Host) -> None:
+    """Its row is young while it runs, and grows old when it is gone."""
+    watchdog = Watchdog(host)
+    until(lambda: [each.watchdog_id for each in host.database.call(watchdogs.read)] == [socket.gethostname()], "a row")
+    until(lambda: host.database.call(watchdogs.read)[0].age_s < 1, "a young row")
+    watchdog.kill()
+    until(lambda: host.database.call(watchdogs.read)[0].age_s > 1, "it to grow old")
 
 
 def test_one_watchdog_per_port_ends_when_told(host: Host) -> None:
