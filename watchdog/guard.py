@@ -167,6 +167,8 @@ class Guard:
     def check(self) -> float:
         """One round. Returns after how many seconds the next is due at the latest."""
         evidence = self._observer.observe()
+        if evidence.process is not None and evidence.process.pid:
+            self._restarter.remains.look(self._observer.leader)
         self._recall(evidence)
         intent = None if self._intent is None else Intent(str(self._intent.key), Step(self._intent.step))
         evidence = replace(evidence, intent=intent, pause_left_s=self._past.pause_left_s if self._past else 0.0)
@@ -268,7 +270,11 @@ class Guard:
     def _restart(self, decision: Decision) -> None:
         log.warning("restart_begun", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
         if self._intent is not None and not decision.continues:
+            began_s = self._clock.monotonic()
             self._keep_evidence(self._intent)
+            took_s = round(self._clock.monotonic() - began_s, 3)
+            # Written down with the first step.
+            self._intent = replace(self._intent, timings={**self._intent.timings, "evidence": took_s})
         try:
             pid = self._restarter.restart(decision.verdict, self._observer.leader, self._on_step)
         except (RestartError, SupervisorAwayError) as error:

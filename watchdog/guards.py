@@ -9,6 +9,7 @@ from service import logs
 from service.clock import Clock
 from service.config import Settings
 from service.db.connection import Database
+from service.db.heartbeats import SeenBeat
 from service.db.recoveries import Event
 from service.processes import Mark
 from watchdog import evidence_folder
@@ -19,6 +20,7 @@ from watchdog.journal import Journal
 from watchdog.observe import Observer
 from watchdog.policy import Limits
 from watchdog.record import Record
+from watchdog.remains import Remains
 from watchdog.supervisor import Supervisor, SupervisorAwayError
 
 # supervisord's program of the workers, and its one process where `numprocs` is 1.
@@ -124,9 +126,11 @@ class Guards:
         settings, name = self.settings, f"{GROUP}:{process_name}"
         woken = threading.Event()
         observer = observer_of(settings, self.supervisor, self.database, self.clock, process_name, woken.set)
+        mark = Mark(settings.home, process_name)
         restarter = Restarter(
             name=name,
-            mark=Mark(settings.home, process_name),
+            mark=mark,
+            remains=Remains(mark),
             supervisor=self.supervisor,
             stop_timeout_s=settings.stop_timeout_s,
             clock=self.clock,
@@ -141,12 +145,14 @@ class Guards:
             self.clock,
             woken,
             self.on_change,
-            lambda intent: self._keep_evidence(process_name, intent),
+            lambda intent: self._keep_evidence(process_name, intent, observer.seen),
             self.alerts,
         )
 
-    def _keep_evidence(self, process_name: str, intent: Event) -> None:
+    def _keep_evidence(self, process_name: str, intent: Event, seen: SeenBeat | None) -> None:
         home = self.settings.home
-        mark, log_file = Mark(home, process_name), home / "log" / f"{process_name}.log"
-        name = str(intent.id or intent.key)
-        evidence_folder.keep(home, mark, self.clock.now(), name, asdict(intent), log_file)
+        log_files = [home / "log" / f"{name}.log" for name in (process_name, "watchdog", "supervisord")]
+        event = str(intent.id or intent.key)
+        heartbeat = asdict(seen) if seen is not None else None
+        mark = Mark(home, process_name)
+        evidence_folder.keep(home, mark, self.clock.now(), event, asdict(intent), heartbeat, log_files)

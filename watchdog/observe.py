@@ -36,6 +36,8 @@ class Observer:
         """
         # The first process of the worker's present or last life, as far as it was seen.
         self.leader: Leader | None = None
+        # Its heartbeat row, as it was read last.
+        self.seen: SeenBeat | None = None
         self._name = name
         self._worker_id = worker_id
         self._supervisor = supervisor
@@ -67,6 +69,7 @@ class Observer:
         up_s, seen = self._look_into_database()
         heartbeat = None
         if seen is not None:
+            self.seen = seen
             beat = seen.beat
             pid = process.pid if process else 0
             is_current = bool(pid) and (beat.pid == pid or processes.is_in_group(beat.pid, pid))

@@ -12,7 +12,7 @@ from service.db.models import RecoveryEvent
 
 OPEN = "open"
 # What a restart spends its time on, in this order.
-PHASES = ("detect", "decide", "stop", "sweep", "start", "load")
+PHASES = ("detect", "decide", "evidence", "stop", "sweep", "gpu", "start", "load")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The watchdog on a real supervisord and a real Postgres, with a worker that fails as it is told to."""
 
 import json
+import mmap
 import os
 import signal
 import socket
@@ -86,6 +87,11 @@ class Host:
         """All children that lives of the worker have left behind."""
         path = self.home / "children"
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+    def shared_memory(self) -> list[Path]:
+        """What a life of the worker has mapped: two files that it writes and one that it reads."""
+        path = self.home / "mapped"
+        return [Path(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def run(self, *arguments: str, **more: str) -> "subprocess.Popen[bytes]":
         """Starts a program in this home's environment; it ends with the test."""
@@ -212,6 +218,8 @@ def host(database: Database, database_url: str, request: pytest.FixtureRequest) 
                 child.kill()
                 child.wait(10)
             processes.end(processes.marked(processes.Mark(home)), 5, (signal.SIGKILL,))
+            for path in host.shared_memory():
+                path.unlink(missing_ok=True)
             for pid in host.orphans():
                 if is_alive(pid):
                     os.kill(pid, signal.SIGKILL)
@@ -226,7 +234,7 @@ def test_killed_worker_is_restarted_and_the_event_says_recovered(host: Host) -> 
     assert until_healthy(guards) != pid
     (event,) = host.restarts()
     assert (event.verdict, event.outcome) == ("CRASHED", "recovered")
-    assert list(event.timings) == ["detect", "decide", "stop", "sweep", "start", "load"]
+    assert list(event.timings) == list(recoveries.PHASES)
     assert [str(event.old_incarnation), str(event.new_incarnation)] == [life["incarnation"] for life in host.lives()]
     assert event.end_time is not None
     assert event.evidence["process"]["state"] == "EXITED"
@@ -261,6 +269,22 @@ def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -
     until(lambda: len(host.lives()) == 2, "a second life")
     assert host.lives()[1]["orphans"] == []
     assert all(child.poll() is None for child in innocent)
+
+
+def test_leaked_shared_memory_is_gone_before_the_next_life_and_nothing_else_is(host: Host) -> None:
+    """What only the dead worker had mapped is removed; not what others hold, nor what it only read."""
+    fault = host.fault("shared_memory")
+    guards = host.guard()
+    pid = until_healthy(guards)
+    leaked, shared, read = until(host.shared_memory, "its shared memory")
+    look_again(guards)
+    with leaked.open("rb"), shared.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        fault.unlink()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: len(host.lives()) == 2, "a second life")
+        assert (leaked.exists(), shared.exists(), read.exists()) == (False, True, True)
+        until_healthy(guards)
+    assert [event.outcome for event in host.restarts()] == ["recovered"]
 
 
 def test_operator_stop_stays(host: Host) -> None:
@@ -356,7 +380,7 @@ def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> Non
     until_healthy(guards)
     (event,) = host.restarts()
     assert (event.verdict, event.outcome) == ("FROZEN", "recovered")
-    assert list(event.timings) == ["detect", "stop", "sweep", "start", "load"]
+    assert list(event.timings) == ["detect", "stop", "sweep", "gpu", "start", "load"]
     assert len(host.lives()) == 2
     assert not {in_group, out_of_group} & set(host.lives()[1]["orphans"])
     assert until_verdict(guards, Verdict.HEALTHY).budget_left == host.settings.max_restarts_per_hour - 1

@@ -4,13 +4,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
 
 from service.db.recoveries import Event
-from service.processes import Leader
+from service.processes import Leader, Mark
 from watchdog.act import Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.guard import Guard, Snapshot
@@ -18,6 +19,7 @@ from watchdog.observe import Observer
 from watchdog.past import Past
 from watchdog.policy import Action, Decision, Evidence, Health, Heartbeat, Limits, Process, State, Step, Verdict
 from watchdog.record import Record, UnrecordedError
+from watchdog.remains import Remains
 
 OLD, NEW = uuid4(), uuid4()
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -107,6 +109,7 @@ class FakeRestarter:
     ending = threading.Event()
 
     def __init__(self) -> None:
+        self.remains = Remains(Mark(Path("/nowhere")))
         self.restarts = 0
         self.failure: Exception | None = None
         self.between: Callable[[], None] = lambda: None
