@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from service import config, logs, processes
@@ -70,9 +70,12 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
     log.info("watchdog_started", port=server.port)
     threads = [
         threading.Thread(target=_bring_schema, args=(database, ending), name="schema", daemon=True),
-        threading.Thread(target=_discover, args=(guards, ending), name="discover", daemon=True),
-        threading.Thread(
-            target=_beat, args=(database, settings.heartbeat_interval_s, ending), name="heartbeat", daemon=True
+        *(
+            threading.Thread(target=_repeat, args=(name, task, interval_s, ending, alerts), name=name, daemon=True)
+            for name, task, interval_s in (
+                ("discover", guards.discover, DISCOVER_INTERVAL_S),
+                ("heartbeat", lambda: _beat(database), settings.heartbeat_interval_s),
+            )
         ),
     ]
     for thread in threads:
@@ -107,19 +110,26 @@ def _bring_schema(database: Database, ending: threading.Event) -> None:
         ending.wait(SCHEMA_RETRY_S)
 
 
-def _discover(guards: Guards, ending: threading.Event) -> None:
+def _repeat(name: str, task: Callable[[], None], interval_s: float, ending: threading.Event, alerts: Alerts) -> None:
+    """Does a task over and over, also after it failed by a fault of ours."""
+    has_failed = False
     while not ending.is_set():
-        guards.discover()
-        ending.wait(DISCOVER_INTERVAL_S)
-
-
-def _beat(database: Database, interval_s: float, ending: threading.Event) -> None:
-    """Has Postgres say when this watchdog was seen last, for when it is gone."""
-    while not ending.is_set():
-        # With Postgres away nobody could read it either: who needs to know that, the guards tell.
-        with suppress(*AWAY):
-            database.call(watchdogs.write, socket.gethostname(), os.getpid())
+        try:
+            task()
+            has_failed = False
+        except Exception as error:
+            log.exception("task_failed", task=name)
+            if not has_failed:
+                alerts.fault(name, error)
+            has_failed = True
         ending.wait(interval_s)
+
+
+def _beat(database: Database) -> None:
+    """Has Postgres say when this watchdog was seen last, for when it is gone."""
+    # With Postgres away nobody could read it either: who needs to know that, the guards tell.
+    with suppress(*AWAY):
+        database.call(watchdogs.write, socket.gethostname(), os.getpid())
 
 
 def main(arguments: Sequence[str]) -> int:

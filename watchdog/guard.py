@@ -12,6 +12,7 @@ from service.db.recoveries import Event
 from watchdog.act import AbandonedError, Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.observe import Observer
+from watchdog.outages import Outage
 from watchdog.past import Past
 from watchdog.policy import (
     Action,
@@ -46,9 +47,6 @@ QUIET = frozenset(
         Verdict.PAUSED,
     }
 )
-# What a person is told of though nothing is done: recovery cannot see, or not act.
-AWAY = frozenset({Verdict.SUPERVISOR_AWAY, Verdict.DATABASE_AWAY})
-
 # Outcomes of a restart that a person is told of, and how loudly.
 ALERTED = {"recovered": ("worker_recovered", "warning"), "failed": ("recovery_failed", "error")}
 
@@ -85,10 +83,12 @@ class Guard:
         on_change: Callable[[], None],
         keep_evidence: Callable[[Event], None],
         alerts: Alerts,
+        outages: Mapping[Verdict, Outage],
     ) -> None:
         """`woken` is set by who has seen a change, as the observer, to have it check now.
 
-        `keep_evidence` is called with the intent, before the life that it ends is touched.
+        `keep_evidence` is called with the intent, before the life that it ends is touched. `outages` are those of
+        Postgres and supervisord, by the verdict that they lead to.
         """
         self.worker_id = worker_id
         # None until the first check.
@@ -101,6 +101,9 @@ class Guard:
         self._on_change = on_change
         self._keep_evidence = keep_evidence
         self._alerts = alerts
+        self._outages = outages
+        # What the last check failed of, if it did.
+        self._fault = ""
         self._memory = Memory()
         self._intent: Event | None = None
         # None: what was done before our time is not known yet.
@@ -138,14 +141,16 @@ class Guard:
         while not self._ending.is_set():
             try:
                 check_in_s = self.check()
+                self._fault = ""
             except AbandonedError:
                 log.warning("restart_abandoned", worker_id=self.worker_id)
                 break
             except Exception as error:
                 # A watchdog that dies of its own fault guards nothing.
                 log.exception("check_failed", worker_id=self.worker_id)
-                name = type(error).__name__
-                self._alerts.tell("watchdog_error", name, self.worker_id, "error", f"a check failed: {error!r}", {})
+                if (name := type(error).__name__) != self._fault:
+                    self._alerts.fault(f"guard-{self.worker_id}", error)
+                self._fault = name
                 check_in_s = RETRY_S
             self._wait(check_in_s)
         self._observer.close()
@@ -175,6 +180,7 @@ class Guard:
         decision, memory = decide(evidence, self._memory, self._limits)
         self._time_fault(evidence, decision)
         self._settle(evidence, decision)
+        self._note_outages(evidence)
         try:
             if decision.action is Action.RESTART:
                 self._begin(evidence, decision)
@@ -211,9 +217,19 @@ class Guard:
         elif self._fault_s is None:
             self._fault_s = evidence.time_s
 
+    def _note_outages(self, evidence: Evidence) -> None:
+        for verdict, is_away, what in (
+            (Verdict.DATABASE_AWAY, evidence.database_up_s is None, "Postgres does not answer"),
+            (Verdict.SUPERVISOR_AWAY, evidence.process is None, "supervisord does not answer"),
+        ):
+            if self._outages[verdict].note(is_away, evidence.time_s):
+                self._alert("dependency_away", verdict, "warning", what, {})
+
     def _tell(self, evidence: Evidence, decision: Decision) -> None:
         """Says a change of verdict in the log; also in the audit log when it is to or from health without a restart."""
         before = self.snapshot.decision if self.snapshot else None
+        if decision.is_overdue and not (before and before.is_overdue):
+            self._alert("transition_overdue", decision.verdict, "error", decision.reason, {})
         if before is not None and (before.verdict, before.action) == (decision.verdict, decision.action):
             return
         level = log.info if decision.verdict in QUIET and decision.action is Action.HOLD else log.warning
@@ -225,8 +241,6 @@ class Guard:
             reason=decision.reason,
             was=before and before.verdict,
         )
-        if decision.verdict in AWAY and (before is None or before.verdict is not decision.verdict):
-            self._alert("dependency_away", decision.verdict, "warning", decision.reason, {})
         is_of_note = before is not None and before.verdict is not decision.verdict and decision.action is Action.HOLD
         if is_of_note and before and Verdict.HEALTHY in (before.verdict, decision.verdict) and evidence.intent is None:
             self._record.add("verdict", decision, evidence)

@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from service import logs
@@ -18,7 +18,8 @@ from watchdog.alerts import Alerts
 from watchdog.guard import Guard
 from watchdog.journal import Journal
 from watchdog.observe import Observer
-from watchdog.policy import Limits
+from watchdog.outages import Outage
+from watchdog.policy import Limits, Verdict
 from watchdog.record import Record
 from watchdog.remains import Remains
 from watchdog.supervisor import Supervisor, SupervisorAwayError
@@ -89,6 +90,9 @@ class Guards:
     on_change: Callable[[], None]
     alerts: Alerts
     by_worker: dict[str, Guard] = field(default_factory=dict)
+    _outages: Mapping[Verdict, Outage] = field(
+        default_factory=lambda: {Verdict.DATABASE_AWAY: Outage(), Verdict.SUPERVISOR_AWAY: Outage()}
+    )
 
     def discover(self) -> None:
         """Guards workers that are new, lets go of those that are gone. With supervisord away nothing changes."""
@@ -147,6 +151,7 @@ class Guards:
             self.on_change,
             lambda intent: self._keep_evidence(process_name, intent, observer.seen),
             self.alerts,
+            self._outages,
         )
 
     def _keep_evidence(self, process_name: str, intent: Event, seen: SeenBeat | None) -> None:

@@ -201,13 +201,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do. `continues`: the open intent is taken up, instead of beginning another."""
+    """What to do.
+
+    `continues`: the open intent is taken up, instead of beginning another. `is_overdue`: it is held, but should have
+    changed by itself long ago.
+    """
 
     verdict: Verdict
     action: Action
     reason: str
     check_in_s: float
     continues: bool = False
+    is_overdue: bool = False
 
 
 class _Beat(Enum):
@@ -227,6 +232,7 @@ class _Finding:
     reason: str
     patience_s: float | None = None
     check_in_s: float | None = None
+    is_overdue: bool = False
 
 
 def decide(evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision, Memory]:
@@ -239,7 +245,8 @@ def decide(evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision
     memory = _note_health(finding.verdict, evidence.time_s, memory, limits)
     if finding.patience_s is None:
         check_in_s = min(finding.check_in_s or limits.restless_interval_s, limits.check_interval_s)
-        return Decision(finding.verdict, Action.HOLD, finding.reason, check_in_s), replace(memory, suspicion=None)
+        decision = Decision(finding.verdict, Action.HOLD, finding.reason, check_in_s, is_overdue=finding.is_overdue)
+        return decision, replace(memory, suspicion=None)
     if finding.patience_s > 0:
         suspicion = _suspect(finding.verdict, evidence, memory.suspicion)
         memory = replace(memory, suspicion=suspicion)
@@ -265,10 +272,11 @@ def _judge(evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
         return _judge_running(process, evidence, memory, limits)
     since = _elapsed(memory.transition_since_s, evidence)
     reason = f"supervisord says {process.state} for {since:.0f} s"
+    is_overdue = since > limits.transition_timeout_s
     # A stop is left to supervisord, which kills at its own deadline: it may be an operator's.
-    if process.state is not State.STOPPING and since > limits.transition_timeout_s:
+    if is_overdue and process.state is not State.STOPPING:
         return _Finding(Verdict.TRANSITION, reason, patience_s=0)
-    return _Finding(Verdict.TRANSITION, reason)
+    return _Finding(Verdict.TRANSITION, reason, is_overdue=is_overdue)
 
 
 def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:

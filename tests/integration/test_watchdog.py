@@ -27,6 +27,7 @@ from service.db import heartbeats, recoveries, watchdogs
 from service.db.connection import Database
 from service.db.recoveries import Event
 from tests.integration.conftest import ROOT, free_port
+from tests.integration.sentry_receiver import Receiver, receiving
 from tests.integration.standin_worker import is_alive
 from tests.waiting import until
 from vllm_batch.v1 import recovery_service_pb2 as pb
@@ -441,9 +442,20 @@ def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(hos
     assert status.budget_left == host.settings.max_restarts_per_hour - 1
 
 
-def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: Host) -> None:
-    """After the last restart of the hour the watchdog says so in its health, holds, and goes on after ResetBudget."""
-    watchdog = Watchdog(host, BATCH_MAX_RESTARTS_PER_HOUR="2")
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """What Sentry would be."""
+    with receiving() as server:
+        yield server
+
+
+def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: Host, receiver: Receiver) -> None:
+    """After the last restart of the hour the watchdog says so in its health, holds, and goes on after ResetBudget.
+
+    Sentry gets each failure, the end of the budget and the recovery, once.
+    """
+    few = {"BATCH_MAX_RESTARTS_PER_HOUR": "2", "SENTRY_DSN": receiver.dsn}
+    watchdog = Watchdog(host, **few)
     pid = watchdog.until(pb.VERDICT_HEALTHY).pid
     assert watchdog.is_serving()
     crash = host.fault("crash")
@@ -459,7 +471,7 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     host.database.call(
         lambda db: db.execute_sql("UPDATE recovery_events SET start_time = start_time - '2 h'::interval")
     )
-    watchdog = Watchdog(host, BATCH_MAX_RESTARTS_PER_HOUR="2")
+    watchdog = Watchdog(host, **few)
     assert watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP).gave_up
     until(lambda: not watchdog.is_serving(), "health to say so")
     assert len(host.lives()) == 3
@@ -468,6 +480,16 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="the disk is repaired"), timeout=5)
     assert not watchdog.until(pb.VERDICT_HEALTHY).gave_up
     until(watchdog.is_serving, "health to say so")
+    until(lambda: len(receiver.events) == 4, "all alerts")
+    assert [event["fingerprint"] for event in receiver.events] == [
+        ["recovery_failed", "CRASHED"],
+        ["recovery_failed", "CRASHED"],
+        ["budget_spent", "CRASHED"],
+        ["worker_recovered", "CRASHED"],
+    ]
+    told = receiver.events[-1]["contexts"]["recovery"]
+    assert (told["evidence"]["process"]["state"], set(told["timings"]) >= {"stop", "load"}) == ("EXITED", True)
+    assert host.settings.postgres_url.encode() not in receiver.raw
 
 
 def test_pause_holds_and_resume_lets_go(host: Host) -> None:

@@ -16,6 +16,7 @@ from watchdog.act import Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.guard import Guard, Snapshot
 from watchdog.observe import Observer
+from watchdog.outages import TELL_AFTER_S, Outage
 from watchdog.past import Past
 from watchdog.policy import Action, Decision, Evidence, Health, Heartbeat, Limits, Process, State, Step, Verdict
 from watchdog.record import Record, UnrecordedError
@@ -156,6 +157,7 @@ class Parts:
             on_change=lambda: None,
             keep_evidence=lambda _: self.kept_before.append(self.restarter.restarts),
             alerts=cast(Alerts, self.alerts),
+            outages={Verdict.DATABASE_AWAY: Outage(), Verdict.SUPERVISOR_AWAY: Outage()},
         )
 
     def see(self, evidence: Evidence) -> Snapshot:
@@ -297,12 +299,16 @@ def test_a_person_is_told_once(parts: Parts) -> None:
     parts.see(in_state(State.EXITED))
     for _ in range(3):
         parts.see(beating(NEW))
-    for _ in range(3):
+    for _ in range(2):
         parts.see(replace(beating(NEW), process=None))
-    parts.is_database_away = True
+        parts.clock.time_s += TELL_AFTER_S
     for _ in range(3):
+        parts.is_database_away = True
         parts.see(beating(NEW))
-    parts.is_database_away = False
+        parts.clock.time_s += TELL_AFTER_S
+        parts.see(beating(NEW))
+        parts.is_database_away = False
+        parts.see(beating(NEW))
     parts.see(in_state(State.EXITED))
     for _ in range(3):
         parts.clock.time_s += 10
@@ -321,3 +327,12 @@ def test_evidence_is_kept_before_the_restart(parts: Parts) -> None:
     parts.see(in_state(State.EXITED))
     parts.see(beating(NEW))
     assert parts.kept_before == [0]
+
+
+def test_stop_that_hangs_is_told(parts: Parts) -> None:
+    """A stop that supervisord does not finish is not touched, as it may be an operator's; a person is told once."""
+    for _ in range(5):
+        seen = parts.see(in_state(State.STOPPING))
+        assert seen.decision.action is Action.HOLD
+        parts.clock.time_s += 50
+    assert parts.alerts.told == [("transition_overdue", "TRANSITION", "error")]
