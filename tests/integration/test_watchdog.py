@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -600,6 +601,33 @@ def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
     watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="seen to"), timeout=5)
     watchdog.until(pb.VERDICT_HEALTHY)
     assert [event.outcome for event in host.restarts()] == ["recovered"] * 3
+
+
+def test_command_line_shows_and_orders(host: Host) -> None:
+    """`vllm-batch recovery` prints the state and the audit log, and a person's orders through it are heeded."""
+    watchdog = Watchdog(host)
+    watchdog.until(pb.VERDICT_HEALTHY)
+
+    def run(*arguments: str, status: int = 0) -> str:
+        target = ["--watchdog-target", f"127.0.0.1:{host.settings.watchdog_port}"]
+        command = [f"{sys.prefix}/bin/vllm-batch", "recovery", *target, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=host.env | {"COLUMNS": "400"})
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    assert re.search(rf"{WORKER_ID} +HEALTHY +RUNNING pid \d+ +health SERVING .* budget 3/3", run("status"))
+    assert run("pause", "new driver", "--minutes", "5").startswith("paused until ")
+    watchdog.until(pb.VERDICT_PAUSED)
+    assert "new driver" in run("status")
+    run("resume", "--worker", WORKER_ID)
+    watchdog.until(pb.VERDICT_HEALTHY)
+    run("reset", "for the test")
+    said = [json.loads(line) for line in run("events", "--json").splitlines()]
+    assert [event["kind"] for event in said if event["kind"] != "verdict"] == ["budget_reset", "resumed", "paused"]
+    assert len(run("events", "--limit", "2").splitlines()) == 2
+    assert "host:nobody" in run("resume", "--worker", "host:nobody", status=3)
+    watchdog.kill()
+    assert "Traceback" not in run("status", status=4)
 
 
 def test_dry_run_says_what_it_would_do_and_does_nothing(host: Host) -> None:
