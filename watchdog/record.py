@@ -54,7 +54,8 @@ class Record:
     def sync(self, is_reachable: bool) -> bool:
         """Brings Postgres up to date, if it can be reached. Returns True when more of the past is known than before."""
         self._is_away = not is_reachable
-        self._store()
+        if count := self._store():
+            log.info("journal_merged", worker_id=self._worker_id, events=count)
         if self._is_away or self._has_read_database:
             return False
         try:
@@ -149,8 +150,8 @@ class Record:
             entry = next((other for other in self._entries if other.event.key == event.key), entry)
         return entry.event, is_journaled or entry.is_stored
 
-    def _store(self) -> None:
-        """Writes into Postgres what it does not have, oldest first, as long as it is there."""
+    def _store(self) -> int:
+        """Writes into Postgres what it does not have, oldest first, as long as it is there. Returns how much it was."""
         count = 0
         with self._storing:
             while not self._is_away and (entry := self._next_unstored()) is not None:
@@ -173,7 +174,7 @@ class Record:
         if count:
             with self._lock:
                 self._save()
-            log.info("events_stored", worker_id=self._worker_id, count=count)
+        return count
 
     def _next_unstored(self) -> Entry | None:
         with self._lock:

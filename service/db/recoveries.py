@@ -47,18 +47,19 @@ def put(db: peewee.PostgresqlDatabase, event: Event) -> int:
                 RecoveryEvent.outcome == OPEN,
                 RecoveryEvent.key != event.key,
             ).execute(db)
-        RecoveryEvent.insert(row).on_conflict(
-            conflict_target=[RecoveryEvent.key],
-            preserve=[
-                RecoveryEvent.step,
-                RecoveryEvent.outcome,
-                RecoveryEvent.timings,
-                RecoveryEvent.end_time,
-                RecoveryEvent.new_incarnation,
-            ],
-            where=(RecoveryEvent.outcome == OPEN),
-        ).execute(db)
-        return int(RecoveryEvent.select(RecoveryEvent.id).where(RecoveryEvent.key == event.key).scalar(db))
+        is_it = RecoveryEvent.key == event.key
+        # Not as one statement: an insert that turns into an update takes a number all the same.
+        RecoveryEvent.update(
+            step=event.step,
+            outcome=event.outcome,
+            timings=event.timings,
+            end_time=event.end_time,
+            new_incarnation=event.new_incarnation,
+        ).where(is_it, RecoveryEvent.outcome == OPEN).execute(db)
+        find = RecoveryEvent.select(RecoveryEvent.id).where(is_it)
+        if find.scalar(db) is None:
+            RecoveryEvent.insert(row).on_conflict_ignore().execute(db)
+        return int(find.scalar(db))
 
 
 def of_note(db: peewee.PostgresqlDatabase, worker_id: str, since: datetime) -> list[Event]:
