@@ -73,6 +73,7 @@ def observer_of(
         database=database,
         address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
         probe_timeout_s=settings.probe_timeout_s,
+        database_timeout_s=settings.database_timeout_s,
         clock=clock,
         on_change=on_change,
     )
