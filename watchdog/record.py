@@ -152,6 +152,9 @@ class Record:
 
     def _store(self) -> int:
         """Writes into Postgres what it does not have, oldest first, as long as it is there. Returns how much it was."""
+        if self._is_away:
+            # Whoever still waits for it is not waited for.
+            return 0
         count = 0
         with self._storing:
             while not self._is_away and (entry := self._next_unstored()) is not None:
