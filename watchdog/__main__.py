@@ -1,4 +1,7 @@
-"""The watchdog process: `python -m watchdog`. `--check` says whether it could work, and ends.
+"""The watchdog process: `python -m watchdog`.
+
+`--check` says whether it could work, and ends. `--dry-run` logs what it would do, and does nothing: beside another
+watchdog, to see what other settings would lead to, or on a host where nothing may be touched.
 
 Exit status of `--check`: 0 all is well; 1 Postgres or supervisord does not answer; 2 the settings are wrong.
 """
@@ -6,16 +9,21 @@ Exit status of `--check`: 0 all is well; 1 Postgres or supervisord does not answ
 import argparse
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from service import config, logs, processes
 from service.clock import SystemClock
 from service.config import Settings
+from service.db import watchdogs
 from service.db.connection import Database, Unreachable, migrate
+from watchdog import dry_run
 from watchdog.alerts import Alerts
 from watchdog.guards import GROUP, Guards, limits_of
+from watchdog.record import AWAY
 from watchdog.service import RecoveryServicer, Server
 from watchdog.supervisor import Supervisor, SupervisorAwayError
 
@@ -62,7 +70,13 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
     log.info("watchdog_started", port=server.port)
     threads = [
         threading.Thread(target=_bring_schema, args=(database, ending), name="schema", daemon=True),
-        threading.Thread(target=_discover, args=(guards, ending), name="discover", daemon=True),
+        *(
+            threading.Thread(target=_repeat, args=(name, task, interval_s, ending, alerts), name=name, daemon=True)
+            for name, task, interval_s in (
+                ("discover", guards.discover, DISCOVER_INTERVAL_S),
+                ("heartbeat", lambda: _beat(database), settings.heartbeat_interval_s),
+            )
+        ),
     ]
     for thread in threads:
         thread.start()
@@ -96,23 +110,41 @@ def _bring_schema(database: Database, ending: threading.Event) -> None:
         ending.wait(SCHEMA_RETRY_S)
 
 
-def _discover(guards: Guards, ending: threading.Event) -> None:
+def _repeat(name: str, task: Callable[[], None], interval_s: float, ending: threading.Event, alerts: Alerts) -> None:
+    """Does a task over and over, also after it failed by a fault of ours."""
+    has_failed = False
     while not ending.is_set():
-        guards.discover()
-        ending.wait(DISCOVER_INTERVAL_S)
+        try:
+            task()
+            has_failed = False
+        except Exception as error:
+            log.exception("task_failed", task=name)
+            if not has_failed:
+                alerts.fault(name, error)
+            has_failed = True
+        ending.wait(interval_s)
+
+
+def _beat(database: Database) -> None:
+    """Has Postgres say when this watchdog was seen last, for when it is gone."""
+    # With Postgres away nobody could read it either: who needs to know that, the guards tell.
+    with suppress(*AWAY):
+        database.call(watchdogs.write, socket.gethostname(), os.getpid())
 
 
 def main(arguments: Sequence[str]) -> int:
     """Checks the settings, then guards."""
     parser = argparse.ArgumentParser(prog="python -m watchdog", description=__doc__)
     parser.add_argument("--check", action="store_true", help="say whether it could work, and end")
+    parser.add_argument("--dry-run", action="store_true", help="log what it would do, and do nothing")
     options = parser.parse_args(arguments)
     settings = config.load()
     if options.check:
         wrong = check(settings)
         sys.stderr.write("".join(f"{line}\n" for line in wrong))
         return 1 if wrong else 0
-    processes.die_with_parent()
+    if not options.dry_run:
+        processes.die_with_parent()
     logs.configure("watchdog", settings.log_level)
     ending, changed = threading.Event(), threading.Event()
 
@@ -122,7 +154,13 @@ def main(arguments: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    status = guard(settings, ending, changed)
+    if options.dry_run:
+        database = Database(settings.postgres_url, "watchdog-dry-run", settings.database_timeout_s)
+        supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
+        dry_run.watch(settings, limits_of(settings), supervisor, database, SystemClock(), ending, changed)
+        status = 0
+    else:
+        status = guard(settings, ending, changed)
     sys.stderr.flush()
     # A probe or a statement that is still waiting for its deadline must not hold up the end.
     os._exit(status)

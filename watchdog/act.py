@@ -1,4 +1,4 @@
-"""The restart itself: stop, sweep, start. Every wait has an end, and says so when it is reached."""
+"""The restart itself: stop, sweep, wait for the GPU, start. Every wait has an end, and says so when it is reached."""
 
 import signal
 import threading
@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from service import logs, processes
 from service.clock import Clock
 from service.processes import Leader, Mark
+from watchdog import gpu
 from watchdog.policy import State, Step, Verdict
+from watchdog.remains import Remains
 from watchdog.supervisor import ProcessInfo, RefusedError, Supervisor
 
 POLL_S = 0.05
 # What SIGKILL does not end within this time, nothing will.
 KILL_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 10.0
+# The driver frees what the dead held in moments; if it does not, the next life may still find room.
+GPU_TIMEOUT_S = 30.0
+GPU_POLL_S = 0.5
 # A worker that can still work is given the time to finish; for the others waiting is of no use.
 GENTLE = frozenset({Verdict.HEARTBEAT_LOST, Verdict.NOT_READY})
 SHORT_GRACE_S = 5.0
@@ -39,6 +44,7 @@ class Restarter:
 
     name: str
     mark: Mark
+    remains: Remains
     supervisor: Supervisor
     stop_timeout_s: float
     clock: Clock
@@ -53,14 +59,19 @@ class Restarter:
         AbandonedError, SupervisorAwayError.
         """
         timings: dict[str, float] = {}
+        self.remains.look(leader)
         with self._timed("stop", timings):
             self._stop(verdict, leader)
         with self._timed("sweep", timings):
             self._sweep(leader)
+            self.remains.sweep()
+        with self._timed("gpu", timings):
+            self._wait_for_gpu()
         on_step(Step.STARTING, timings)
         with self._timed("start", timings):
             pid = self._start()
         on_step(Step.LOADING, timings)
+        self.remains.forget()
         return pid
 
     @contextmanager
@@ -94,6 +105,7 @@ class Restarter:
             before_ticks = processes.now_ticks()
             if self._info().pid:
                 raise RestartError("somebody else has started it meanwhile")
+            self.remains.look(leader)
             count = self._kill(leader, before_ticks)
             if not count:
                 return
@@ -105,6 +117,15 @@ class Restarter:
         found = processes.left_over(self.mark, leader, before_ticks)
         processes.end(found, KILL_TIMEOUT_S, (signal.SIGKILL,))
         return len(found)
+
+    def _wait_for_gpu(self) -> None:
+        """Until no process of the earlier life holds memory of a GPU, which a driver may free later than it dies."""
+        deadline_s = self.clock.monotonic() + GPU_TIMEOUT_S
+        while held := gpu.holders() & self.remains.pids:
+            if self.clock.monotonic() > deadline_s:
+                log.error("gpu_memory_held", worker=self.name, pids=sorted(held), after_s=GPU_TIMEOUT_S)
+                return
+            self._pause(GPU_POLL_S)
 
     def _start(self) -> int:
         self._order(self.supervisor.start)
@@ -128,6 +149,6 @@ class Restarter:
         except RefusedError as error:
             raise RestartError(f"supervisord does not know it: {error}") from error
 
-    def _pause(self) -> None:
-        if self.ending.wait(POLL_S):
+    def _pause(self, time_s: float = POLL_S) -> None:
+        if self.ending.wait(time_s):
             raise AbandonedError

@@ -1,6 +1,8 @@
 """What a person is told through Sentry: once for each thing that happened, grouped by its cause. No DSN, no traffic."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import sentry_sdk
@@ -38,6 +40,14 @@ class Alerts:
             scope.set_tag("worker_id", worker_id)
             scope.set_context("recovery", dict(told))
             scope.capture_message(message, level=level)  # type: ignore[arg-type]
+
+    def fault(self, where: str, error: Exception) -> None:
+        """A fault of the watchdog itself. Its text stays in the log: it may hold anything."""
+        frames = [
+            f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in extract_tb(error.__traceback__)
+        ]
+        name = type(error).__name__
+        self.tell("watchdog_error", name, where, "error", f"{where} failed: {name}", {"frames": frames})
 
     def close(self) -> None:
         """Sends what is waiting, for a short while."""

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
@@ -25,13 +25,22 @@ TIMEOUT_S = 10.0
 log = logs.get("evidence")
 
 
-def keep(home: Path, mark: Mark, now: datetime, event_id: int, told: Mapping[str, Any], log_file: Path) -> Path | None:
+def keep(
+    home: Path,
+    mark: Mark,
+    now: datetime,
+    event: str,
+    told: Mapping[str, Any],
+    heartbeat: Mapping[str, Any] | None,
+    log_files: Sequence[Path],
+) -> Path | None:
     """Writes the folder; None when it cannot be made. What of it fails leaves its error in its place.
 
-    `told` is what the event says. Processes are those with `mark`, stacks by py-spy, which reads them without their
-    help: it does not run, and cannot hang, in what it looks at.
+    `event` is its number, or its key while it has none; `told` what it says; `heartbeat` the worker's row as it was
+    read last. Processes are those with `mark`, stacks by py-spy, which reads them without their help: it does not run,
+    and cannot hang, in what it looks at.
     """
-    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event_id}"
+    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event}"
     try:
         folder.mkdir(parents=True, mode=0o700)
     except OSError as error:
@@ -40,10 +49,12 @@ def keep(home: Path, mark: Mark, now: datetime, event_id: int, told: Mapping[str
     deadline_s = time.monotonic() + TIMEOUT_S
     parts: dict[str, Callable[[], str]] = {
         "event.json": lambda: json.dumps(told, indent=2, default=str),
-        "worker.log": lambda: _tail(log_file),
+        "heartbeat.json": lambda: json.dumps(heartbeat, indent=2, default=str),
         "memory.txt": _memory,
         "gpu.txt": lambda: _output(["nvidia-smi"], deadline_s) if shutil.which("nvidia-smi") else "",
     }
+    for log_file in log_files:
+        parts[log_file.name] = lambda file=log_file: _tail(file)  # type: ignore[misc]
     found = processes.marked(mark)
     parts["processes.txt"] = lambda: "\n".join(map(_describe, found)) + "\n"
     for process in found:

@@ -1,21 +1,24 @@
 """Guards one worker: observe, decide, record, act, over and over, in a thread of its own."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
 from service import logs
 from service.clock import Clock
-from service.db.recoveries import Event, Standing
+from service.db.recoveries import Event
 from watchdog.act import AbandonedError, Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.observe import Observer
+from watchdog.outages import Outage
+from watchdog.past import Past
 from watchdog.policy import (
     Action,
     Decision,
     Evidence,
+    Health,
     Intent,
     Limits,
     Memory,
@@ -25,7 +28,7 @@ from watchdog.policy import (
     budget_left,
     decide,
 )
-from watchdog.record import DatabaseAwayError, Record
+from watchdog.record import Record, UnrecordedError
 from watchdog.supervisor import SupervisorAwayError
 
 # How often supervisord is asked in between: that costs it nearly nothing.
@@ -44,10 +47,6 @@ QUIET = frozenset(
         Verdict.PAUSED,
     }
 )
-# What a person is told of though nothing is done: recovery cannot see, or not act.
-AWAY = frozenset({Verdict.SUPERVISOR_AWAY, Verdict.DATABASE_AWAY})
-NOTHING_ORDERED = Standing(0.0, None, "", 0)
-
 # Outcomes of a restart that a person is told of, and how loudly.
 ALERTED = {"recovered": ("worker_recovered", "warning"), "failed": ("recovery_failed", "error")}
 
@@ -66,7 +65,7 @@ class Snapshot:
     budget_left: int
     gave_up: bool
     intent: Event | None
-    standing: Standing
+    past: Past
 
 
 class Guard:
@@ -84,10 +83,12 @@ class Guard:
         on_change: Callable[[], None],
         keep_evidence: Callable[[Event], None],
         alerts: Alerts,
+        outages: Mapping[Verdict, Outage],
     ) -> None:
         """`woken` is set by who has seen a change, as the observer, to have it check now.
 
-        `keep_evidence` is called with the intent, before the life that it ends is touched.
+        `keep_evidence` is called with the intent, before the life that it ends is touched. `outages` are those of
+        Postgres and supervisord, by the verdict that they lead to.
         """
         self.worker_id = worker_id
         # None until the first check.
@@ -100,12 +101,13 @@ class Guard:
         self._on_change = on_change
         self._keep_evidence = keep_evidence
         self._alerts = alerts
+        self._outages = outages
+        # What the last check failed of, if it did.
+        self._fault = ""
         self._memory = Memory()
         self._intent: Event | None = None
-        self._is_step_recorded = True
-        self._has_recalled = False
-        self._standing = NOTHING_ORDERED
-        self._pause_until_s = 0.0
+        # None: what was done before our time is not known yet.
+        self._past: Past | None = None
         # When all was well last, and when it was not first: how long a fault was not noticed, and not acted on.
         self._well_s: float | None = None
         self._fault_s: float | None = None
@@ -121,6 +123,14 @@ class Guard:
         """Has it check now."""
         self._woken.set()
 
+    def order(self, kind: str, reason: str, lasts_s: float = 0) -> datetime:
+        """Writes down what a person orders, and heeds it. Returns when it ends. Raises UnrecordedError."""
+        verdict = str(self.snapshot.decision.verdict) if self.snapshot else ""
+        end_time = self._record.order(kind, verdict, reason, lasts_s)
+        log.info("ordered", worker_id=self.worker_id, kind=kind, reason=reason)
+        self.wake()
+        return end_time
+
     def stop(self, timeout_s: float) -> None:
         """Ends guarding; a restart that is under way is left for the next watchdog to finish."""
         self._ending.set()
@@ -131,14 +141,16 @@ class Guard:
         while not self._ending.is_set():
             try:
                 check_in_s = self.check()
+                self._fault = ""
             except AbandonedError:
                 log.warning("restart_abandoned", worker_id=self.worker_id)
                 break
             except Exception as error:
                 # A watchdog that dies of its own fault guards nothing.
                 log.exception("check_failed", worker_id=self.worker_id)
-                name = type(error).__name__
-                self._alerts.tell("watchdog_error", name, self.worker_id, "error", f"a check failed: {error!r}", {})
+                if (name := type(error).__name__) != self._fault:
+                    self._alerts.fault(f"guard-{self.worker_id}", error)
+                self._fault = name
                 check_in_s = RETRY_S
             self._wait(check_in_s)
         self._observer.close()
@@ -160,21 +172,22 @@ class Guard:
     def check(self) -> float:
         """One round. Returns after how many seconds the next is due at the latest."""
         evidence = self._observer.observe()
-        if evidence.database_up_s is not None:
-            self._recall(evidence.time_s)
-        intent = None if self._intent is None else Intent(self._intent.id, Step(self._intent.step))
-        pause_left_s = max(0.0, self._pause_until_s - evidence.time_s)
-        evidence = replace(evidence, intent=intent, pause_left_s=pause_left_s)
+        if evidence.process is not None and evidence.process.pid:
+            self._restarter.remains.look(self._observer.leader)
+        self._recall(evidence)
+        intent = None if self._intent is None else Intent(str(self._intent.key), Step(self._intent.step))
+        evidence = replace(evidence, intent=intent, pause_left_s=self._past.pause_left_s if self._past else 0.0)
         decision, memory = decide(evidence, self._memory, self._limits)
         self._time_fault(evidence, decision)
         self._settle(evidence, decision)
+        self._note_outages(evidence)
         try:
             if decision.action is Action.RESTART:
                 self._begin(evidence, decision)
             elif memory.gave_up and not self._memory.gave_up:
                 self._give_up(evidence, decision)
             self._memory = memory
-        except DatabaseAwayError as error:
+        except UnrecordedError as error:
             # Not done, not remembered: the next check decides it again.
             reason = f"{decision.reason}; held, it cannot be written down: {error}"
             decision = replace(decision, action=Action.HOLD, reason=reason, check_in_s=self._limits.restless_interval_s)
@@ -184,26 +197,19 @@ class Guard:
             self._restart(decision)
         return decision.check_in_s
 
-    def _recall(self, now_s: float) -> None:
+    def _recall(self, evidence: Evidence) -> None:
         """Learns what was done before our time, once, and what persons have ordered since."""
-        try:
-            if self._intent is not None and not self._is_step_recorded:
-                self._record_step(self._intent)
-            standing = self._record.standing()
-            if not self._has_recalled:
-                past = self._record.past()
-                restarts = tuple(now_s - max(0.0, age_s) for age_s in past.restart_ages_s)
-                streak = sum(age_s < self._limits.healthy_reset_s for age_s in past.restart_ages_s)
-                self._memory = replace(self._memory, restarts=restarts, streak=streak, gave_up=past.has_given_up)
-                self._intent = past.intent
-            elif standing.last_reset != self._standing.last_reset:
-                self._memory = self._memory.with_budget()
-                log.info("budget_given_back", worker_id=self.worker_id)
-        except DatabaseAwayError:
+        is_more_known = self._record.sync(evidence.database_up_s is not None)
+        before, past = self._past, self._record.past()
+        if past is None:
             return
-        self._has_recalled = True
-        self._standing = standing
-        self._pause_until_s = now_s + standing.pause_left_s if standing.pause_left_s else 0.0
+        if before is None or is_more_known:
+            self._memory = self._memory.with_past(past.restart_ages_s, past.has_given_up, evidence.time_s, self._limits)
+            self._intent = self._intent or past.intent
+        elif past.last_reset != before.last_reset:
+            self._memory = self._memory.with_budget()
+            log.info("budget_given_back", worker_id=self.worker_id)
+        self._past = past
 
     def _time_fault(self, evidence: Evidence, decision: Decision) -> None:
         if decision.action is Action.HOLD:
@@ -211,9 +217,19 @@ class Guard:
         elif self._fault_s is None:
             self._fault_s = evidence.time_s
 
+    def _note_outages(self, evidence: Evidence) -> None:
+        for verdict, is_away, what in (
+            (Verdict.DATABASE_AWAY, evidence.database_up_s is None, "Postgres does not answer"),
+            (Verdict.SUPERVISOR_AWAY, evidence.process is None, "supervisord does not answer"),
+        ):
+            if self._outages[verdict].note(is_away, evidence.time_s):
+                self._alert("dependency_away", verdict, "warning", what, {})
+
     def _tell(self, evidence: Evidence, decision: Decision) -> None:
         """Says a change of verdict in the log; also in the audit log when it is to or from health without a restart."""
         before = self.snapshot.decision if self.snapshot else None
+        if decision.is_overdue and not (before and before.is_overdue):
+            self._alert("transition_overdue", decision.verdict, "error", decision.reason, {})
         if before is not None and (before.verdict, before.action) == (decision.verdict, decision.action):
             return
         level = log.info if decision.verdict in QUIET and decision.action is Action.HOLD else log.warning
@@ -225,37 +241,37 @@ class Guard:
             reason=decision.reason,
             was=before and before.verdict,
         )
-        if decision.verdict in AWAY and (before is None or before.verdict is not decision.verdict):
-            self._alert("dependency_away", decision.verdict, "warning", decision.reason, {})
         is_of_note = before is not None and before.verdict is not decision.verdict and decision.action is Action.HOLD
         if is_of_note and before and Verdict.HEALTHY in (before.verdict, decision.verdict) and evidence.intent is None:
-            try:
-                self._record.add("verdict", decision, evidence)
-            except DatabaseAwayError:
-                log.warning("event_not_recorded", worker_id=self.worker_id, verdict=decision.verdict)
+            self._record.add("verdict", decision, evidence)
 
     def _settle(self, evidence: Evidence, decision: Decision) -> None:
         """Brings the open intent to where the evidence shows it to be."""
-        intent = self._intent
-        if intent is None:
+        if self._intent is None:
             return
         is_up = evidence.process is not None and evidence.process.state is State.RUNNING
-        if intent.step == Step.STARTING and is_up:
+        if self._intent.step == Step.STARTING and is_up:
             # The step is written when nothing of the old life is left: what runs is the new one.
             self._on_step(Step.LOADING, {})
-        if decision.verdict is Verdict.HEALTHY and evidence.heartbeat and evidence.process:
-            incarnation = UUID(evidence.heartbeat.incarnation)
-            if incarnation == intent.old_incarnation:
-                self._close("superseded", {}, None)
-            else:
-                self._close("recovered", {"load": round(evidence.process.age_s, 3)}, incarnation)
+        intent = self._intent
+        incarnation = _incarnation(evidence)
+        if decision.verdict is Verdict.HEALTHY and incarnation == intent.old_incarnation:
+            self._close("superseded", {}, None)
+        elif decision.verdict is Verdict.HEALTHY or (
+            # Without Postgres nobody can say who it is, but what we started serves.
+            decision.verdict is Verdict.DATABASE_AWAY
+            and evidence.health is Health.SERVING
+            and intent.step == Step.LOADING
+        ):
+            load_s = evidence.process.age_s if evidence.process else 0.0
+            self._close("recovered", {"load": round(load_s, 3)}, incarnation)
         elif decision.verdict is Verdict.OPERATOR_STOP:
             self._close("superseded", {}, None)
         elif decision.action not in (Action.HOLD, Action.CONFIRM) and not decision.continues:
             self._close("failed", {}, None)
 
     def _begin(self, evidence: Evidence, decision: Decision) -> None:
-        """Writes the intent, or takes up the open one. Raises DatabaseAwayError: nothing may be done."""
+        """Writes the intent, or takes up the open one. Raises UnrecordedError: nothing may be done."""
         if decision.continues:
             return
         now_s = self._clock.monotonic()
@@ -263,14 +279,16 @@ class Guard:
         timings = {"decide": round(now_s - fault_s, 3)}
         if self._well_s is not None:
             timings = {"detect": round(fault_s - self._well_s, 3)} | timings
-        if self._intent is not None or not self._has_recalled:
-            raise DatabaseAwayError("the database is away")
         self._intent = self._record.begin(evidence, decision, timings)
 
     def _restart(self, decision: Decision) -> None:
         log.warning("restart_begun", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
         if self._intent is not None and not decision.continues:
+            began_s = self._clock.monotonic()
             self._keep_evidence(self._intent)
+            took_s = round(self._clock.monotonic() - began_s, 3)
+            # Written down with the first step.
+            self._intent = replace(self._intent, timings={**self._intent.timings, "evidence": took_s})
         try:
             pid = self._restarter.restart(decision.verdict, self._observer.leader, self._on_step)
         except (RestartError, SupervisorAwayError) as error:
@@ -282,45 +300,31 @@ class Guard:
     def _on_step(self, step: Step, timings: dict[str, float]) -> None:
         if self._intent is None:
             return
-        self._intent = replace(self._intent, step=str(step), timings={**self._intent.timings, **timings})
+        self._intent = self._record.advance(self._intent, step, {**self._intent.timings, **timings})
         if self.snapshot is not None:
             self.snapshot = replace(self.snapshot, intent=self._intent)
-        try:
-            self._record_step(self._intent)
-        except DatabaseAwayError as error:
-            # Between stop and start there is no way back: the worker must come up again. Written down when it can be.
-            log.warning("step_not_recorded", worker_id=self.worker_id, step=step, cause=str(error))
-
-    def _record_step(self, intent: Event) -> None:
-        self._is_step_recorded = False
-        self._record.advance(intent, Step(intent.step), dict(intent.timings))
-        self._is_step_recorded = True
 
     def _close(self, outcome: str, timings: dict[str, float], incarnation: UUID | None) -> None:
         if self._intent is None:
             return
         timings = {**self._intent.timings, **timings}
-        try:
-            self._record.close(self._intent, outcome, timings, incarnation)
-        except DatabaseAwayError:
-            # Still open for us too: closed at a later check.
-            return
+        self._record.close(self._intent, outcome, timings, incarnation)
         log.info("restart_ended", worker_id=self.worker_id, outcome=outcome, timings=timings)
         if outcome in ALERTED:
             kind, level = ALERTED[outcome]
-            told = {"event": self._intent.id, "timings": timings, "evidence": self._intent.evidence}
+            told = {"event": str(self._intent.key), "timings": timings, "evidence": self._intent.evidence}
             self._alert(kind, Verdict(self._intent.verdict), level, self._intent.reason, told)
         self._intent = None
 
     def _give_up(self, evidence: Evidence, decision: Decision) -> None:
-        """Writes that a person is needed. Raises DatabaseAwayError."""
-        if not self._has_recalled:
-            raise DatabaseAwayError("the database is away")
+        """Writes that a person is needed. Raises UnrecordedError: nobody knows whether that is so."""
+        if self._past is None:
+            raise UnrecordedError("what was done before is not known")
         self._record.add("gave_up", decision, evidence)
         log.error("gave_up", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
         self._alert("budget_spent", decision.verdict, "fatal", decision.reason, {"evidence": asdict(evidence)})
 
-    def _alert(self, kind: str, verdict: Verdict, level: str, reason: str, told: dict[str, object]) -> None:
+    def _alert(self, kind: str, verdict: Verdict, level: str, reason: str, told: Mapping[str, object]) -> None:
         message = f"{self.worker_id}: {kind.replace('_', ' ')}, {verdict}: {reason}"
         self._alerts.tell(kind, str(verdict), self.worker_id, level, message, told)
 
@@ -336,7 +340,13 @@ class Guard:
             budget_left=budget_left(self._memory, evidence.time_s, self._limits),
             gave_up=self._memory.gave_up,
             intent=self._intent,
-            standing=self._standing,
+            past=self._past or Past(),
         )
         if before is None or before.decision != decision or before.gave_up != self.snapshot.gave_up:
             self._on_change()
+
+
+def _incarnation(evidence: Evidence) -> UUID | None:
+    """Who it is that runs, as far as it has said so."""
+    heartbeat = evidence.heartbeat
+    return UUID(heartbeat.incarnation) if heartbeat is not None and heartbeat.is_current else None

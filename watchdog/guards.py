@@ -2,22 +2,26 @@
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from service import logs
 from service.clock import Clock
 from service.config import Settings
 from service.db.connection import Database
+from service.db.heartbeats import SeenBeat
 from service.db.recoveries import Event
 from service.processes import Mark
 from watchdog import evidence_folder
 from watchdog.act import Restarter
 from watchdog.alerts import Alerts
 from watchdog.guard import Guard
+from watchdog.journal import Journal
 from watchdog.observe import Observer
-from watchdog.policy import Limits
+from watchdog.outages import Outage
+from watchdog.policy import Limits, Verdict
 from watchdog.record import Record
+from watchdog.remains import Remains
 from watchdog.supervisor import Supervisor, SupervisorAwayError
 
 # supervisord's program of the workers, and its one process where `numprocs` is 1.
@@ -42,6 +46,39 @@ def limits_of(settings: Settings) -> Limits:
     )
 
 
+def workers_of(supervisor: Supervisor) -> dict[str, str]:
+    """supervisord's names of this host's workers, by worker id. Raises SupervisorAwayError."""
+    return {f"{socket.gethostname()}:{name}": name for name in supervisor.processes(GROUP)}
+
+
+def journal_of(settings: Settings, process_name: str) -> Journal:
+    """Where the events of a worker are kept on this host."""
+    return Journal(settings.home / "recovery" / f"{process_name}.json")
+
+
+def observer_of(
+    settings: Settings,
+    supervisor: Supervisor,
+    database: Database,
+    clock: Clock,
+    process_name: str,
+    on_change: Callable[[], None],
+) -> Observer:
+    """What looks at one worker of this host."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    return Observer(
+        name=f"{GROUP}:{process_name}",
+        worker_id=f"{socket.gethostname()}:{process_name}",
+        supervisor=supervisor,
+        database=database,
+        address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
+        probe_timeout_s=settings.probe_timeout_s,
+        database_timeout_s=settings.database_timeout_s,
+        clock=clock,
+        on_change=on_change,
+    )
+
+
 @dataclass
 class Guards:
     """The guards by worker id. `on_change` is called from their threads when a verdict or an action changed."""
@@ -54,15 +91,17 @@ class Guards:
     on_change: Callable[[], None]
     alerts: Alerts
     by_worker: dict[str, Guard] = field(default_factory=dict)
+    _outages: Mapping[Verdict, Outage] = field(
+        default_factory=lambda: {Verdict.DATABASE_AWAY: Outage(), Verdict.SUPERVISOR_AWAY: Outage()}
+    )
 
     def discover(self) -> None:
         """Guards workers that are new, lets go of those that are gone. With supervisord away nothing changes."""
         try:
-            names = self.supervisor.processes(GROUP)
+            wanted = workers_of(self.supervisor)
         except SupervisorAwayError as error:
             log.warning("workers_not_found", cause=str(error))
             return
-        wanted = {f"{socket.gethostname()}:{name}": name for name in names}
         for worker_id in self.by_worker.keys() - wanted.keys():
             log.info("worker_gone", worker_id=worker_id)
             self._without(worker_id).stop(STOP_TIMEOUT_S)
@@ -90,21 +129,13 @@ class Guards:
 
     def _guard(self, worker_id: str, process_name: str) -> Guard:
         settings, name = self.settings, f"{GROUP}:{process_name}"
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
         woken = threading.Event()
-        observer = Observer(
-            name=name,
-            worker_id=worker_id,
-            supervisor=self.supervisor,
-            database=self.database,
-            address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
-            probe_timeout_s=settings.probe_timeout_s,
-            clock=self.clock,
-            on_change=woken.set,
-        )
+        observer = observer_of(settings, self.supervisor, self.database, self.clock, process_name, woken.set)
+        mark = Mark(settings.home, process_name)
         restarter = Restarter(
             name=name,
-            mark=Mark(settings.home, process_name),
+            mark=mark,
+            remains=Remains(mark),
             supervisor=self.supervisor,
             stop_timeout_s=settings.stop_timeout_s,
             clock=self.clock,
@@ -113,17 +144,21 @@ class Guards:
         return Guard(
             worker_id,
             observer,
-            Record(self.database, worker_id),
+            Record(self.database, journal_of(settings, process_name), worker_id, self.clock),
             restarter,
             self.limits,
             self.clock,
             woken,
             self.on_change,
-            lambda intent: self._keep_evidence(process_name, intent),
+            lambda intent: self._keep_evidence(process_name, intent, observer.seen),
             self.alerts,
+            self._outages,
         )
 
-    def _keep_evidence(self, process_name: str, intent: Event) -> None:
+    def _keep_evidence(self, process_name: str, intent: Event, seen: SeenBeat | None) -> None:
         home = self.settings.home
-        mark, log_file = Mark(home, process_name), home / "log" / f"{process_name}.log"
-        evidence_folder.keep(home, mark, self.clock.now(), intent.id, asdict(intent), log_file)
+        log_files = [home / "log" / f"{name}.log" for name in (process_name, "watchdog", "supervisord")]
+        event = str(intent.id or intent.key)
+        heartbeat = asdict(seen) if seen is not None else None
+        mark = Mark(home, process_name)
+        evidence_folder.keep(home, mark, self.clock.now(), event, asdict(intent), heartbeat, log_files)

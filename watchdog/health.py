@@ -22,6 +22,9 @@ CHANNEL_OPTIONS = (
 )
 WATCH_TIMEOUT_S = 600.0
 RETRY_S = 1.0
+# A server whose event loop is blocked keeps its streams open and answers pings: only a question finds it out.
+ASK_INTERVAL_S = 1.5
+ASK_TIMEOUT_S = 2.0
 
 _FAILURES = {
     grpc.StatusCode.UNAVAILABLE: Health.UNAVAILABLE,
@@ -34,7 +37,7 @@ _ANSWERS = {
 
 
 class Probe:
-    """Asks one address, and calls `on_change` from a thread of its own when the health there changes or breaks off."""
+    """Asks one address, and calls `on_change` from threads of its own when the health there changes or breaks off."""
 
     def __init__(self, address: str, on_change: Callable[[], None]) -> None:
         self.address = address
@@ -43,11 +46,21 @@ class Probe:
         self._stub = health_pb2_grpc.HealthStub(self._channel)
         self._ending = threading.Event()
         self._call: grpc.Call | None = None
-        self._thread = threading.Thread(target=self._watch, name=f"watch-{address}", daemon=True)
-        self._thread.start()
+        # How a question of ours has just failed, until `check` has told it or another was answered.
+        self._failure: Health | None = None
+        self._threads = [
+            threading.Thread(target=target, name=f"{name}-{address}", daemon=True)
+            for name, target in (("watch", self._watch), ("ask", self._ask))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def check(self, timeout_s: float) -> Health:
-        """The health now, or how the question failed."""
+        """The health now, or how the question failed; at once, if it has just failed in between."""
+        failure, self._failure = self._failure, None
+        return failure or self._check(timeout_s)
+
+    def _check(self, timeout_s: float) -> Health:
         try:
             answer = self._stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
@@ -59,8 +72,19 @@ class Probe:
         self._ending.set()
         if self._call is not None:
             self._call.cancel()
-        self._thread.join(RETRY_S)
+        self._threads[0].join(RETRY_S)
         self._channel.close()
+
+    def _ask(self) -> None:
+        is_answering = True
+        while not self._ending.wait(ASK_INTERVAL_S):
+            was_answering, health = is_answering, self._check(ASK_TIMEOUT_S)
+            is_answering = health in _ANSWERS.values()
+            if is_answering:
+                self._failure = None
+            elif was_answering and not self._ending.is_set():
+                self._failure = health
+                self._on_change()
 
     def _watch(self) -> None:
         last = None

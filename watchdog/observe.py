@@ -1,6 +1,7 @@
 """What is to be seen of one worker. What cannot be seen is evidence too, not an error."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import peewee
 
@@ -27,6 +28,7 @@ class Observer:
         database: Database,
         address: str | None,
         probe_timeout_s: float,
+        database_timeout_s: float,
         clock: Clock,
         on_change: Callable[[], None],
     ) -> None:
@@ -36,15 +38,21 @@ class Observer:
         """
         # The first process of the worker's present or last life, as far as it was seen.
         self.leader: Leader | None = None
+        # Its heartbeat row, as it was read last.
+        self.seen: SeenBeat | None = None
         self._name = name
         self._worker_id = worker_id
         self._supervisor = supervisor
         self._database = database
         self._address = address
         self._probe_timeout_s = probe_timeout_s
+        self._database_timeout_s = database_timeout_s
         self._clock = clock
         self._on_change = on_change
         self._probe: Probe | None = None
+        # A frozen Postgres holds up who asks it for long: not us, who have a worker to look at.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix=f"read-{worker_id}")
+        self._reading: Future[tuple[float, SeenBeat | None]] | None = None
         self._is_database_away = False
         self._database_since_s: float | None = None
 
@@ -67,6 +75,7 @@ class Observer:
         up_s, seen = self._look_into_database()
         heartbeat = None
         if seen is not None:
+            self.seen = seen
             beat = seen.beat
             pid = process.pid if process else 0
             is_current = bool(pid) and (beat.pid == pid or processes.is_in_group(beat.pid, pid))
@@ -78,6 +87,10 @@ class Observer:
 
     def close(self) -> None:
         """Ends watching."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._close_probe()
+
+    def _close_probe(self) -> None:
         if self._probe is not None:
             self._probe.close()
 
@@ -85,15 +98,15 @@ class Observer:
         if self._address is None:
             return Health.NOT_PROBED
         if self._probe is None or self._probe.address != self._address:
-            self.close()
+            self._close_probe()
             self._probe = Probe(self._address, self._on_change)
         return self._probe.check(self._probe_timeout_s)
 
     def _look_into_database(self) -> tuple[float | None, SeenBeat | None]:
         """How long Postgres has been there for us, and the heartbeat."""
         try:
-            up_s, seen = self._database.call(_read, self._worker_id)
-        except AWAY:
+            up_s, seen = self._read()
+        except (*AWAY, TimeoutError):
             self._is_database_away = True
             return None, None
         if self._is_database_away:
@@ -102,6 +115,13 @@ class Observer:
         if self._database_since_s is not None:
             up_s = min(up_s, self._clock.monotonic() - self._database_since_s)
         return up_s, seen
+
+    def _read(self) -> tuple[float, SeenBeat | None]:
+        """Raises TimeoutError: at once, as long as an earlier question is still waiting for its answer."""
+        if self._reading is not None and not self._reading.done():
+            raise TimeoutError
+        self._reading = self._reader.submit(self._database.call, _read, self._worker_id)
+        return self._reading.result(self._database_timeout_s)
 
 
 def _read(db: peewee.PostgresqlDatabase, worker_id: str) -> tuple[float, SeenBeat | None]:

@@ -97,7 +97,7 @@ class Heartbeat:
 class Intent:
     """A restart of ours that is written down and not finished."""
 
-    id: int
+    key: str
     step: Step
 
 
@@ -181,22 +181,38 @@ class Memory:
     transition_since_s: float | None = None
     suspicion: Suspicion | None = None
     # The intent that was taken up again without a new unit of the budget.
-    continued_intent: int | None = None
+    continued_intent: str | None = None
 
     def with_budget(self) -> "Memory":
         """The same with a whole budget: a person has given it back."""
         return replace(self, restarts=(), streak=0, gave_up=False)
 
+    def with_past(
+        self, restart_ages_s: tuple[float, ...], has_given_up: bool, time_s: float, limits: Limits
+    ) -> "Memory":
+        """The same with what was done before, or by somebody else."""
+        return replace(
+            self,
+            restarts=tuple(time_s - age_s for age_s in restart_ages_s),
+            streak=max(self.streak, sum(age_s < limits.healthy_reset_s for age_s in restart_ages_s)),
+            gave_up=has_given_up,
+        )
+
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do. `continues`: the open intent is taken up, instead of beginning another."""
+    """What to do.
+
+    `continues`: the open intent is taken up, instead of beginning another. `is_overdue`: it is held, but should have
+    changed by itself long ago.
+    """
 
     verdict: Verdict
     action: Action
     reason: str
     check_in_s: float
     continues: bool = False
+    is_overdue: bool = False
 
 
 class _Beat(Enum):
@@ -216,6 +232,7 @@ class _Finding:
     reason: str
     patience_s: float | None = None
     check_in_s: float | None = None
+    is_overdue: bool = False
 
 
 def decide(evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision, Memory]:
@@ -228,7 +245,8 @@ def decide(evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision
     memory = _note_health(finding.verdict, evidence.time_s, memory, limits)
     if finding.patience_s is None:
         check_in_s = min(finding.check_in_s or limits.restless_interval_s, limits.check_interval_s)
-        return Decision(finding.verdict, Action.HOLD, finding.reason, check_in_s), replace(memory, suspicion=None)
+        decision = Decision(finding.verdict, Action.HOLD, finding.reason, check_in_s, is_overdue=finding.is_overdue)
+        return decision, replace(memory, suspicion=None)
     if finding.patience_s > 0:
         suspicion = _suspect(finding.verdict, evidence, memory.suspicion)
         memory = replace(memory, suspicion=suspicion)
@@ -254,10 +272,11 @@ def _judge(evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
         return _judge_running(process, evidence, memory, limits)
     since = _elapsed(memory.transition_since_s, evidence)
     reason = f"supervisord says {process.state} for {since:.0f} s"
+    is_overdue = since > limits.transition_timeout_s
     # A stop is left to supervisord, which kills at its own deadline: it may be an operator's.
-    if process.state is not State.STOPPING and since > limits.transition_timeout_s:
+    if is_overdue and process.state is not State.STOPPING:
         return _Finding(Verdict.TRANSITION, reason, patience_s=0)
-    return _Finding(Verdict.TRANSITION, reason)
+    return _Finding(Verdict.TRANSITION, reason, is_overdue=is_overdue)
 
 
 def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
@@ -385,8 +404,8 @@ def _is_sure(suspicion: Suspicion, patience_s: float, time_s: float, limits: Lim
 def _restart(finding: _Finding, evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision, Memory]:
     """A restart, if backoff and budget let it. An intent is taken up once without either: it has had its unit."""
     now, intent = evidence.time_s, evidence.intent
-    if intent is not None and intent.step is not Step.LOADING and memory.continued_intent != intent.id:
-        memory = replace(memory, continued_intent=intent.id, suspicion=None)
+    if intent is not None and intent.step is not Step.LOADING and memory.continued_intent != intent.key:
+        memory = replace(memory, continued_intent=intent.key, suspicion=None)
         return Decision(finding.verdict, Action.RESTART, finding.reason, 0, continues=True), memory
 
     restarts = tuple(time for time in memory.restarts if now - time < HOUR_S)

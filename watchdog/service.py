@@ -22,7 +22,7 @@ from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog.guard import Guard, Snapshot
 from watchdog.guards import Guards
-from watchdog.record import AWAY
+from watchdog.record import AWAY, UnrecordedError
 
 SERVICE = "vllm_batch.v1.RecoveryService"
 SERVER_OPTIONS = (
@@ -53,7 +53,7 @@ def _with_errors(
     def call(self: "RecoveryServicer", request: Request, context: Context) -> Response:
         try:
             return method(self, request, context)
-        except AWAY as error:
+        except (*AWAY, UnrecordedError) as error:
             failure = database_unavailable(str(error).strip() or type(error).__name__)
         except ApiError as error:
             failure = error
@@ -136,11 +136,8 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
         if not chosen:
             raise ApiError(grpc.StatusCode.UNAVAILABLE, "no worker has been found yet", retry_delay_s=5)
         end_time = None
-        for name, guard in chosen.items():
-            verdict = guard.snapshot.decision.verdict if guard.snapshot else ""
-            end_time = self._database.call(recoveries.add, name, kind, str(verdict), reason, {}, lasts_s)
-            log.info("ordered", worker_id=name, kind=kind, reason=reason)
-            guard.wake()
+        for guard in chosen.values():
+            end_time = guard.order(kind, reason, lasts_s)
         return end_time
 
 
@@ -173,7 +170,7 @@ def _status(worker_id: str, snapshot: Snapshot | None, limit: int) -> pb.WorkerS
     if snapshot is None:
         return pb.WorkerStatus(worker_id=worker_id, reason="not looked at yet", budget_limit=limit)
     evidence, decision = snapshot.evidence, snapshot.decision
-    process, heartbeat, standing = evidence.process, evidence.heartbeat, snapshot.standing
+    process, heartbeat, past = evidence.process, evidence.heartbeat, snapshot.past
     return pb.WorkerStatus(
         worker_id=worker_id,
         verdict=f"VERDICT_{decision.verdict}",
@@ -190,8 +187,8 @@ def _status(worker_id: str, snapshot: Snapshot | None, limit: int) -> pb.WorkerS
         budget_left=snapshot.budget_left,
         budget_limit=limit,
         intent=event_message(snapshot.intent) if snapshot.intent else None,
-        pause_end_time=_timestamp(standing.pause_end_time) if evidence.pause_left_s else None,
-        pause_reason=standing.pause_reason if evidence.pause_left_s else "",
+        pause_end_time=_timestamp(past.pause_end_time) if evidence.pause_left_s else None,
+        pause_reason=past.pause_reason if evidence.pause_left_s else "",
         gave_up=snapshot.gave_up,
     )
 

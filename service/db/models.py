@@ -47,6 +47,7 @@ class RecoveryEvent(peewee.Model):
     """One entry of the audit log. A restart that is not finished has the outcome `open`: an intent."""
 
     id = peewee.BigAutoField()
+    key = peewee.UUIDField()
     worker_id = peewee.TextField()
     kind = peewee.TextField()
     verdict = peewee.TextField()
@@ -62,3 +63,15 @@ class RecoveryEvent(peewee.Model):
 
     class Meta:
         table_name = "recovery_events"
+
+
+class Watchdog(peewee.Model):
+    """When the watchdog of a host was seen last."""
+
+    watchdog_id = peewee.TextField(primary_key=True)
+    pid = peewee.IntegerField()
+    start_time = TimestampField()
+    last_seen = TimestampField()
+
+    class Meta:
+        table_name = "watchdogs"

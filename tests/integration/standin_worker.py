@@ -2,10 +2,12 @@
 
 The files are in `BATCH_HOME/faults`, looked at all the time: `crash` ends it at once with status 3, `loading` keeps it
 loading, `no_heartbeat` keeps it from beating, `no_rpc` closes its port, `orphans` has it start children that outlive
-it. Each life adds a line to `BATCH_HOME/lives`: its incarnation, and which children of earlier lives it found alive.
+it, `shared_memory` has it map files in /dev/shm. Each life adds a line to `BATCH_HOME/lives`: its incarnation, and
+which children of earlier lives it found alive.
 """
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -68,6 +70,20 @@ def leave_orphans() -> None:
         file.write("".join(f"{child.pid}\n" for child in children))
 
 
+def map_shared_memory() -> list[mmap.mmap]:
+    """Two files that it writes and one that it reads, none of which it removes; their names in `BATCH_HOME/mapped`."""
+    kinds = {"a": mmap.ACCESS_WRITE, "b": mmap.ACCESS_WRITE, "c": mmap.ACCESS_READ}
+    maps = []
+    paths = [Path(f"/dev/shm/vbw-{incarnation}-{kind}") for kind in kinds]
+    for path, access in zip(paths, kinds.values(), strict=True):
+        path.write_bytes(b"x" * 4096)
+        path.chmod(0o600)
+        with path.open("r+b") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=access))
+    (SETTINGS.home / "mapped").write_text("".join(f"{path}\n" for path in paths))
+    return maps
+
+
 def main() -> None:
     before = [int(pid) for pid in CHILDREN.read_text().split()] if CHILDREN.exists() else []
     life = {"incarnation": str(incarnation), "pid": os.getpid(), "orphans": [pid for pid in before if is_alive(pid)]}
@@ -77,6 +93,7 @@ def main() -> None:
         raise SystemExit(3)
     if has("orphans"):
         leave_orphans()
+    maps = map_shared_memory() if has("shared_memory") else []
     # At once: threads of gRPC and Postgres may be in any state after a SIGSTOP.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(0))
@@ -103,6 +120,7 @@ def main() -> None:
             servicer.set("", health_pb2.HealthCheckResponse.SERVING)
             is_serving = True
         time.sleep(0.02)
+        assert not any(each.closed for each in maps)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def test_stacks_of_a_frozen_process(tmp_path: Path) -> None:
         process.send_signal(signal.SIGSTOP)
         log = tmp_path / "worker.log"
         log.write_text("x" * 300_000 + "\nthe last line\n")
-        folder = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), WHEN, 12, {"verdict": "FROZEN"}, log)
+        folder = evidence_folder.keep(
+            tmp_path, Mark(tmp_path, "worker"), WHEN, "12", {"verdict": "FROZEN"}, {"beat": 7}, [log]
+        )
     finally:
         process.kill()
         process.wait(10)
@@ -39,6 +41,7 @@ def test_stacks_of_a_frozen_process(tmp_path: Path) -> None:
     kept = (folder / "worker.log").read_text()
     assert kept.endswith("the last line\n")
     assert len(kept) <= evidence_folder.LOG_TAIL_BYTES
+    assert '"beat": 7' in (folder / "heartbeat.json").read_text()
     assert '"FROZEN"' in (folder / "event.json").read_text()
     assert f"{process.pid} parent {os.getpid()} stopped" in (folder / "processes.txt").read_text()
     assert "/dev/shm" in (folder / "memory.txt").read_text()
@@ -46,9 +49,9 @@ def test_stacks_of_a_frozen_process(tmp_path: Path) -> None:
 
 def test_what_fails_is_told_in_its_place(tmp_path: Path) -> None:
     """A log that is not there does not keep the rest from being written."""
-    folder = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), WHEN, 1, {}, tmp_path / "none.log")
+    folder = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), WHEN, "1", {}, None, [tmp_path / "none.log"])
     assert folder is not None
-    assert "FileNotFoundError" in (folder / "worker.log").read_text()
+    assert "FileNotFoundError" in (folder / "none.log").read_text()
     assert (folder / "memory.txt").exists()
 
 
@@ -56,6 +59,6 @@ def test_old_folders_are_removed(tmp_path: Path) -> None:
     """The newest stay."""
     for number in range(5):
         when = WHEN.replace(minute=number)
-        evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), when, number, {}, tmp_path / "none.log")
+        evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), when, str(number), {}, None, [tmp_path / "none.log"])
     evidence_folder.prune(tmp_path, kept=2)
     assert sorted(path.name[-1] for path in (tmp_path / "crash").iterdir()) == ["3", "4"]

@@ -1,7 +1,9 @@
 """The watchdog on a real supervisord and a real Postgres, with a worker that fails as it is told to."""
 
 import json
+import mmap
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,8 +11,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import grpc
 import pytest
@@ -20,10 +24,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service import processes
 from service.clock import SystemClock
 from service.config import Settings
-from service.db import heartbeats, recoveries
+from service.db import heartbeats, recoveries, watchdogs
 from service.db.connection import Database
 from service.db.recoveries import Event
 from tests.integration.conftest import ROOT, free_port
+from tests.integration.sentry_receiver import Receiver, receiving
 from tests.integration.standin_worker import is_alive
 from tests.waiting import until
 from vllm_batch.v1 import recovery_service_pb2 as pb
@@ -85,6 +90,11 @@ class Host:
         path = self.home / "children"
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
+    def shared_memory(self) -> list[Path]:
+        """What a life of the worker has mapped: two files that it writes and one that it reads."""
+        path = self.home / "mapped"
+        return [Path(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     def run(self, *arguments: str, **more: str) -> "subprocess.Popen[bytes]":
         """Starts a program in this home's environment; it ends with the test."""
         with (self.home / "programs.log").open("ab") as log:
@@ -124,6 +134,15 @@ class Host:
     def events(self) -> list[Event]:
         """The audit log, oldest first."""
         return self.database.call(recoveries.list_page, WORKER_ID, None, 1000)[::-1]
+
+    def cut(self) -> None:
+        """Breaks every connection to the database but ours."""
+        self.database.call(
+            lambda db: db.execute_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
 
     def restarts(self) -> list[Event]:
         """The restarts in the audit log, oldest first."""
@@ -201,6 +220,8 @@ def host(database: Database, database_url: str, request: pytest.FixtureRequest) 
                 child.kill()
                 child.wait(10)
             processes.end(processes.marked(processes.Mark(home)), 5, (signal.SIGKILL,))
+            for path in host.shared_memory():
+                path.unlink(missing_ok=True)
             for pid in host.orphans():
                 if is_alive(pid):
                     os.kill(pid, signal.SIGKILL)
@@ -215,7 +236,7 @@ def test_killed_worker_is_restarted_and_the_event_says_recovered(host: Host) -> 
     assert until_healthy(guards) != pid
     (event,) = host.restarts()
     assert (event.verdict, event.outcome) == ("CRASHED", "recovered")
-    assert list(event.timings) == ["detect", "decide", "stop", "sweep", "start", "load"]
+    assert list(event.timings) == list(recoveries.PHASES)
     assert [str(event.old_incarnation), str(event.new_incarnation)] == [life["incarnation"] for life in host.lives()]
     assert event.end_time is not None
     assert event.evidence["process"]["state"] == "EXITED"
@@ -250,6 +271,22 @@ def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -
     until(lambda: len(host.lives()) == 2, "a second life")
     assert host.lives()[1]["orphans"] == []
     assert all(child.poll() is None for child in innocent)
+
+
+def test_leaked_shared_memory_is_gone_before_the_next_life_and_nothing_else_is(host: Host) -> None:
+    """What only the dead worker had mapped is removed; not what others hold, nor what it only read."""
+    fault = host.fault("shared_memory")
+    guards = host.guard()
+    pid = until_healthy(guards)
+    leaked, shared, read = until(host.shared_memory, "its shared memory")
+    look_again(guards)
+    with leaked.open("rb"), shared.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        fault.unlink()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: len(host.lives()) == 2, "a second life")
+        assert (leaked.exists(), shared.exists(), read.exists()) == (False, True, True)
+        until_healthy(guards)
+    assert [event.outcome for event in host.restarts()] == ["recovered"]
 
 
 def test_operator_stop_stays(host: Host) -> None:
@@ -335,13 +372,17 @@ def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> Non
     until(lambda: host.database.call(heartbeats.read, WORKER_ID), "its heartbeat")
     host.supervisor.stop("worker:worker")
     until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
-    host.database.call(recoveries.begin, WORKER_ID, "FROZEN", "for the test", {}, {"detect": 1.0}, None)
+    now, timings = datetime.now(UTC), {"detect": 1.0}
+    intent = Event(
+        0, uuid4(), WORKER_ID, "restart", "FROZEN", "test", {}, "stopping", "open", timings, now, None, None, None
+    )
+    host.database.call(recoveries.put, intent)
 
     guards = host.guard()
     until_healthy(guards)
     (event,) = host.restarts()
     assert (event.verdict, event.outcome) == ("FROZEN", "recovered")
-    assert list(event.timings) == ["detect", "stop", "sweep", "start", "load"]
+    assert list(event.timings) == ["detect", "stop", "sweep", "gpu", "start", "load"]
     assert len(host.lives()) == 2
     assert not {in_group, out_of_group} & set(host.lives()[1]["orphans"])
     assert until_verdict(guards, Verdict.HEALTHY).budget_left == host.settings.max_restarts_per_hour - 1
@@ -402,9 +443,20 @@ def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(hos
     assert status.budget_left == host.settings.max_restarts_per_hour - 1
 
 
-def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: Host) -> None:
-    """After the last restart of the hour the watchdog says so in its health, holds, and goes on after ResetBudget."""
-    watchdog = Watchdog(host, BATCH_MAX_RESTARTS_PER_HOUR="2")
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """What Sentry would be."""
+    with receiving() as server:
+        yield server
+
+
+def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: Host, receiver: Receiver) -> None:
+    """After the last restart of the hour the watchdog says so in its health, holds, and goes on after ResetBudget.
+
+    Sentry gets each failure, the end of the budget and the recovery, once.
+    """
+    few = {"BATCH_MAX_RESTARTS_PER_HOUR": "2", "SENTRY_DSN": receiver.dsn}
+    watchdog = Watchdog(host, **few)
     pid = watchdog.until(pb.VERDICT_HEALTHY).pid
     assert watchdog.is_serving()
     crash = host.fault("crash")
@@ -420,7 +472,7 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     host.database.call(
         lambda db: db.execute_sql("UPDATE recovery_events SET start_time = start_time - '2 h'::interval")
     )
-    watchdog = Watchdog(host, BATCH_MAX_RESTARTS_PER_HOUR="2")
+    watchdog = Watchdog(host, **few)
     assert watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP).gave_up
     until(lambda: not watchdog.is_serving(), "health to say so")
     assert len(host.lives()) == 3
@@ -429,6 +481,16 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="the disk is repaired"), timeout=5)
     assert not watchdog.until(pb.VERDICT_HEALTHY).gave_up
     until(watchdog.is_serving, "health to say so")
+    until(lambda: len(receiver.events) == 4, "all alerts")
+    assert [event["fingerprint"] for event in receiver.events] == [
+        ["recovery_failed", "CRASHED"],
+        ["recovery_failed", "CRASHED"],
+        ["budget_spent", "CRASHED"],
+        ["worker_recovered", "CRASHED"],
+    ]
+    told = receiver.events[-1]["contexts"]["recovery"]
+    assert (told["evidence"]["process"]["state"], set(told["timings"]) >= {"stop", "load"}) == ("EXITED", True)
+    assert host.settings.postgres_url.encode() not in receiver.raw
 
 
 def test_pause_holds_and_resume_lets_go(host: Host) -> None:
@@ -488,28 +550,125 @@ def test_events_are_listed_in_pages_newest_first(host: Host) -> None:
     assert not watchdog.recovery.ListEvents(pb.ListEventsRequest(worker_id="nobody"), timeout=5).events
 
 
-def test_without_postgres_it_serves_and_holds_what_it_cannot_write_down(host: Host) -> None:
-    """With Postgres away the watchdog is up and says so; a crash waits until the intent can be written."""
+def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
+    """With Postgres away a crash is seen to all the same, within the budget across deaths of the watchdog, and told."""
     proxy = host.home / "pg"
     proxy.mkdir()
     real = host.settings.postgres_url
-    away = f"postgresql:///x?host={proxy}&user=postgres"
-    socket_name = ".s.PGSQL.5432"
-    watchdog = Watchdog(host, DATABASE_URL=real.replace(real.split("host=")[1].split("&")[0], str(proxy)))
+    real_socket = Path(real.split("host=")[1].split("&")[0]) / ".s.PGSQL.5432"
+    way = proxy / real_socket.name
+    through = {"DATABASE_URL": real.replace(str(real_socket.parent), str(proxy)), "BATCH_MAX_RESTARTS_PER_HOUR": "2"}
+
+    watchdog = Watchdog(host, **through)
     pid = watchdog.until(pb.VERDICT_DATABASE_AWAY).pid
+    os.kill(pid, signal.SIGKILL)
+    # Nobody has told it yet what was spent before.
+    assert "cannot be written down" in watchdog.until(pb.VERDICT_CRASHED).reason
+    assert host.run(sys.executable, "-m", "watchdog", "--check", **through).wait(30) == 1
+    way.symlink_to(real_socket)
+    pid = watchdog.until(pb.VERDICT_HEALTHY).pid
+
+    way.unlink()
+    host.cut()
+    watchdog.until(pb.VERDICT_DATABASE_AWAY)
     with pytest.raises(grpc.RpcError) as refused:
         watchdog.recovery.ListEvents(pb.ListEventsRequest(), timeout=5)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    pause = pb.PauseRecoveryRequest(duration=Duration(seconds=600), reason="let me look")
+    watchdog.recovery.PauseRecovery(pause, timeout=5)
+    watchdog.kill()
     os.kill(pid, signal.SIGKILL)
-    status = watchdog.until(pb.VERDICT_CRASHED)
-    assert "cannot be written down" in status.reason
-    assert len(host.lives()) == 1
-    check = host.run(sys.executable, "-m", "watchdog", "--check", DATABASE_URL=away)
-    assert check.wait(30) == 1
+    watchdog = Watchdog(host, **through)
+    assert watchdog.until(pb.VERDICT_PAUSED).pause_reason == "let me look"
+    watchdog.recovery.ResumeRecovery(pb.ResumeRecoveryRequest(), timeout=5)
+    until(lambda: len(host.lives()) == 3, "a third life")
+    until(lambda: watchdog.worker().verdict == pb.VERDICT_DATABASE_AWAY, "it to serve")
+    watchdog.kill()
+    os.kill(host.lives()[-1]["pid"], signal.SIGKILL)
+    watchdog = Watchdog(host, **through)
+    assert watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP).budget_left == 0
+    assert (len(host.lives()), len(host.restarts())) == (3, 1)
 
-    (proxy / socket_name).symlink_to(Path(real.split("host=")[1].split("&")[0]) / socket_name)
-    assert watchdog.until(pb.VERDICT_HEALTHY).pid != pid
-    assert [event.outcome for event in host.restarts()] == ["recovered"]
+    way.symlink_to(real_socket)
+    until(lambda: host.database.call(recoveries.given_up) == {WORKER_ID}, "all to be told")
+    assert [event.kind for event in host.events() if event.kind != "verdict"] == [
+        "restart",
+        "paused",
+        "resumed",
+        "restart",
+        "gave_up",
+    ]
+    watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="seen to"), timeout=5)
+    watchdog.until(pb.VERDICT_HEALTHY)
+    assert [event.outcome for event in host.restarts()] == ["recovered"] * 3
+
+
+def test_command_line_shows_and_orders(host: Host) -> None:
+    """`vllm-batch recovery` prints the state and the audit log, and a person's orders through it are heeded."""
+    watchdog = Watchdog(host)
+    watchdog.until(pb.VERDICT_HEALTHY)
+
+    def run(*arguments: str, status: int = 0) -> str:
+        target = ["--watchdog-target", f"127.0.0.1:{host.settings.watchdog_port}"]
+        command = [f"{sys.prefix}/bin/vllm-batch", "recovery", *target, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=host.env | {"COLUMNS": "400"})
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    assert re.search(rf"{WORKER_ID} +HEALTHY +RUNNING pid \d+ +health SERVING .* budget 3/3", run("status"))
+    assert run("pause", "new driver", "--minutes", "5").startswith("paused until ")
+    watchdog.until(pb.VERDICT_PAUSED)
+    assert "new driver" in run("status")
+    run("resume", "--worker", WORKER_ID)
+    watchdog.until(pb.VERDICT_HEALTHY)
+    run("reset", "for the test")
+    said = [json.loads(line) for line in run("events", "--json").splitlines()]
+    assert [event["kind"] for event in said if event["kind"] != "verdict"] == ["budget_reset", "resumed", "paused"]
+    assert len(run("events", "--limit", "2").splitlines()) == 2
+    assert "host:nobody" in run("resume", "--worker", "host:nobody", status=3)
+    watchdog.kill()
+    assert "Traceback" not in run("status", status=4)
+
+
+def test_dry_run_says_what_it_would_do_and_does_nothing(host: Host) -> None:
+    """`--dry-run` sees a worker die and says so; nothing is started, written, kept or served by it."""
+    host.run(sys.executable, "-m", "watchdog", "--dry-run")
+
+    def decisions() -> list[tuple[str, str]]:
+        lines = (host.home / "programs.log").read_text().splitlines()
+        said = [json.loads(line) for line in lines if '"would_decide"' in line]
+        return [(line["verdict"], line["action"]) for line in said]
+
+    until(lambda: ("HEALTHY", "HOLD") in decisions(), "it to see the worker")
+    os.kill(host.lives()[0]["pid"], signal.SIGKILL)
+    until(lambda: decisions()[-1] == ("CRASHED", "RESTART"), "it to see the crash")
+    host.fault("crash")
+    host.supervisorctl("start", "worker")
+    until(lambda: len(host.lives()) == 2, "a second life, by an operator")
+    until(lambda: host.supervisor.info("worker:worker").state is State.EXITED, "its end")
+    assert len(host.lives()) == 2
+    assert host.events() == []
+    assert host.database.call(watchdogs.read) == []
+    assert {path.name for path in host.home.iterdir()} == {
+        "run",
+        "faults",
+        "lives",
+        "supervisord.conf",
+        "supervisord.log",
+        "programs.log",
+        "worker.log",
+    }
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", host.settings.watchdog_port), timeout=5)
+
+
+def test_watchdog_is_seen_in_postgres_while_it_lives(host: Host) -> None:
+    """Its row is young while it runs, and grows old when it is gone."""
+    watchdog = Watchdog(host)
+    until(lambda: [each.watchdog_id for each in host.database.call(watchdogs.read)] == [socket.gethostname()], "a row")
+    until(lambda: host.database.call(watchdogs.read)[0].age_s < 1, "a young row")
+    watchdog.kill()
+    until(lambda: host.database.call(watchdogs.read)[0].age_s > 1, "it to grow old")
 
 
 def test_one_watchdog_per_port_ends_when_told(host: Host) -> None:

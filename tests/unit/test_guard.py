@@ -4,19 +4,23 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
 
-from service.db.recoveries import Event, Standing
-from service.processes import Leader
+from service.db.recoveries import Event
+from service.processes import Leader, Mark
 from watchdog.act import Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.guard import Guard, Snapshot
 from watchdog.observe import Observer
+from watchdog.outages import TELL_AFTER_S, Outage
+from watchdog.past import Past
 from watchdog.policy import Action, Decision, Evidence, Health, Heartbeat, Limits, Process, State, Step, Verdict
-from watchdog.record import DatabaseAwayError, Past, Record
+from watchdog.record import Record, UnrecordedError
+from watchdog.remains import Remains
 
 OLD, NEW = uuid4(), uuid4()
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -59,59 +63,45 @@ class FakeObserver:
 
 
 class FakeRecord:
-    """Keeps everything in memory; `is_away` has every call fail."""
+    """Keeps everything in memory. `given` is what was before, None as long as that is not known."""
 
     def __init__(self) -> None:
-        self.is_away = False
+        self.can_write = True
+        self.is_more_known = False
+        self.given: Past | None = Past()
         self.events: list[Event] = []
         self.kinds: list[str] = []
-        self.now = Standing(0.0, None, "", 0)
-        self.given = Past([], False, None)
 
-    def _reach(self) -> None:
-        if self.is_away:
-            raise DatabaseAwayError("no route")
+    def sync(self, is_reachable: bool) -> bool:
+        is_more_known, self.is_more_known = self.is_more_known, False
+        return is_reachable and is_more_known
 
-    def past(self) -> Past:
-        self._reach()
+    def past(self) -> Past | None:
         return self.given
 
-    def standing(self) -> Standing:
-        self._reach()
-        return self.now
-
     def begin(self, evidence: Evidence, decision: Decision, timings: dict[str, float]) -> Event:
-        self._reach()
+        if not self.can_write or self.given is None:
+            raise UnrecordedError("no route")
         old = UUID(evidence.heartbeat.incarnation) if evidence.heartbeat else None
-        event = Event(
-            len(self.events),
-            "w",
-            "restart",
-            decision.verdict,
-            "",
-            {},
-            "stopping",
-            "open",
-            timings,
-            TIME,
-            None,
-            old,
-            None,
+        verdict = str(decision.verdict)
+        self.events.append(
+            Event(0, uuid4(), "w", "restart", verdict, "", {}, "stopping", "open", timings, TIME, None, old, None)
         )
-        self.events.append(event)
-        return event
+        return self.events[-1]
 
-    def advance(self, intent: Event, step: Step, timings: dict[str, float]) -> None:
-        self._reach()
-        self.events[intent.id] = replace(self.events[intent.id], step=str(step), timings=timings)
+    def advance(self, intent: Event, step: Step, timings: dict[str, float]) -> Event:
+        return self._replace(intent, step=str(step), timings=timings)
 
     def close(self, intent: Event, outcome: str, timings: dict[str, float], incarnation: UUID | None) -> None:
-        self._reach()
-        self.events[intent.id] = replace(self.events[intent.id], outcome=outcome, new_incarnation=incarnation)
+        self._replace(intent, outcome=outcome, new_incarnation=incarnation)
 
     def add(self, kind: str, decision: Decision, evidence: Evidence) -> None:
-        self._reach()
         self.kinds.append(kind)
+
+    def _replace(self, intent: Event, **changes: Any) -> Event:
+        place = [event.key for event in self.events].index(intent.key)
+        self.events[place] = replace(self.events[place], **changes)
+        return self.events[place]
 
 
 class FakeRestarter:
@@ -120,6 +110,7 @@ class FakeRestarter:
     ending = threading.Event()
 
     def __init__(self) -> None:
+        self.remains = Remains(Mark(Path("/nowhere")))
         self.restarts = 0
         self.failure: Exception | None = None
         self.between: Callable[[], None] = lambda: None
@@ -152,6 +143,7 @@ class Parts:
     def __init__(self) -> None:
         self.clock, self.record, self.restarter = FakeClock(), FakeRecord(), FakeRestarter()
         self.observer, self.alerts = FakeObserver(self.clock), FakeAlerts()
+        self.is_database_away = False
         # How many restarts had been made when evidence was kept, for each time.
         self.kept_before: list[int] = []
         self.guard = Guard(
@@ -165,12 +157,13 @@ class Parts:
             on_change=lambda: None,
             keep_evidence=lambda _: self.kept_before.append(self.restarter.restarts),
             alerts=cast(Alerts, self.alerts),
+            outages={Verdict.DATABASE_AWAY: Outage(), Verdict.SUPERVISOR_AWAY: Outage()},
         )
 
     def see(self, evidence: Evidence) -> Snapshot:
         """Has the guard check on this evidence."""
         self.observer.evidence = evidence
-        if self.record.is_away:
+        if self.is_database_away:
             self.observer.evidence = replace(evidence, database_up_s=None, heartbeat=None)
         self.guard.check()
         assert self.guard.snapshot is not None
@@ -185,53 +178,52 @@ def parts() -> Parts:
     return parts
 
 
+def test_crash_while_postgres_is_away_is_seen_to(parts: Parts) -> None:
+    """With Postgres away a crash is a crash: the restart is made, and costs its unit."""
+    parts.is_database_away = True
+    made = parts.see(in_state(State.EXITED))
+    assert (made.decision.action, parts.restarter.restarts, made.budget_left) == (Action.RESTART, 1, 1)
+    served = parts.see(beating(NEW))
+    assert (served.decision.verdict, served.intent) == (Verdict.DATABASE_AWAY, None)
+    assert [event.outcome for event in parts.record.events] == ["recovered"]
+
+
 def test_nothing_is_done_that_cannot_be_written_down(parts: Parts) -> None:
-    """With Postgres away a crash is held and costs nothing; when it is back the restart is made, once."""
-    parts.record.is_away = True
+    """With neither Postgres nor a journal a crash is held and costs nothing; later the restart is made, once."""
+    parts.record.can_write = False
     for _ in range(3):
         held = parts.see(in_state(State.EXITED))
         assert (held.decision.verdict, held.decision.action) == (Verdict.CRASHED, Action.HOLD)
     assert (parts.restarter.restarts, held.budget_left) == (0, 2)
-    parts.record.is_away = False
+    parts.record.can_write = True
     made = parts.see(in_state(State.EXITED))
     assert (made.decision.action, parts.restarter.restarts, made.budget_left) == (Action.RESTART, 1, 1)
 
 
 def test_nothing_is_done_before_the_past_is_known() -> None:
-    """A watchdog that starts without Postgres does not know what its predecessor spent: it holds."""
+    """A watchdog that does not know what its predecessor spent holds, and does not give up either."""
     parts = Parts()
-    parts.record.given = Past([10.0, 20.0], False, None)
-    parts.record.is_away = True
-    parts.see(in_state(State.EXITED))
-    parts.record.is_away = False
+    parts.record.given = None
+    assert parts.see(in_state(State.EXITED)).decision.action is Action.HOLD
+    parts.record.given = Past(restart_ages_s=(10.0, 20.0))
     given_up = parts.see(in_state(State.EXITED))
     assert (given_up.decision.action, given_up.gave_up, parts.restarter.restarts) == (Action.GIVE_UP, True, 0)
     assert parts.record.kinds == ["gave_up"]
 
 
+def test_what_postgres_adds_to_the_journal_counts(parts: Parts) -> None:
+    """Restarts that only Postgres knows of are taken from the budget when it is reached."""
+    parts.record.given, parts.record.is_more_known = Past(restart_ages_s=(10.0,)), True
+    assert parts.see(beating(OLD)).budget_left == 1
+
+
 def test_giving_up_is_written_down_once() -> None:
-    """It is tried until it succeeds, and not repeated at every check."""
+    """It is not repeated at every check."""
     parts = Parts()
-    parts.record.given = Past([10.0, 20.0], False, None)
-    parts.see(beating(OLD))
-    parts.record.is_away = True
-    assert not parts.see(in_state(State.EXITED)).gave_up
-    parts.record.is_away = False
+    parts.record.given = Past(restart_ages_s=(10.0, 20.0))
     for _ in range(3):
         assert parts.see(in_state(State.EXITED)).gave_up
     assert parts.record.kinds == ["gave_up"]
-
-
-def test_restart_goes_on_when_postgres_goes_in_the_middle(parts: Parts) -> None:
-    """Between stop and start the worker is started all the same; how far it came is written down later."""
-    parts.restarter.between = lambda: setattr(parts.record, "is_away", True)
-    assert parts.see(in_state(State.EXITED)).intent is not None
-    assert parts.record.events[0].step == "stopping"
-    parts.record.is_away = False
-    # STOPPED now is by an operator: the restart had been made, whatever the row said.
-    stopped = parts.see(in_state(State.STOPPED))
-    assert (stopped.decision.verdict, parts.restarter.restarts) == (Verdict.OPERATOR_STOP, 1)
-    assert (parts.record.events[0].step, parts.record.events[0].outcome) == ("loading", "superseded")
 
 
 def test_restart_that_fails_is_taken_up_again(parts: Parts) -> None:
@@ -258,7 +250,7 @@ def test_intent_of_a_worker_that_never_stopped_is_superseded() -> None:
     """A watchdog that died before it could stop the worker leaves an intent that has no object once it is healthy."""
     parts = Parts()
     event = parts.record.begin(in_state(State.RUNNING), Decision(Verdict.FROZEN, Action.RESTART, "", 0), {})
-    parts.record.given = Past([1.0], False, event)
+    parts.record.given = Past(restart_ages_s=(1.0,), intent=event)
     assert parts.see(beating(OLD)).intent is None
     assert [event.outcome for event in parts.record.events] == ["superseded"]
     assert parts.restarter.restarts == 0
@@ -269,18 +261,19 @@ def test_budget_comes_back_with_the_reset(parts: Parts) -> None:
     for _ in range(3):
         last = parts.see(in_state(State.EXITED))
     assert (last.gave_up, last.budget_left) == (True, 0)
-    parts.record.now = replace(parts.record.now, last_reset=5)
+    parts.record.given = Past(last_reset=uuid4())
     assert parts.see(in_state(State.EXITED)).decision.action is Action.RESTART
     assert parts.see(beating(NEW)).budget_left == 1
 
 
-def test_pause_ends_by_itself_also_while_postgres_is_away(parts: Parts) -> None:
-    """How long a pause lasts is remembered, and counted here."""
-    parts.record.now = Standing(3.5, TIME, "new driver", 0)
+def test_pause_holds_also_while_postgres_is_away(parts: Parts) -> None:
+    """What a person has ordered is known without Postgres."""
+    parts.record.given = Past(pause_left_s=3.5, pause_end_time=TIME, pause_reason="new driver")
     assert parts.see(beating(OLD)).decision.verdict is Verdict.PAUSED
-    parts.record.is_away = True
-    verdicts: list[Any] = [parts.see(beating(OLD)).decision.verdict for _ in range(4)]
-    assert verdicts == [Verdict.PAUSED] * 3 + [Verdict.DATABASE_AWAY]
+    parts.is_database_away = True
+    assert parts.see(in_state(State.EXITED)).decision.verdict is Verdict.PAUSED
+    parts.record.given = Past()
+    assert parts.see(beating(OLD)).decision.verdict is Verdict.DATABASE_AWAY
 
 
 @pytest.mark.parametrize(
@@ -306,12 +299,16 @@ def test_a_person_is_told_once(parts: Parts) -> None:
     parts.see(in_state(State.EXITED))
     for _ in range(3):
         parts.see(beating(NEW))
-    for _ in range(3):
+    for _ in range(2):
         parts.see(replace(beating(NEW), process=None))
-    parts.record.is_away = True
+        parts.clock.time_s += TELL_AFTER_S
     for _ in range(3):
+        parts.is_database_away = True
         parts.see(beating(NEW))
-    parts.record.is_away = False
+        parts.clock.time_s += TELL_AFTER_S
+        parts.see(beating(NEW))
+        parts.is_database_away = False
+        parts.see(beating(NEW))
     parts.see(in_state(State.EXITED))
     for _ in range(3):
         parts.clock.time_s += 10
@@ -330,3 +327,12 @@ def test_evidence_is_kept_before_the_restart(parts: Parts) -> None:
     parts.see(in_state(State.EXITED))
     parts.see(beating(NEW))
     assert parts.kept_before == [0]
+
+
+def test_stop_that_hangs_is_told(parts: Parts) -> None:
+    """A stop that supervisord does not finish is not touched, as it may be an operator's; a person is told once."""
+    for _ in range(5):
+        seen = parts.see(in_state(State.STOPPING))
+        assert seen.decision.action is Action.HOLD
+        parts.clock.time_s += 50
+    assert parts.alerts.told == [("transition_overdue", "TRANSITION", "error")]

@@ -1,5 +1,6 @@
 """What the observer makes of what it cannot see."""
 
+import threading
 from datetime import UTC, datetime
 from typing import Any, cast
 from uuid import uuid4
@@ -9,6 +10,7 @@ import pytest
 
 from service.db.connection import Database
 from service.db.heartbeats import Beat, SeenBeat
+from tests.waiting import until
 from watchdog.observe import Observer
 from watchdog.policy import Health, State
 from watchdog.supervisor import ProcessInfo, RefusedError, Supervisor, SupervisorAwayError
@@ -61,6 +63,7 @@ def parts() -> tuple[Observer, FakeSupervisor, FakeDatabase, FakeClock]:
         database=cast(Database, database),
         address=None,
         probe_timeout_s=1,
+        database_timeout_s=60,
         clock=clock,
         on_change=lambda: None,
     )
@@ -92,6 +95,27 @@ def test_database_that_was_restarted_counts_from_its_start(parts: Parts) -> None
     observer.observe()
     clock.time_s, database.answer = 1130, (3.0, None)
     assert observer.observe().database_up_s == 3
+
+
+def test_frozen_database_does_not_hold_up_the_rest(parts: Parts) -> None:
+    """A Postgres that does not answer is waited for once; then it is away at once, until it has answered that."""
+    observer, _, database, _ = parts
+    released, asked = threading.Event(), threading.Semaphore(0)
+
+    class Frozen(FakeDatabase):
+        def call(self, *arguments: object) -> Any:
+            asked.release()
+            assert released.wait(60)
+            return super().call(*arguments)
+
+    observer._database, observer._database_timeout_s = cast(Database, Frozen()), 0.05
+    assert [observer.observe().database_up_s for _ in range(20)] == [None] * 20
+    assert asked.acquire(timeout=60)
+    assert not asked.acquire(blocking=False)
+    released.set()
+    observer._database, observer._database_timeout_s = cast(Database, database), 60
+    until(lambda: observer.observe().heartbeat, "an answer that is new")
+    observer.close()
 
 
 def test_schema_that_is_not_there_is_no_database(parts: Parts) -> None:

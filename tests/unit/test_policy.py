@@ -51,7 +51,7 @@ def seen(
 
 
 def in_state(state: State, step: Step | None = None) -> Evidence:
-    return seen(Process(state), intent=step and Intent(1, step))
+    return seen(Process(state), intent=step and Intent("a", step))
 
 
 def run(evidence: Evidence, for_s: float, memory: Memory | None = None, limits: Limits = LIMITS) -> list[Decision]:
@@ -350,7 +350,7 @@ heartbeats = st.none() | st.builds(
     phase=st.sampled_from([str(phase) for phase in Phase]),
     is_current=st.booleans(),
 )
-intents = st.none() | st.builds(Intent, id=st.integers(1, 3), step=st.sampled_from(Step))
+intents = st.none() | st.builds(Intent, key=st.sampled_from("abc"), step=st.sampled_from(Step))
 
 
 def observations(**fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Evidence]:
@@ -394,7 +394,7 @@ def test_never_more_restarts_than_the_budget_in_any_hour(history: History, budge
         assert sum(start <= time < start + policy.HOUR_S for time in restarts) <= budget
     continued = [e.intent for e, d in made if d.action is Action.RESTART and d.continues]
     assert all(intent is not None and intent.step is not Step.LOADING for intent in continued)
-    assert all(a.id != b.id for a, b in pairwise(continued) if a and b)
+    assert all(a.key != b.key for a, b in pairwise(continued) if a and b)
 
 
 missing = observations(process=st.none()) | observations(
