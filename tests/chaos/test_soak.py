@@ -154,15 +154,19 @@ def test_soak(stack: FullStack) -> None:
         def finished(some: Sequence[str]) -> int:
             return sum(client.get(batch_id).counts.completed for batch_id in some)
 
+        def keep_busy() -> None:
+            while len(ids[-2:]) * REQUESTS - finished(ids[-2:]) < REQUESTS:
+                ids.append(client.submit_lines(lines(len(ids)), request_id=f"soak-{len(ids)}").id)
+
+        keep_busy()
         ends_s = time.monotonic() + LASTS_S
         while time.monotonic() < ends_s:
             for kind in dice.sample(KINDS, len(KINDS)):
-                while len(ids[-2:]) * REQUESTS - finished(ids[-2:]) < REQUESTS:
-                    ids.append(client.submit_lines(lines(len(ids)), request_id=f"soak-{len(ids)}").id)
                 kind(trouble)
                 struck[kind.__name__] += 1
+                keep_busy()
                 before = finished(ids[-2:])
-                until(lambda before=before: finished(ids[-2:]) > before, f"work to go on after {kind}")  # type: ignore[misc]
+                until(lambda before=before: finished(ids[-2:]) > before, f"work to go on after {kind.__name__}")  # type: ignore[misc]
                 check_untouched(stack, worker, seed)
                 if time.monotonic() > ends_s:
                     break
