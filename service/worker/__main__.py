@@ -206,7 +206,8 @@ async def _drain(
     await asyncio.wait({run}, timeout=timeout_s)
     if not run.done():
         log.warning("drain_timeout", in_engine=runner.in_engine)
-        run.cancel()
+        # Not by cancelling `run`, which would be over at once, before the chunks are given back.
+        thread.call_soon(runner.abandon)
         await asyncio.wait({run}, timeout=CLOSE_TIMEOUT_S)
     elif run.exception() is not None:
         run.result()
