@@ -36,6 +36,8 @@ class FullStack:
                 one.bind(("127.0.0.1", 0))
             gateway, worker, watchdog = (one.getsockname()[1] for one in sockets)
         self.home = home
+        # What supervisorctl does, without a process of its own for each call.
+        self.supervisor = Supervisor(f"unix://{home}/run/supervisor.sock", timeout_s=30)
         self.target, self.watchdog = f"127.0.0.1:{gateway}", f"127.0.0.1:{watchdog}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith("BATCH_")}
         for name in ("DATABASE_URL", "SENTRY_DSN"):
@@ -64,7 +66,7 @@ class FullStack:
         """A program's process, 0 for none; without a name supervisord's own. Raises SupervisorAwayError."""
         if not program:
             return int((self.home / "run/supervisord.pid").read_text())
-        return Supervisor(f"unix://{self.home}/run/supervisor.sock", timeout_s=30).info(program).pid
+        return self.supervisor.info(program).pid
 
     def status(self) -> rpb.WorkerStatus:
         """What the watchdog says of the worker."""
