@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from service.processes import is_alive
 from tests.stacks import FullStack
 from tests.waiting import until
 
@@ -104,9 +105,16 @@ class Faults:
         self._signal_engine(signal.SIGSTOP)
 
     def orphan_engine(self) -> None:
-        """An engine that outlives its worker and does not hear SIGTERM."""
-        self.freeze_engine()
-        self.kill_worker()
+        """An engine that outlives its worker: nobody looks until that is so."""
+        engine = until(self._engine, "the engine to run")
+        worker, watchdog = psutil.Process(self._pid("worker")), psutil.Process(self._pid("watchdog"))
+        watchdog.suspend()
+        try:
+            worker.kill()
+            until(lambda: not is_alive(worker), "the worker to die")
+            assert is_alive(engine)
+        finally:
+            watchdog.resume()
 
     def overflow_shm(self) -> None:
         """The kernel's answer to a process that writes to a full /dev/shm."""
