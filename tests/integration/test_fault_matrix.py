@@ -336,6 +336,8 @@ def check_cell(stack: FullStack, fault: str, situation: str, expected: Expected)
         sent.append(submit(client, WINDOW, 0))
         for each in sent:
             each.check(client)
+    # What was done while Postgres was away may be written a little later.
+    until(lambda: len(stack.restarts()) >= before + len(expected.restarts), f"{len(expected.restarts)} restarts")
     restarts = stack.restarts()[before:]
     verdicts = [verdict_name(event.verdict) for event in restarts]
     assert len(verdicts) == len(expected.restarts), (verdicts, [event.reason for event in restarts])
