@@ -1,5 +1,6 @@
 """A whole stack under supervisord, started and stopped by the scripts that users run."""
 
+import json
 import os
 import shutil
 import socket
@@ -8,12 +9,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
+import psutil
+import psycopg2
 
+from service import processes
+from service.processes import Mark
 from vllm_batch.client import Client
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from vllm_batch.v1 import recovery_service_pb2_grpc
+from watchdog.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = ROOT / ".venv" / "bin"
@@ -29,6 +36,8 @@ class FullStack:
                 one.bind(("127.0.0.1", 0))
             gateway, worker, watchdog = (one.getsockname()[1] for one in sockets)
         self.home = home
+        # What supervisorctl does, without a process of its own for each call.
+        self.supervisor = Supervisor(f"unix://{home}/run/supervisor.sock", timeout_s=30)
         self.target, self.watchdog = f"127.0.0.1:{gateway}", f"127.0.0.1:{watchdog}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith("BATCH_")}
         for name in ("DATABASE_URL", "SENTRY_DSN"):
@@ -54,8 +63,10 @@ class FullStack:
         return subprocess.run(command, env={}, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
 
     def pid(self, program: str) -> int:
-        """A program's process, 0 for none."""
-        return int(self.supervisorctl("pid", program))
+        """A program's process, 0 for none; without a name supervisord's own. Raises SupervisorAwayError."""
+        if not program:
+            return int((self.home / "run/supervisord.pid").read_text())
+        return self.supervisor.info(program).pid
 
     def status(self) -> rpb.WorkerStatus:
         """What the watchdog says of the worker."""
@@ -81,6 +92,34 @@ class FullStack:
         with Client(self.target, patience_s=0) as client:
             is_accepting = not client.accepting()
         return len(restarts) >= count and all(e.outcome == "recovered" for e in restarts) and is_accepting
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Rows of a statement on the stack's embedded Postgres; none where it gives none."""
+        url = f"postgresql:///batch?host={self.home}/run/pg&user=postgres"
+        connection = psycopg2.connect(url, connect_timeout=30)
+        try:
+            with connection, connection.cursor() as cursor:
+                cursor.execute(statement)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def mark(self, program: str) -> int:
+        """The present end of a program's log, for `events`."""
+        return (self.home / "log" / f"{program}.log").stat().st_size
+
+    def events(self, program: str, name: str, since: int = 0) -> list[dict[str, Any]]:
+        """What a program has logged under a name since a mark."""
+        log = (self.home / "log" / f"{program}.log").read_bytes()[since:].decode()
+        # The last line may be half written, and what is not ours is no JSON.
+        lines = [line for line in log.splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
+        return [event for event in map(json.loads, lines) if event.get("event") == name]
+
+    def check_no_orphans(self) -> None:
+        """Of all lives of the worker one is left."""
+        leader = psutil.Process(self.pid("worker"))
+        family = {leader.pid, *(child.pid for child in leader.children(recursive=True))}
+        assert {process.pid for process in processes.marked(Mark(self.home, "worker"))} <= family
 
     def logs(self) -> str:
         """The end of each log, for a test that fails."""

@@ -72,12 +72,20 @@ async def work(settings: Settings) -> int:
         (SERVICE,),
     )
 
+    pulse = Pulse(
+        life,
+        SystemClock(),
+        steps=lambda: engine.steps,
+        in_engine=lambda: runner.in_engine,
+        prove=lambda: thread.run(runner.prove()),
+    )
+
     def beat() -> Beat:
         return Beat(
             worker_id=life.worker_id,
             incarnation=life.incarnation,
             address=server.address,
-            phase=life.phase,
+            phase=pulse.phase(),
             pid=os.getpid(),
             models=tuple(sorted(life.offer.models)),
             queued=runner.queued,
@@ -121,14 +129,8 @@ async def work(settings: Settings) -> int:
             if engine.is_dead:
                 raise EngineDeadError("the engine died of its first request")
             life.offer = Offer(frozenset(engine.models), engine.urls)
+            pulse.begin()
             life.enter(Phase.READY)
-            pulse = Pulse(
-                life,
-                SystemClock(),
-                steps=lambda: engine.steps,
-                in_engine=lambda: runner.in_engine,
-                prove=lambda: thread.run(runner.prove()),
-            )
             pulsing = asyncio.create_task(pulse.follow())
             run = thread.run(runner.run())
             if await _until(stopping, run):
@@ -204,7 +206,8 @@ async def _drain(
     await asyncio.wait({run}, timeout=timeout_s)
     if not run.done():
         log.warning("drain_timeout", in_engine=runner.in_engine)
-        run.cancel()
+        # Not by cancelling `run`, which would be over at once, before the chunks are given back.
+        thread.call_soon(runner.abandon)
         await asyncio.wait({run}, timeout=CLOSE_TIMEOUT_S)
     elif run.exception() is not None:
         run.result()

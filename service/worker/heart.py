@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -13,6 +14,9 @@ from service.db.connection import Unreachable, end_earlier_sessions, lock_worker
 from service.db.deadlines import Deadlines
 from service.db.heartbeats import Beat
 from service.worker.life import Life
+
+# How often it is looked whether there is something new to say before the next beat is due.
+LOOK_INTERVAL_S = 1.0
 
 log = logs.get("heart")
 
@@ -44,6 +48,7 @@ class Heart:
 
     _deadlines: Deadlines = field(default_factory=Deadlines)
     _has_lock: bool = False
+    _said: str = ""
     _is_database_away: bool = False
     _wake: threading.Event = field(default_factory=threading.Event)
     _is_ending: bool = False
@@ -86,11 +91,22 @@ class Heart:
                     return
             except Unreachable as error:
                 self._lose(error)
+            except Exception as error:
+                # A heart that dies of a statement that Postgres refused would cost the whole worker.
+                log.exception("beat_failed")
+                self._lose(error)
             if is_last:
                 self.connection.close()
                 return
-            self._wake.wait(self.interval_s if self._has_lock else min(1.0, self.interval_s))
-            self._wake.clear()
+            self._rest()
+
+    def _rest(self) -> None:
+        """Until the next beat is due, or there is something new to say."""
+        due_s = time.monotonic() + (self.interval_s if self._has_lock else min(1.0, self.interval_s))
+        while (left_s := due_s - time.monotonic()) > 0:
+            if self._wake.wait(min(LOOK_INTERVAL_S, left_s)) or self.beat().phase != self._said:
+                break
+        self._wake.clear()
 
     def _once(self) -> None:
         if self.connection.is_closed():
@@ -110,7 +126,9 @@ class Heart:
                 log.info("identity_locked", worker_id=self.life.worker_id, **asdict(burial))
             self._has_lock = True
             self._locked.set()
-        heartbeats.write(self.connection, self.beat())
+        beat = self.beat()
+        heartbeats.write(self.connection, beat)
+        self._said = beat.phase
         held = self.held()
         if held:
             renewed = chunks.renew(self.connection, held, self.life.incarnation, self.lease_s)

@@ -12,7 +12,7 @@ from service import logs
 from service.clock import Clock
 from service.db.heartbeats import Phase
 from service.worker.life import Life
-from service.worker.progress import ProgressLease
+from service.worker.progress import LATE_S, ProgressLease
 
 LOOK_INTERVAL_S = 0.5
 # An engine that was idle for this long is asked for a token.
@@ -38,11 +38,25 @@ class Pulse:
     _idle_since_s: float = 0.0
     _lease: ProgressLease = field(init=False)
 
-    async def follow(self) -> None:
-        """Looks for ever."""
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """What was before does not count: loading has steps of its own."""
         now_s = self.clock.monotonic()
         self._lease = ProgressLease(now_s, moved_s=now_s, steps=self.steps())
         self._idle_since_s = now_s
+
+    def phase(self) -> Phase:
+        """What to say in the heartbeat: `stalled` also while the main loop is blocked, which cannot say so itself.
+
+        For the heart's thread. Nothing is entered: it is over when the loop goes on.
+        """
+        is_blocked = self.clock.monotonic() - self._lease.looked_s > LATE_S
+        return Phase.STALLED if is_blocked and self.life.phase is Phase.READY else self.life.phase
+
+    async def follow(self) -> None:
+        """Looks for ever."""
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)
             self.look()

@@ -68,6 +68,7 @@ class Runner:
     _is_proven: bool = False
     # The chunks that had a request in the engine when it died.
     _died_with: set[int] = field(default_factory=set)
+    _task: "asyncio.Task[None] | None" = None
     _is_draining: bool = False
     _is_dead: bool = False
     _is_database_away: bool = False
@@ -105,8 +106,14 @@ class Runner:
         self._is_draining = True
         self._wake.set()
 
+    def abandon(self) -> None:
+        """Ends `run` without waiting for what is in the engine: that goes back too."""
+        if self._task is not None:
+            self._task.cancel()
+
     async def run(self) -> None:
         """Works until drained. Raises EngineDeadError when the engine dies, with all chunks given back."""
+        self._task = asyncio.current_task()
         writer = asyncio.create_task(self._write_groups())
         try:
             await self._feed()

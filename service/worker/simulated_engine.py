@@ -3,7 +3,7 @@
 As with vLLM, a process of its own makes the steps: killed, the engine is dead; stopped, it hangs; and when the worker
 is killed it lives on. A request asks for a fault in its body, `"vllm_xargs": {"simulate": ...}`:
 `crash` kills the process, `engine_dead` the engine, `hang` stops the engine for good, `refuse` is answered with 400,
-a number is how long the request takes, in seconds.
+`prefill` has the engine compute for 12 s without a step, a number is how long the request takes, in seconds.
 """
 
 import asyncio
@@ -22,10 +22,17 @@ from service.worker.engine import Answer, EngineDeadError
 
 URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
 STEP_S = 0.005
+# Longer than an engine that does not compute may take for a step.
+PREFILL_S = 12.0
 # Its standard output is the steps. When nobody reads them any more it goes on, as vLLM's processes do.
 STEPS = """
 import signal, sys, time
 signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+def prefill(*_):
+    end = time.monotonic() + float(sys.argv[3])
+    while time.monotonic() < end:
+        pass
+signal.signal(signal.SIGUSR1, prefill)
 while True:
     time.sleep(float(sys.argv[2]))
     try:
@@ -66,7 +73,7 @@ class SimulatedEngine:
 
     async def start(self) -> None:
         """Takes `load_s`."""
-        arguments = ("-E", "-S", "-c", STEPS, "simulated-engine", str(STEP_S))
+        arguments = ("-E", "-S", "-c", STEPS, "simulated-engine", str(STEP_S), str(PREFILL_S))
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
         )
@@ -93,6 +100,8 @@ class SimulatedEngine:
                 self._die()
             if fault == "hang":
                 self._signal(signal.SIGSTOP)
+            if fault == "prefill":
+                self._signal(signal.SIGUSR1)
             await self._take(float("inf") if fault == "hang" else _seconds(fault, self._request_s))
         return self._answer(url, body, asked.max_tokens)
 

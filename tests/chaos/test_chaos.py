@@ -13,12 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 import grpc
-import psutil
 import pytest
 
-from service import processes
-from service.processes import Mark
-from tests.chaos.faults import BY_NAME, Faults
+from tests.chaos.faults import AT_RANDOM, Faults
 from tests.stacks import FullStack, full_stack
 from tests.waiting import until
 from vllm_batch.client import Client
@@ -77,7 +74,7 @@ def test_chaos(stack: FullStack) -> None:
     """Batches run through random faults: no request lost, none answered twice or wrongly, no restart without cause."""
     seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(1_000_000)))
     dice = random.Random(seed)
-    drawn = [dice.choice(sorted(BY_NAME)) for _ in range(FAULTS)]
+    drawn = [dice.choice(AT_RANDOM) for _ in range(FAULTS)]
     sys.stdout.write(f"\nCHAOS_SEED={seed}: {', '.join(drawn)}\n")
     faults = Faults(stack, dice)
     with Client(stack.target, patience_s=PATIENCE_S) as client:
@@ -114,7 +111,7 @@ def test_chaos(stack: FullStack) -> None:
     sys.stdout.write(f"{REQUESTS} requests, {FAULTS} faults, {len(restarts)} restarts:\n{told}")
     assert len(restarts) <= faults.of_the_worker, (reasons, faults.done)
     assert {event.outcome for event in restarts} <= {"recovered", "superseded"}
-    check_no_orphans(stack)
+    stack.check_no_orphans()
 
 
 def is_healthy(stack: FullStack) -> bool:
@@ -122,10 +119,3 @@ def is_healthy(stack: FullStack) -> bool:
         return stack.recovered(0)
     except grpc.RpcError:
         return False
-
-
-def check_no_orphans(stack: FullStack) -> None:
-    """Of all lives of the worker one is left."""
-    leader = psutil.Process(stack.pid("worker"))
-    family = {leader.pid, *(child.pid for child in leader.children(recursive=True))}
-    assert {process.pid for process in processes.marked(Mark(stack.home, "worker"))} <= family

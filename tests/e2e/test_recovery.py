@@ -52,8 +52,15 @@ def engine_processes(pid: int) -> list[psutil.Process]:
     return [p for p in psutil.Process(pid).children(recursive=True) if p.cmdline() and "VLLM::" in p.cmdline()[0]]
 
 
-def run_and_break(stack: FullStack, victim: str) -> tuple[rpb.RecoveryEvent, list[psutil.Process]]:
-    """Runs a batch and kills the worker or its engine in the middle; checks all results. Returns the restart."""
+def shared_memory(members: list[psutil.Process]) -> set[str]:
+    """The files in /dev/shm that these processes use."""
+    return {used.path for p in members for used in p.memory_maps() if used.path.startswith("/dev/shm/")}
+
+
+def run_and_break(
+    stack: FullStack, victim: str, number: int = signal.SIGKILL
+) -> tuple[rpb.RecoveryEvent, list[psutil.Process]]:
+    """Runs a batch and signals the worker or its engine in the middle; checks all results. Returns the restart."""
     before = len(stack.restarts())
     # Known beforehand: the batch must not be done before the kill.
     worker = stack.pid("worker")
@@ -62,7 +69,7 @@ def run_and_break(stack: FullStack, victim: str) -> tuple[rpb.RecoveryEvent, lis
     with Client(stack.target) as client:
         batch = client.submit_lines(lines())
         until(lambda: client.get(batch.id).counts.completed >= SHORT, "a few results", 60)
-        os.kill(worker if victim == "worker" else core.pid, signal.SIGKILL)
+        os.kill(worker if victim == "worker" else core.pid, number)
         assert client.get(batch.id).counts.completed < COUNT, "the batch was done before the kill: nothing was proven"
         until(lambda: stack.recovered(before + 1), "the worker to be back", 240)
         *_, done = client.watch(batch.id)
@@ -94,13 +101,26 @@ def test_engine_killed_in_the_middle(stack: FullStack) -> None:
     assert not any(is_alive(process) for process in engine)
 
 
+def test_engine_frozen_in_the_middle(stack: FullStack) -> None:
+    """SIGSTOP of EngineCore, of which vLLM's own check says ok: not serving, stalled, restarted as ENGINE_STALLED."""
+    event, engine = run_and_break(stack, "engine", signal.SIGSTOP)
+    assert event.verdict == rpb.VERDICT_ENGINE_STALLED
+    seen = json.loads(event.evidence_json)
+    assert (seen["health"], seen["heartbeat"]["phase"]) == ("NOT_SERVING", "stalled")
+    assert not any(is_alive(process) for process in engine)
+
+
 def test_operator_stop_stays(stack: FullStack) -> None:
-    """supervisorctl stop: the worker drains, ends with all of its engine, and stays stopped until it is started."""
+    """supervisorctl stop: the worker drains, ends with all of its engine and its memory, and stays so until started."""
     before = len(stack.restarts())
-    engine = engine_processes(stack.pid("worker"))
+    worker = stack.pid("worker")
+    engine = engine_processes(worker)
+    shared = shared_memory([psutil.Process(worker), *engine])
+    assert shared
     assert "stopped" in stack.supervisorctl("stop", "worker")
     until(lambda: stack.status().verdict == rpb.VERDICT_OPERATOR_STOP, "the watchdog to see it")
     assert not any(is_alive(process) for process in engine)
+    assert not [path for path in shared if os.path.exists(path)]
     assert "started" in stack.supervisorctl("start", "worker")
     until(lambda: stack.status().verdict == rpb.VERDICT_HEALTHY, "the worker to be healthy", 120)
     assert len(stack.restarts()) == before

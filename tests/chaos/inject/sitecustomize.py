@@ -1,0 +1,18 @@
+"""Run by each Python process of a stack that has this folder in PYTHONPATH: SIGUSR2 makes it run BATCH_HOME/inject.py.
+
+In its main thread, between two of its own instructions: so faults come from within, without a hook in the product.
+"""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+
+def inject(_: int, __: FrameType | None) -> None:
+    path = Path(os.environ["BATCH_HOME"], "inject.py")
+    exec(compile(path.read_text(), str(path), "exec"), {})
+
+
+if "SUPERVISOR_PROCESS_NAME" in os.environ:
+    signal.signal(signal.SIGUSR2, inject)

@@ -1,0 +1,73 @@
+"""The end of a worker that is told to end: it finishes what it has begun, says so to the last, and leaves nothing."""
+
+import psutil
+import psycopg2
+
+from service.processes import is_alive
+from tests.integration.conftest import Stack
+from tests.integration.test_front_door import count, finished, health, lines
+from tests.waiting import until
+from vllm_batch.client import Client
+
+COUNT, WINDOW = 250, 32
+BATCH_SERVICE = "vllm_batch.v1.BatchService"
+
+
+def beat(stack: Stack) -> tuple[str, float]:
+    """The phase in the heartbeat, and when that was written."""
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT phase, extract(epoch FROM last_seen)::float8 FROM heartbeats")
+        [row] = cursor.fetchall()
+        return row
+
+
+def claimed(stack: Stack) -> int:
+    """How many requests the workers have taken to run them, in all lives so far."""
+    return sum(int(str(event["requests"])) for event in stack.servers[-1].events("chunk_claimed"))
+
+
+def test_draining_worker_says_so_to_its_end(stack: Stack, client: Client) -> None:
+    """It claims nothing more, finishes what is in the engine, beats as draining meanwhile, ends with all its own."""
+    stack.gateway()
+    worker = stack.worker(log_level="DEBUG", window=WINDOW, simulated_window=WINDOW)
+    stack.wait_until_accepting()
+    family = psutil.Process(worker.process.pid).children(recursive=True)
+    assert family
+    batch = client.submit_lines(lines(COUNT, vllm_xargs={"simulate": 1}))
+    until(lambda: count(stack, f"heartbeats WHERE (detail->>'in_engine')::int = {WINDOW}"), "a full engine")
+    before = claimed(stack)
+
+    worker.process.terminate()
+    until(lambda: beat(stack)[0] == "draining", "the heartbeat to say so")
+    assert health(f"127.0.0.1:{worker.port}", BATCH_SERVICE) == "NOT_SERVING"
+    _, first_s = beat(stack)
+    until(lambda: beat(stack) > ("draining", first_s), "the heartbeat to go on")
+    assert worker.process.wait(30) == 0
+
+    assert beat(stack)[0] == "stopping"
+    assert not any(is_alive(process) for process in family)
+    assert claimed(stack) == before
+    stored = client.get(batch.id).counts.completed
+    assert WINDOW <= stored < COUNT
+    assert count(stack, "chunks WHERE state = 'leased' OR deaths > 0") == 0
+
+    # The next life runs what is left, and nothing else.
+    worker.start()
+    assert finished(client, batch.id).counts.completed == COUNT
+    assert claimed(stack) == before + COUNT - stored
+
+
+def test_drain_that_never_ends(stack: Stack, client: Client) -> None:
+    """A request that takes longer than the drain may is given back without blame, and the worker ends in time."""
+    stack.gateway()
+    worker = stack.worker(drain_timeout_s=0.5)
+    stack.wait_until_accepting()
+    batch = client.submit_lines(lines(3, vllm_xargs={"simulate": 3600}))
+    until(lambda: count(stack, "heartbeats WHERE (detail->>'in_engine')::int = 3"), "the requests to run")
+    assert worker.terminate() == 0
+    assert worker.events("drain_timeout")
+    log = worker.log.read_text()
+    assert log.index('"chunks_given_back"') < log.index('"stopping"'), "it went on to its end before all was given back"
+    assert count(stack, "chunks WHERE state = 'pending' AND deaths = 0") == 1
+    assert client.get(batch.id).counts.completed == 0
+    client.cancel(batch.id)
