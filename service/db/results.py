@@ -135,29 +135,45 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
 
 
 # The page first, then its requests: joined as a whole, Postgres may read all requests from the first for each page.
+# `ahead`: the bytes of the bodies before a result in its page.
 READ_PAGE = """
 SELECT r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time
-FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s ORDER BY {column} LIMIT %(limit)s) r
-JOIN requests q USING (batch_id, index) ORDER BY r.{column}
+FROM (
+    SELECT *, sum(octet_length(body)) OVER (ORDER BY {column} ROWS UNBOUNDED PRECEDING EXCLUDE CURRENT ROW) AS ahead
+    FROM (
+        SELECT * FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s ORDER BY {column} LIMIT %(limit)s
+    ) page
+) r
+JOIN requests q USING (batch_id, index)
+WHERE r.ahead IS NULL OR r.ahead < %(bytes)s ORDER BY r.{column}
 """
+NO_LIMIT = 1 << 62
 READ_ONE = """
 SELECT r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time
 FROM results r JOIN requests q USING (batch_id, index) WHERE q.batch_id = %s AND q.custom_id = %s
 """
 
 
-def read_in_order(db: peewee.PostgresqlDatabase, batch_id: int, start: int, limit: int) -> list[StoredResult]:
-    """Up to `limit` results from index `start`, in the order of the requests."""
-    return _page(db, "index", batch_id, start, limit)
+def read_in_order(
+    db: peewee.PostgresqlDatabase, batch_id: int, start: int, limit: int, limit_bytes: int = NO_LIMIT
+) -> list[StoredResult]:
+    """Up to `limit` results from index `start`, in the order of the requests; none after `limit_bytes` of bodies."""
+    return _page(db, "index", batch_id, start, limit, limit_bytes)
 
 
-def read_finished(db: peewee.PostgresqlDatabase, batch_id: int, after: int, limit: int) -> list[StoredResult]:
-    """Up to `limit` results with a sequence number over `after`, in the order in which they were stored."""
-    return _page(db, "sequence", batch_id, after + 1, limit)
+def read_finished(
+    db: peewee.PostgresqlDatabase, batch_id: int, after: int, limit: int, limit_bytes: int = NO_LIMIT
+) -> list[StoredResult]:
+    """Up to `limit` results with a sequence number over `after`, in the order in which they were stored; none after
+    `limit_bytes` of bodies."""
+    return _page(db, "sequence", batch_id, after + 1, limit, limit_bytes)
 
 
-def _page(db: peewee.PostgresqlDatabase, column: str, batch_id: int, start: int, limit: int) -> list[StoredResult]:
-    rows = db.execute_sql(READ_PAGE.format(column=column), {"batch": batch_id, "start": start, "limit": limit})
+def _page(
+    db: peewee.PostgresqlDatabase, column: str, batch_id: int, start: int, limit: int, limit_bytes: int
+) -> list[StoredResult]:
+    params = {"batch": batch_id, "start": start, "limit": limit, "bytes": limit_bytes}
+    rows = db.execute_sql(READ_PAGE.format(column=column), params)
     return [StoredResult(*row) for row in rows.fetchall()]
 
 
