@@ -56,6 +56,7 @@ async def serve(settings: Settings) -> None:
     stopping = asyncio.create_task(stop.wait())
     tasks: set[asyncio.Task[Any]] = {following, housekeeping, stopping}
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    log.info("gateway_draining")
     housekeeping.cancel()
     servicer.end_streams()
     await server.end(GRACE_S)

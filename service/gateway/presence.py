@@ -98,6 +98,7 @@ class Presence:
         else:
             if self.freshness.failure:
                 log.info("database_back")
+            _tell_news(self.freshness.beats, beats)
             self.freshness = Freshness(beats, self.clock.monotonic(), given_up, timings)
             await self._links.keep({seen.beat.address for seen in beats if seen.age_s <= self.timeout_s})
 
@@ -124,6 +125,15 @@ async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
         event.clear()
         return True
     return False
+
+
+def _tell_news(before: Sequence[SeenBeat], now: Sequence[SeenBeat]) -> None:
+    known = {(seen.beat.incarnation, seen.beat.phase) for seen in before}
+    for beat in (seen.beat for seen in now):
+        if (beat.incarnation, beat.phase) not in known:
+            log.info(
+                "worker_phase", worker_id=beat.worker_id, address=beat.address, phase=beat.phase, models=beat.models
+            )
 
 
 def _read(
