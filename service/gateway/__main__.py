@@ -20,7 +20,7 @@ from vllm_batch.v1 import batch_service_pb2_grpc
 
 SERVICE = "vllm_batch.v1.BatchService"
 # How long calls that are under way may take to end: uploads, mostly. Within the wait of those who stop us.
-GRACE_S = 20.0
+GRACE_S = 15.0
 
 log = logs.get("gateway")
 
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         return 0
     processes.die_with_parent()
+    processes.allow_many_files()
     logs.configure("gateway", settings.log_level)
     asyncio.run(serve(settings))
     return 0

@@ -1,7 +1,9 @@
 """An upload on its way to a worker: peeked at to choose one, and kept while it is small, to try another."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import grpc
@@ -109,10 +111,16 @@ async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float) -> pb.U
         except grpc.RpcError as error:
             answer.set_exception(pieces.failure or error)
 
-    call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s)
+    call: Any = stub.UploadBatch.future(_until_aborted(pieces), timeout=timeout_s)
     call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))
     try:
         return await answer
     finally:
         call.cancel()
         pieces.abort()
+
+
+def _until_aborted(pieces: FromThread[pb.UploadBatchRequest]) -> Iterator[pb.UploadBatchRequest]:
+    """gRPC goes on asking when the call is over, and logs what it is told then."""
+    with contextlib.suppress(CancelledError, ConnectionAbortedError):
+        yield from pieces
