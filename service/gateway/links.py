@@ -65,7 +65,7 @@ class Links:
         except asyncio.CancelledError:
             # Either by `_set`, or because the client is gone.
             if task not in under_way:
-                raise LostError(self.contacts[address].cause) from None
+                raise LostError(self.contacts.get(address, Contact()).cause) from None
             raise
         finally:
             under_way.discard(task)
@@ -75,6 +75,7 @@ class Links:
         task = self._tasks.pop(address)
         task.cancel()
         await asyncio.wait({task})
+        self._set(address, Health.UNREACHABLE, "its heartbeat is stale")
         await self.channels.close(address)
         self.contacts.pop(address, None)
         self._until_lost.pop(address, None)

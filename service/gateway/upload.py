@@ -10,6 +10,7 @@ import grpc
 
 from service.errors import ApiError
 from service.gateway import wanted
+from service.gateway.links import LostError
 from service.streams import FromThread
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1.batch_service_pb2_grpc import BatchServiceStub
@@ -107,7 +108,8 @@ async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float) -> pb.U
         try:
             answer.set_result(call.result())
         except grpc.FutureCancelledError:
-            answer.cancel()
+            # Not by us: then the answer would have been given up before.
+            answer.set_exception(LostError("the channel was closed"))
         except grpc.RpcError as error:
             answer.set_exception(pieces.failure or error)
 
