@@ -91,12 +91,13 @@ class GatewayServicer(StoredServicer):
                 return await call(seen)
             except (LostError, grpc.RpcError) as error:
                 failure = error
-            if not _is_for_another(failure) or not is_repeatable():
+            if not _is_for_another(failure):
                 break
-            log.warning("worker_passed_over", worker_id=seen.beat.worker_id, cause=_cause(failure))
+            log.warning("worker_unavailable", worker_id=seen.beat.worker_id, cause=_cause(failure))
+            if not is_repeatable():
+                break
         if isinstance(failure, grpc.RpcError) and (failure.code() is not UNAVAILABLE or _reason(failure)):
             await _pass_on(context, failure)
-        log.warning("worker_unreachable", worker_id=seen.beat.worker_id, cause=_cause(failure))
         raise self._presence.unreachable(seen, _cause(failure), request_id)
 
 

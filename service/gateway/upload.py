@@ -17,6 +17,8 @@ from vllm_batch.v1.batch_service_pb2_grpc import BatchServiceStub
 
 # What is kept of an upload. The first line is within it, but for a very long one.
 KEPT_BYTES = 256 << 10
+# What a message costs beside its data: they may be tiny.
+MESSAGE_BYTES = 500
 # A client that sends nothing for this long has gone.
 PIECE_TIMEOUT_S = 60.0
 
@@ -82,7 +84,7 @@ class Upload:
             self._is_at_end = True
             return False
         self._kept.append(message)
-        self._kept_bytes += len(message.data)
+        self._kept_bytes += len(message.data) + MESSAGE_BYTES
         return True
 
     async def _next(self) -> pb.UploadBatchRequest | None:

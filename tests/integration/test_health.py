@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.integration.conftest import Server, Stack, free_port
-from tests.integration.test_front_door import count, line, lines, refused
+from tests.integration.test_front_door import line, lines, refused
 from tests.waiting import until
 from vllm_batch.client import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -126,7 +126,8 @@ def test_sigterm_drains_the_gateway(serving: Stack, client: Client) -> None:
         assert next(health).status == SERVING
         assert next(watch).batch.id == batch.id
         assert [next(results).result.index for _ in range(20)] == list(range(20))
-        until(lambda: count(serving, "pg_stat_activity WHERE query LIKE 'COPY requests%'"), "the upload to begin")
+        # Answered after the upload has reached the gateway on the same connection.
+        stub.GetBatch(pb.GetBatchRequest(batch_id=batch.id), timeout=30)
         gateway.process.terminate()
         assert next(health).status == NOT_SERVING
         for stream in (health, watch, results):
