@@ -396,7 +396,7 @@ def test_worker_crash_strands_job(serving: Stack, client: Client) -> None:
 def test_engine_death_is_no_result(serving: Stack, client: Client) -> None:
     """When the engine dies its requests go back to the queue without a result, and the worker says what happened."""
     batch = client.submit_lines([*lines(50), line("killer", vllm_xargs={"simulate": "engine_dead"})])
-    until(lambda: "engine" in client.accepting(), "the gateway to learn of the dead engine")
+    until(lambda: "engine_dead" in client.accepting(), "the gateway to learn of the dead engine")
     error = refused(lambda: client.submit_lines(lines(1)))
     assert (error.reason, error.metadata.get("phase")) == ("WORKER_STALLED", "engine_dead"), str(error)
     assert client.get(batch.id).counts.failed == 0
