@@ -15,6 +15,7 @@ WORKER_LOADING = "WORKER_LOADING"
 WORKER_STALLED = "WORKER_STALLED"
 RECOVERY_GAVE_UP = "RECOVERY_GAVE_UP"
 DATABASE_UNAVAILABLE = "DATABASE_UNAVAILABLE"
+SHUTTING_DOWN = "SHUTTING_DOWN"
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,9 @@ def database_unavailable(cause: str) -> ApiError:
     return ApiError(
         grpc.StatusCode.UNAVAILABLE, f"database unavailable: {cause}", DATABASE_UNAVAILABLE, retry_delay_s=5
     )
+
+
+def ending() -> ApiError:
+    """UNAVAILABLE for a stream whose server is about to end: it may be begun again elsewhere, or soon."""
+    message = "the server is shutting down: call again"
+    return ApiError(grpc.StatusCode.UNAVAILABLE, message, SHUTTING_DOWN, retry_delay_s=1)

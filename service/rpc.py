@@ -8,36 +8,40 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from service import logs
 from service.db.connection import Unreachable
 from service.errors import ApiError, Violation, database_unavailable, invalid
+from service.health import NOT_SERVING, SERVING, Health
 
 MAX_MESSAGE_BYTES = 64 << 20
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two servers on one port would share its calls by chance.
     ("grpc.so_reuseport", 0),
-    # Clients may ping every 5 s, also between calls: that is how they notice a frozen server.
-    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+    # Clients may ping every 3 s, also between calls: that is how they notice a frozen server.
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
+    # A client that vanished or is frozen would keep what its streams hold for ever.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
 )
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # With these a frozen peer is noticed within about 7 s; keepalive alone takes its 60 s default.
-    ("grpc.keepalive_time_ms", 5_000),
+    # With these a frozen peer is noticed within about 5 s; keepalive alone takes its 60 s default.
+    ("grpc.keepalive_time_ms", 3_000),
     ("grpc.http2.ping_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Without this pings become rare on a connection on which nothing is said.
+    ("grpc.http2.max_pings_without_data", 0),
+    # A worker that is back is reached within a second.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
 log = logs.get("rpc")
@@ -48,12 +52,17 @@ class Server:
     """A gRPC server with its health; the named services start as NOT_SERVING."""
 
     grpc_server: grpc.aio.Server
-    health: health_aio.HealthServicer
+    health: Health
     address: str
 
     async def set_health(self, name: str, is_serving: bool) -> None:
         """Says SERVING or NOT_SERVING for a health name."""
-        await self.health.set(name, SERVING if is_serving else NOT_SERVING)
+        self.health.set(name, SERVING if is_serving else NOT_SERVING)
+
+    async def end(self, grace_s: float) -> None:
+        """Says NOT_SERVING, takes no more calls, and lets those under way finish for `grace_s`."""
+        self.health.end()
+        await self.grpc_server.stop(grace_s)
 
 
 async def serve(
@@ -64,9 +73,7 @@ async def serve(
     Raises RuntimeError when the port cannot be had.
     """
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
-    health = health_aio.HealthServicer()
-    for name in ("", *service_names):
-        await health.set(name, NOT_SERVING)
+    health = Health(("", *service_names))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add_services(server)
     names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)

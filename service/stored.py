@@ -1,7 +1,7 @@
 """The calls of BatchService on what is stored. They go to Postgres, on the gateway and on the worker alike."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +12,16 @@ from service import logs, messages
 from service.db import batches, results
 from service.db.batches import Batch, Limits
 from service.db.connection import Database
-from service.errors import ApiError, Violation, invalid, not_found
+from service.errors import ApiError, Violation, ending, invalid, not_found
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 # How often the batches that somebody watches are looked at, all in one query.
 POLL_INTERVAL_S = 0.5
-# Results read at once, and bytes of them. A stream holds one such page, whatever the size of the batch.
+# Results read at once, at most so many and, but for a single larger one, so many bytes of bodies. A stream holds one
+# such page, whatever the size of the batch: the memory that a client costs who reads slowly or not at all.
 PAGE = 1000
-PAGE_BYTES = 1 << 20
+PAGE_BYTES = 256 << 10
 
 # Making a batch of the failed requests of a large one.
 RETRY_TIMEOUT_S = 600.0
@@ -36,39 +37,52 @@ class BatchWatch:
 
     database: Database
     interval_s: float = POLL_INTERVAL_S
-    _waiting: dict[int, set[asyncio.Future[Batch | None]]] = field(default_factory=dict)
+    is_ended: bool = False
+    # What each has seen who waits.
+    _waiting: dict[asyncio.Future[Batch | None], Batch] = field(default_factory=dict)
     _task: asyncio.Task[None] | None = None
 
-    async def next(self, batch_id: int) -> Batch | None:
-        """The batch as it stands at the next look; None if it is gone. Raises one of `Unreachable`."""
+    async def next(self, seen: Batch) -> Batch | None:
+        """The batch once it differs from `seen`; None once it is gone.
+
+        Raises one of `Unreachable`, or UNAVAILABLE when the server ends.
+        """
+        if self.is_ended:
+            raise ending()
         future: asyncio.Future[Batch | None] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(batch_id, set())
-        waiting.add(future)
+        self._waiting[future] = seen
         if self._task is None:
             self._task = asyncio.create_task(self._look())
         try:
             return await future
         finally:
-            waiting.discard(future)
+            del self._waiting[future]
+
+    def end(self) -> None:
+        """Ends all waits."""
+        self.is_ended = True
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(ending())
 
     async def _look(self) -> None:
         """Looks as long as somebody waits."""
         try:
             while self._waiting:
                 await asyncio.sleep(self.interval_s)
-                due, self._waiting = self._waiting, {}
-                answer: Callable[[int, asyncio.Future[Batch | None]], None]
+                # Who comes while the database is asked is not in its answer.
+                due = list(self._waiting.items())
                 try:
-                    found = await self.database.run(batches.get_many, list(due))
+                    found = await self.database.run(batches.get_many, list({seen.id for _, seen in due}))
                 except Exception as error:  # noqa: BLE001 - goes to those who wait
-                    failure = error
-                    answer = lambda _, future: future.set_exception(failure)  # noqa: E731, B023
-                else:
-                    answer = lambda batch_id, future: future.set_result(found.get(batch_id))  # noqa: E731, B023
-                for batch_id, futures in due.items():
-                    for future in list(futures):
+                    for future, _ in due:
                         if not future.done():
-                            answer(batch_id, future)
+                            future.set_exception(error)
+                    continue
+                for future, seen in due:
+                    batch = found.get(seen.id)
+                    if batch != seen and not future.done():
+                        future.set_result(batch)
         finally:
             self._task = None
 
@@ -80,6 +94,13 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         self.database = database
         self._limits = limits
         self._watch = BatchWatch(database)
+
+    def end_streams(self) -> None:
+        """Ends the streams that wait for news, and the others behind their page, as UNAVAILABLE: for a server's end.
+
+        Clients begin them again elsewhere, results by their token.
+        """
+        self._watch.end()
 
     async def GetBatch(self, request: pb.GetBatchRequest, context: Context) -> pb.GetBatchResponse:
         """Returns one batch."""
@@ -103,15 +124,12 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
 
     async def WatchBatch(self, request: pb.WatchBatchRequest, context: Context) -> AsyncIterator[pb.WatchBatchResponse]:
         """Sends the batch now and after each change until it is terminal."""
-        batch_id = messages.batch_id(request.batch_id)
-        seen: Batch | None = None
-        batch = await self._get(batch_id)
+        batch = await self._get(messages.batch_id(request.batch_id))
         while True:
-            if batch != seen:
-                yield pb.WatchBatchResponse(batch=messages.batch_message(batch))
+            yield pb.WatchBatchResponse(batch=messages.batch_message(batch))
             if batch.is_terminal:
                 return
-            seen, batch = batch, await self._next(batch_id)
+            batch = await self._next(batch)
 
     async def StreamResults(
         self, request: pb.StreamResultsRequest, context: Context
@@ -127,6 +145,8 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         # Read before the results: what is terminal here has all its results there.
         batch = await self._get(batch_id)
         while True:
+            if self._watch.is_ended:
+                raise ending()
             read = results.read_in_order if in_order else results.read_finished
             start = last + 1 if in_order else last
             page, is_full = await self.database.run(read, batch_id, start, PAGE, PAGE_BYTES)
@@ -146,7 +166,7 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 # Its rows go after it: what was read of a batch that is still there was whole.
                 await self._get(batch_id)
                 return
-            batch = await self._next(batch_id)
+            batch = await self._next(batch)
 
     async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
         """Returns the result of one request."""
@@ -196,10 +216,10 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
             raise not_found(f"batch {messages.batch_name(batch_id)!r}")
         return batch
 
-    async def _next(self, batch_id: int) -> Batch:
-        batch = await self._watch.next(batch_id)
+    async def _next(self, seen: Batch) -> Batch:
+        batch = await self._watch.next(seen)
         if batch is None:
-            raise not_found(f"batch {messages.batch_name(batch_id)!r}")
+            raise not_found(f"batch {messages.batch_name(seen.id)!r}")
         return batch
 
 

@@ -40,8 +40,13 @@ class _Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     _failed_s = 0.0
 
     def _is_closed(self, conn: Any) -> bool:
-        # An idle connection has nothing to read, unless the server said goodbye or the socket is gone.
-        return bool(conn.closed or select.select([conn], [], [], 0)[0])
+        if conn.closed:
+            return True
+        # An idle connection has nothing to read, unless the server said goodbye or the socket is gone. Not select():
+        # that takes no descriptor over 1023, of which a gateway with as many clients has some.
+        poll = select.poll()
+        poll.register(conn, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _connect(self) -> Any:
         asked_s = time.monotonic()

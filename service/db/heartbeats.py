@@ -10,6 +10,7 @@ import peewee
 from service.db.models import Heartbeat
 
 AGE = peewee.SQL("extract(epoch FROM clock_timestamp() - last_seen)::float8")
+LIFE = peewee.SQL("extract(epoch FROM clock_timestamp() - start_time)::float8")
 
 
 class Phase(StrEnum):
@@ -40,10 +41,11 @@ class Beat:
 
 @dataclass(frozen=True)
 class SeenBeat:
-    """A worker's last beat, and how old it was when it was read, in seconds."""
+    """A worker's last beat, how old it was when it was read, and how long that life had begun before, in seconds."""
 
     beat: Beat
     age_s: float
+    life_s: float = 0.0
 
 
 def write(db: peewee.PostgresqlDatabase, beat: Beat) -> None:
@@ -72,7 +74,7 @@ def write(db: peewee.PostgresqlDatabase, beat: Beat) -> None:
 
 def read(db: peewee.PostgresqlDatabase, worker_id: str | None = None) -> list[SeenBeat]:
     """The last beat of each worker, or of one, with its age."""
-    query = Heartbeat.select(Heartbeat, AGE.alias("age_s")).order_by(Heartbeat.worker_id)
+    query = Heartbeat.select(Heartbeat, AGE.alias("age_s"), LIFE.alias("life_s")).order_by(Heartbeat.worker_id)
     if worker_id is not None:
         query = query.where(Heartbeat.worker_id == worker_id)
     return [_seen(row) for row in query.bind(db).dicts()]
@@ -89,4 +91,4 @@ def _seen(row: Any) -> SeenBeat:
         queued=row["queued"],
         detail=row["detail"],
     )
-    return SeenBeat(beat, row["age_s"])
+    return SeenBeat(beat, row["age_s"], row["life_s"])

@@ -88,6 +88,15 @@ def given_up(db: peewee.PostgresqlDatabase) -> set[str]:
     return {worker_id for worker_id, kind in rows if kind == "gave_up"}
 
 
+def last_timings(db: peewee.PostgresqlDatabase) -> dict[str, Mapping[str, float]]:
+    """How long the last restart that succeeded took, in seconds by phase, of each worker that had one."""
+    rows = db.execute_sql(
+        "SELECT DISTINCT ON (worker_id) worker_id, timings FROM recovery_events"
+        " WHERE kind = 'restart' AND outcome = 'recovered' ORDER BY worker_id, id DESC"
+    ).fetchall()
+    return dict(rows)
+
+
 def uptime_s(db: peewee.PostgresqlDatabase) -> float:
     """How long Postgres has been up."""
     row = db.execute_sql("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())::float8").fetchone()

@@ -12,14 +12,15 @@ from service.clock import SystemClock
 from service.config import Settings
 from service.db.batches import Limits
 from service.db.connection import Database
+from service.gateway.channels import Channels
 from service.gateway.housekeeping import Housekeeping
 from service.gateway.presence import Presence
 from service.gateway.service import GatewayServicer
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 SERVICE = "vllm_batch.v1.BatchService"
-# How long calls that are under way may take to end.
-GRACE_S = 5.0
+# How long calls that are under way may take to end: uploads, mostly. Within the wait of those who stop us.
+GRACE_S = 15.0
 
 log = logs.get("gateway")
 
@@ -37,9 +38,10 @@ async def serve(settings: Settings) -> None:
     async def accepting_changed(is_accepting: bool) -> None:
         await server.set_health(SERVICE, is_accepting)
 
-    presence = Presence(looking, SystemClock(), settings.heartbeat_timeout_s, accepting_changed)
+    channels = Channels()
+    presence = Presence(looking, channels, SystemClock(), settings.heartbeat_timeout_s, accepting_changed)
     limits = Limits(settings.max_open_batches, settings.max_queued_requests)
-    servicer = GatewayServicer(database, limits, presence)
+    servicer = GatewayServicer(database, limits, presence, channels)
     keeping = Database(settings.postgres_url, "gateway-housekeeping", settings.database_timeout_s, connections=1)
     server = await rpc.serve(
         settings.host,
@@ -54,13 +56,15 @@ async def serve(settings: Settings) -> None:
     stopping = asyncio.create_task(stop.wait())
     tasks: set[asyncio.Task[Any]] = {following, housekeeping, stopping}
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    log.info("gateway_draining")
+    housekeeping.cancel()
+    servicer.end_streams()
+    await server.end(GRACE_S)
+    following.cancel()
+    await asyncio.wait({following, housekeeping})
+    await channels.close_all()
     for task in (following, housekeeping):
-        task.cancel()
-    await server.health.enter_graceful_shutdown()
-    await server.grpc_server.stop(GRACE_S)
-    await servicer.close()
-    for task in (following, housekeeping):
-        if task.done() and not task.cancelled():
+        if not task.cancelled():
             task.result()
     log.info("gateway_ended")
 
@@ -74,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         return 0
     processes.die_with_parent()
+    processes.allow_many_files()
     logs.configure("gateway", settings.log_level)
     asyncio.run(serve(settings))
     return 0

@@ -1,8 +1,10 @@
-"""Presence of the workers: a look at the heartbeats every second, and the health that follows from it."""
+"""Presence of the workers: their heartbeats, read every second, and the links to them; and the health that follows."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import peewee
 
@@ -12,49 +14,82 @@ from service.db import heartbeats, recoveries
 from service.db.connection import Database, Unreachable, migrate
 from service.db.heartbeats import SeenBeat
 from service.errors import ApiError
-from service.gateway.workers import Freshness, choose, unreachable
+from service.gateway.channels import Channels
+from service.gateway.links import Links
+from service.gateway.workers import Freshness, live, unreachable
 
 LOOK_INTERVAL_S = 1.0
+# A worker whose health changes writes that into its heartbeat at the same time.
+LOOK_AGAIN_S = 0.1
+
+T = TypeVar("T")
 
 log = logs.get("presence")
 
 
 @dataclass
 class Presence:
-    """Knows without asking the database whether new work would be accepted now.
+    """Knows without asking anybody whether new work would be accepted now.
 
     `on_change(True | False)` is awaited when the answer changes.
     """
 
     database: Database
+    channels: Channels
     clock: Clock
     timeout_s: float
     on_change: Callable[[bool], Awaitable[None]]
     freshness: Freshness = field(default_factory=Freshness)
+    _links: Links = field(init=False)
     _is_accepting: bool | None = None
     _is_migrated: bool = False
+    _judge_now: asyncio.Event = field(default_factory=asyncio.Event)
+    _look_now: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def choose(self) -> SeenBeat:
-        """The worker for new work. Raises UNAVAILABLE with the reason."""
-        return choose(self.freshness, self.clock.monotonic(), self.timeout_s)
+    def __post_init__(self) -> None:
+        self._links = Links(self.channels, self.clock, self._contact_changed)
 
-    def unreachable(self, seen: SeenBeat, cause: str) -> ApiError:
+    def live(self, models: Set[str]) -> Sequence[SeenBeat]:
+        """The workers for a batch naming `models`, best first. Raises UNAVAILABLE with the reason."""
+        return live(self._now(), self.clock.monotonic(), self.timeout_s, models)
+
+    def unreachable(self, seen: SeenBeat, cause: str, request_id: str) -> ApiError:
         """UNAVAILABLE for a worker that was chosen and does not answer."""
-        return unreachable(seen, self.freshness, self.clock.monotonic(), cause)
+        return unreachable(seen, self._now(), self.clock.monotonic(), cause, request_id)
+
+    async def call(self, seen: SeenBeat, call: Awaitable[T]) -> T:
+        """Awaits a call to a worker. Raises LostError as soon as that cannot be reached any more."""
+        return await self._links.call(seen.beat.address, call)
 
     async def follow(self) -> None:
-        """Looks for ever."""
+        """Looks and judges for ever."""
+        try:
+            # Apart, as a look waits for the database, and what a link says must not.
+            await asyncio.gather(self._look(), self._judge())
+        finally:
+            await self._links.close()
+
+    def _now(self) -> Freshness:
+        return replace(self.freshness, contacts=self._links.contacts)
+
+    def _contact_changed(self) -> None:
+        self._judge_now.set()
+        self._look_now.set()
+
+    async def _look(self) -> None:
         while True:
             await self.look()
-            await asyncio.sleep(LOOK_INTERVAL_S)
+            self._judge_now.set()
+            if await _wait(self._look_now, LOOK_INTERVAL_S):
+                await asyncio.sleep(LOOK_AGAIN_S)
 
     async def look(self) -> None:
-        """Reads all heartbeats once."""
+        """Reads all heartbeats once, and has links to whose are fresh."""
         try:
             if not self._is_migrated:
                 await self.database.run(migrate)
                 self._is_migrated = True
-            beats, given_up = await self.database.run(_read)
+            beats, given_up, timings = await self.database.run(_read)
         except Unreachable as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not self.freshness.failure:
@@ -63,18 +98,46 @@ class Presence:
         else:
             if self.freshness.failure:
                 log.info("database_back")
-            self.freshness = Freshness(beats, self.clock.monotonic(), given_up)
-        reason = ""
-        try:
-            self.choose()
-        except ApiError as error:
-            reason = f"{error.reason}: {error.message}"
-        is_accepting = not reason
-        if is_accepting is not self._is_accepting:
-            self._is_accepting = is_accepting
-            log.info("accepting" if is_accepting else "not_accepting", reason=reason)
-            await self.on_change(is_accepting)
+            _tell_news(self.freshness.beats, beats)
+            self.freshness = Freshness(beats, self.clock.monotonic(), given_up, timings)
+            await self._links.keep({seen.beat.address for seen in beats if seen.age_s <= self.timeout_s})
+
+    async def _judge(self) -> None:
+        while True:
+            reason = ""
+            try:
+                self.live(frozenset())
+            except ApiError as error:
+                reason = f"{error.reason}: {error.message}"
+            is_accepting = not reason
+            if is_accepting is not self._is_accepting:
+                self._is_accepting = is_accepting
+                log.info("accepting" if is_accepting else "not_accepting", reason=reason)
+                await self.on_change(is_accepting)
+            # Also without any news: heartbeats grow stale by themselves.
+            await _wait(self._judge_now, LOOK_INTERVAL_S)
 
 
-def _read(db: peewee.PostgresqlDatabase) -> tuple[list[SeenBeat], frozenset[str]]:
-    return heartbeats.read(db), frozenset(recoveries.given_up(db))
+async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
+    """Waits for an event and takes it back. False: it did not come within `timeout_s`."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+        event.clear()
+        return True
+    return False
+
+
+def _tell_news(before: Sequence[SeenBeat], now: Sequence[SeenBeat]) -> None:
+    known = {(seen.beat.incarnation, seen.beat.phase) for seen in before}
+    for beat in (seen.beat for seen in now):
+        if (beat.incarnation, beat.phase) not in known:
+            log.info(
+                "worker_phase", worker_id=beat.worker_id, address=beat.address, phase=beat.phase, models=beat.models
+            )
+
+
+def _read(
+    db: peewee.PostgresqlDatabase,
+) -> tuple[list[SeenBeat], frozenset[str], dict[str, dict[str, float]]]:
+    timings = {worker_id: dict(found) for worker_id, found in recoveries.last_timings(db).items()}
+    return heartbeats.read(db), frozenset(recoveries.given_up(db)), timings

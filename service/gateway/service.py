@@ -1,25 +1,30 @@
 """BatchService on the gateway: new work goes to a live worker, the rest is read from Postgres."""
 
-import asyncio
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
-from service import logs, rpc
+from service import logs
 from service.db.batches import Limits
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
+from service.errors import WORKER_LOADING, WORKER_OFFLINE, WORKER_STALLED
+from service.gateway import upload, wanted
+from service.gateway.channels import Channels
+from service.gateway.links import LostError
 from service.gateway.presence import Presence
+from service.gateway.upload import Upload
 from service.stored import Context, StoredServicer
-from service.streams import FromThread
 from vllm_batch.v1 import batch_service_pb2 as pb
-from vllm_batch.v1 import batch_service_pb2_grpc
 
 # For a client that gave no deadline.
 CREATE_TIMEOUT_S = 60.0
 UPLOAD_TIMEOUT_S = 3600.0
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 T = TypeVar("T")
 
@@ -27,105 +32,103 @@ log = logs.get("gateway")
 
 
 class GatewayServicer(StoredServicer):
-    """Forwards CreateBatch and UploadBatch; reads."""
+    """Forwards CreateBatch and UploadBatch; reads.
 
-    def __init__(self, database: Database, limits: Limits, presence: Presence) -> None:
+    A worker that does not answer, or that does not take new work, is followed by the next that may. Whether the first
+    has stored the batch nobody knows: that the second does not store it again is what the request_id is for, which
+    every forwarded call has. It is named in the error, for a client that gave none and calls again.
+    """
+
+    def __init__(self, database: Database, limits: Limits, presence: Presence, channels: Channels) -> None:
         super().__init__(database, limits)
         self._presence = presence
-        self._channels = _Channels()
+        self._channels = channels
 
     async def CreateBatch(self, request: pb.CreateBatchRequest, context: Context) -> pb.CreateBatchResponse:
-        """Forwards to a live worker."""
-        timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
-        return await self._forward(
-            context, lambda address: self._channels.stub(address).CreateBatch(request, timeout=timeout_s)
-        )
+        """Forwards to a live worker that serves the models named; also when another was lost meanwhile."""
+        models = wanted.of_inline(request)
+        request.options.request_id = request.options.request_id or str(uuid.uuid4())
+
+        async def create(seen: SeenBeat) -> pb.CreateBatchResponse:
+            stub = self._channels.batches(seen.beat.address)
+            call = stub.CreateBatch(request, timeout=_timeout_s(context, CREATE_TIMEOUT_S))
+            return await self._presence.call(seen, call)
+
+        return await self._forward(context, request.options.request_id, models, create, lambda: True)
 
     async def UploadBatch(
         self, request_iterator: AsyncIterator[pb.UploadBatchRequest], context: Context
     ) -> pb.UploadBatchResponse:
-        """Forwards to a live worker, piece by piece: what the worker has not taken is not read from the client."""
-        timeout_s = _timeout_s(context, UPLOAD_TIMEOUT_S)
-        return await self._forward(
-            context, lambda address: _upload(self._channels.blocking_stub(address), aiter(request_iterator), timeout_s)
-        )
+        """Forwards to a live worker that serves the model of the first line, piece by piece.
 
-    async def close(self) -> None:
-        """Closes the channels to the workers."""
-        await self._channels.close()
+        What the worker has not taken is not read from the client. Another worker is tried only while all that was
+        read is kept, which is little. A call whose worker hangs ends when that is restarted.
+        """
+        # Refused at once, not after the first line.
+        self._presence.live(frozenset())
+        uploaded = Upload(aiter(request_iterator), str(uuid.uuid4()))
 
-    async def _forward(self, context: Context, call: Callable[[str], Awaitable[T]]) -> T:
-        seen = self._presence.choose()
+        async def send(seen: SeenBeat) -> pb.UploadBatchResponse:
+            stub = self._channels.blocking_batches(seen.beat.address)
+            return await upload.send(stub, uploaded, _timeout_s(context, UPLOAD_TIMEOUT_S))
+
         try:
-            return await call(seen.beat.address)
-        except grpc.RpcError as error:
-            await self._pass_on(context, seen, error)
+            models = await uploaded.models()
+            return await self._forward(context, uploaded.request_id, models, send, lambda: uploaded.is_repeatable)
+        finally:
+            await uploaded.close()
 
-    async def _pass_on(self, context: Context, seen: SeenBeat, error: grpc.RpcError) -> NoReturn:
-        """Ends the call as the worker did; or as offline when it was not the worker who said so."""
-        trailers: Any = tuple(error.trailing_metadata() or ())
-        is_from_worker = any(key == "grpc-status-details-bin" for key, _ in trailers)
-        if error.code() is grpc.StatusCode.UNAVAILABLE and not is_from_worker:
-            cause = error.details() or ""
-            log.warning("worker_unreachable", worker_id=seen.beat.worker_id, cause=cause)
-            raise self._presence.unreachable(seen, cause)
-        await context.abort(error.code(), error.details() or "", trailers)
-        raise AssertionError("abort raises")
-
-
-@dataclass
-class _Channels:
-    """The channels to the workers by address, made when first used."""
-
-    _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
-    _blocking: dict[str, grpc.Channel] = field(default_factory=dict)
-
-    def stub(self, address: str) -> "batch_service_pb2_grpc.BatchServiceAsyncStub":
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
-        return batch_service_pb2_grpc.BatchServiceStub(self._channels[address])
-
-    def blocking_stub(self, address: str) -> batch_service_pb2_grpc.BatchServiceStub:
-        if address not in self._blocking:
-            self._blocking[address] = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
-        return batch_service_pb2_grpc.BatchServiceStub(self._blocking[address])
-
-    async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close(None)
-        for blocking in self._blocking.values():
-            blocking.close()
+    async def _forward(
+        self,
+        context: Context,
+        request_id: str,
+        models: frozenset[str],
+        call: Callable[[SeenBeat], Awaitable[T]],
+        is_repeatable: Callable[[], bool],
+    ) -> T:
+        for seen in self._presence.live(models):
+            try:
+                return await call(seen)
+            except (LostError, grpc.RpcError) as error:
+                failure = error
+            if not _is_for_another(failure):
+                break
+            log.warning("worker_unavailable", worker_id=seen.beat.worker_id, cause=_cause(failure))
+            if not is_repeatable():
+                break
+        if isinstance(failure, grpc.RpcError) and (failure.code() is not UNAVAILABLE or _reason(failure)):
+            await _pass_on(context, failure)
+        raise self._presence.unreachable(seen, _cause(failure), request_id)
 
 
-async def _upload(
-    stub: batch_service_pb2_grpc.BatchServiceStub, messages: AsyncIterator[pb.UploadBatchRequest], timeout_s: float
-) -> pb.UploadBatchResponse:
-    """UploadBatch by gRPC's blocking API.
+def _is_for_another(failure: LostError | grpc.RpcError) -> bool:
+    """True when another worker may take what this one did not."""
+    if isinstance(failure, LostError):
+        return True
+    return failure.code() is UNAVAILABLE and _reason(failure) in ("", WORKER_LOADING, WORKER_OFFLINE, WORKER_STALLED)
 
-    The one for asyncio puts INTERNAL in the place of what a server says that ends a call before it has read all of
-    it (github.com/grpc/grpc/issues/36066).
-    """
-    loop = asyncio.get_running_loop()
-    pieces = FromThread(messages, loop)
-    answer: asyncio.Future[pb.UploadBatchResponse] = loop.create_future()
 
-    def hand_over() -> None:
-        if answer.done():
-            return
-        try:
-            answer.set_result(call.result())
-        except grpc.FutureCancelledError:
-            answer.cancel()
-        except grpc.RpcError as error:
-            answer.set_exception(pieces.failure or error)
+def _cause(failure: LostError | grpc.RpcError) -> str:
+    return str(failure) if isinstance(failure, LostError) else failure.details() or ""
 
-    call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s)
-    call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))
-    try:
-        return await answer
-    finally:
-        call.cancel()
-        pieces.abort()
+
+def _reason(error: grpc.RpcError) -> str:
+    """The reason that a worker gave; empty for an error that none has made."""
+    info = error_details_pb2.ErrorInfo()
+    trailers: Any = error.trailing_metadata() or ()
+    for key, value in trailers:
+        if key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                if detail.Unpack(info):
+                    return str(info.reason)
+    return ""
+
+
+async def _pass_on(context: Context, error: grpc.RpcError) -> NoReturn:
+    """Ends the call as the worker did."""
+    trailers: Any = tuple(error.trailing_metadata() or ())
+    await context.abort(error.code(), error.details() or "", trailers)
+    raise AssertionError("abort raises")
 
 
 def _timeout_s(context: Context, otherwise_s: float) -> float:

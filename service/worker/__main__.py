@@ -145,7 +145,7 @@ async def work(settings: Settings) -> int:
         life.enter(Phase.STOPPING)
         if pulsing is not None:
             pulsing.cancel()
-        await server.grpc_server.stop(grace=1)
+        await server.end(grace_s=1)
         await _finish("engine_stop", thread.run(engine.stop()))
         heart.stop(CLOSE_TIMEOUT_S)
         thread.stop(CLOSE_TIMEOUT_S)

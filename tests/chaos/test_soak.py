@@ -173,10 +173,10 @@ def test_soak(stack: FullStack) -> None:
         until(lambda: finished(ids) == REQUESTS * len(ids), "the rest of the results", 300)
         for place, batch_id in enumerate(ids):
             answers = {}
-            for response in client.results(batch_id):
-                answer = json.loads(response.result.response.body_json)
-                assert answers.setdefault(response.result.custom_id, answer) is answer
-                asked = body(place, int(response.result.custom_id[1:]))
+            for result in client.results(batch_id):
+                answer = json.loads(result.response.body_json)
+                assert answers.setdefault(result.custom_id, answer) is answer
+                asked = body(place, int(result.custom_id[1:]))
                 assert answer["choices"][0]["message"]["content"] == hashlib.sha256(asked.encode()).hexdigest()
             assert len(answers) == REQUESTS
     check_untouched(stack, worker, seed)

@@ -241,7 +241,7 @@ class Sent:
     def check(self, client: Client) -> None:
         """Each request has one result, the right one."""
         until(lambda: client.get(self.id).state == pb.BATCH_STATE_COMPLETED, f"{self.id} to be completed")
-        results = [response.result for response in client.results(self.id)]
+        results = list(client.results(self.id))
         assert [result.custom_id for result in results] == list(self.bodies)
         for result in results:
             if result.custom_id in self.killers:

@@ -358,14 +358,6 @@ def test_stale_worker(serving: Stack, client: Client) -> None:
     assert len(list(client.results(batch.id))) == 2
 
 
-def test_dead_worker_with_a_fresh_heartbeat(serving: Stack, client: Client) -> None:
-    """Between death and stale heartbeat a forward fails as offline too, with a reason and a delay."""
-    serving.servers[-1].kill()
-    error = refused(lambda: client.submit_lines(lines(1)))
-    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE")
-    assert error.retry_delay_s
-
-
 def test_loading_worker(stack: Stack, client: Client) -> None:
     """While the model loads health is NOT_SERVING, the heartbeat goes on, and new work is told to come back."""
     stack.gateway()
@@ -405,7 +397,7 @@ def test_worker_crash_strands_job(serving: Stack, client: Client) -> None:
 def test_engine_death_is_no_result(serving: Stack, client: Client) -> None:
     """When the engine dies its requests go back to the queue without a result, and the worker says what happened."""
     batch = client.submit_lines([*lines(50), line("killer", vllm_xargs={"simulate": "engine_dead"})])
-    until(lambda: "engine" in client.accepting(), "the gateway to learn of the dead engine")
+    until(lambda: "engine_dead" in client.accepting(), "the gateway to learn of the dead engine")
     error = refused(lambda: client.submit_lines(lines(1)))
     assert (error.reason, error.metadata.get("phase")) == ("WORKER_STALLED", "engine_dead"), str(error)
     assert client.get(batch.id).counts.failed == 0
@@ -502,21 +494,6 @@ def test_postgres_connections_cut(serving: Stack, client: Client) -> None:
     assert all(server.process.poll() is None for server in serving.servers)
 
 
-def test_frozen_worker_is_found_out(serving: Stack, client: Client) -> None:
-    """A call to a worker that is frozen ends with its deadline or as unavailable, it does not hang."""
-    worker = serving.servers[-1].process
-    os.kill(worker.pid, signal.SIGSTOP)
-    try:
-        with grpc.insecure_channel(serving.target) as channel:
-            stub = batch_service_pb2_grpc.BatchServiceStub(channel)
-            request = pb.InlineRequest(custom_id="a", url=URL, body_json='{"model": "tiny", "messages": []}')
-            with pytest.raises(grpc.RpcError) as caught:
-                stub.CreateBatch(pb.CreateBatchRequest(requests=[request]), timeout=30)
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    finally:
-        os.kill(worker.pid, signal.SIGCONT)
-
-
 def test_buf_curl_by_reflection(serving: Stack) -> None:
     """A client that has never seen the contract finds it by reflection and calls it: buf curl."""
     buf = shutil.which("buf", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
@@ -556,11 +533,3 @@ def test_grpcurl(serving: Stack) -> None:
         ["grpcurl", "-plaintext", serving.target, "list"], capture_output=True, text=True, timeout=30, check=True
     )
     assert "vllm_batch.v1.BatchService" in done.stdout
-
-
-@pytest.mark.skipif(not shutil.which("grpc_health_probe"), reason="grpc_health_probe is not on PATH")
-def test_grpc_health_probe(serving: Stack) -> None:
-    """grpc_health_probe says that new work is accepted."""
-    subprocess.run(
-        ["grpc_health_probe", f"-addr={serving.target}", "-service=vllm_batch.v1.BatchService"], timeout=30, check=True
-    )

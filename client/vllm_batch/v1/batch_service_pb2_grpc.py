@@ -32,7 +32,8 @@ class BatchServiceStub:
 
     Errors carry google.rpc details:
     UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo.
+    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
+    that its server ends with itself the reason is SHUTTING_DOWN.
     Nothing was stored unless a request_id says otherwise; call again after the delay.
     INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
     NOT_FOUND            the batch or the request does not exist.
@@ -106,7 +107,8 @@ class BatchServiceServicer:
 
     Errors carry google.rpc details:
     UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo.
+    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
+    that its server ends with itself the reason is SHUTTING_DOWN.
     Nothing was stored unless a request_id says otherwise; call again after the delay.
     INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
     NOT_FOUND            the batch or the request does not exist.
@@ -254,7 +256,8 @@ class BatchService:
 
     Errors carry google.rpc details:
     UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo.
+    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
+    that its server ends with itself the reason is SHUTTING_DOWN.
     Nothing was stored unless a request_id says otherwise; call again after the delay.
     INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
     NOT_FOUND            the batch or the request does not exist.

@@ -33,7 +33,8 @@ class BatchServiceStub:
 
     Errors carry google.rpc details:
       UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo.
+                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
+                           that its server ends with itself the reason is SHUTTING_DOWN.
                            Nothing was stored unless a request_id says otherwise; call again after the delay.
       INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
       NOT_FOUND            the batch or the request does not exist.
@@ -77,7 +78,8 @@ class BatchServiceAsyncStub(BatchServiceStub):
 
     Errors carry google.rpc details:
       UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo.
+                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
+                           that its server ends with itself the reason is SHUTTING_DOWN.
                            Nothing was stored unless a request_id says otherwise; call again after the delay.
       INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
       NOT_FOUND            the batch or the request does not exist.
@@ -117,7 +119,8 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors carry google.rpc details:
       UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo.
+                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
+                           that its server ends with itself the reason is SHUTTING_DOWN.
                            Nothing was stored unless a request_id says otherwise; call again after the delay.
       INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
       NOT_FOUND            the batch or the request does not exist.

@@ -1,0 +1,52 @@
+"""The channels to the workers: made when first used, here and nowhere else."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from service import rpc
+from vllm_batch.v1 import batch_service_pb2_grpc
+
+if TYPE_CHECKING:
+    from vllm_batch.v1.batch_service_pb2_grpc import BatchServiceAsyncStub
+
+
+@dataclass
+class Channels:
+    """One for asyncio and one for threads per address, by which they know the workers."""
+
+    _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
+    _blocking: dict[str, grpc.Channel] = field(default_factory=dict)
+
+    def batches(self, address: str) -> "BatchServiceAsyncStub":
+        """BatchService of the worker there."""
+        return batch_service_pb2_grpc.BatchServiceStub(self._channel(address))
+
+    def health(self, address: str) -> health_pb2_grpc.HealthStub:
+        """The health service of the worker there."""
+        return health_pb2_grpc.HealthStub(self._channel(address))
+
+    def blocking_batches(self, address: str) -> batch_service_pb2_grpc.BatchServiceStub:
+        """BatchService of the worker there by gRPC's blocking API."""
+        if address not in self._blocking:
+            self._blocking[address] = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+        return batch_service_pb2_grpc.BatchServiceStub(self._blocking[address])
+
+    async def close(self, address: str) -> None:
+        """Closes what there is to an address. Calls that are under way end."""
+        if (channel := self._channels.pop(address, None)) is not None:
+            await channel.close(None)
+        if (blocking := self._blocking.pop(address, None)) is not None:
+            blocking.close()
+
+    async def close_all(self) -> None:
+        """Closes all."""
+        for address in {*self._channels, *self._blocking}:
+            await self.close(address)
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+        return self._channels[address]
