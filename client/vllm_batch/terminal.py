@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import grpc
 from rich.console import Console
 
-from vllm_batch.client import CallError
+from vllm_batch.calls import CallError
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 3
