@@ -56,5 +56,7 @@ def _link(site: Path, requirements: list[str], seen: set[str]) -> None:
 
 def _pip(*arguments: str) -> None:
     env = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments], env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments], env=env, capture_output=True, text=True, timeout=110
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -101,7 +101,7 @@ def _totals(batch: pb.Batch) -> tuple[int, int]:
 def render(state: State, now: datetime, height: int) -> RenderableType:
     """The screen, of at most `height` lines; each fits the width by being cut."""
     parts: list[RenderableType] = [_line(("vllm-batch top", "bold"), f"  {now:%H:%M:%S} UTC  ", ("q: quit", "dim"))]
-    parts += [_gateway(state), _line("")]
+    parts += [*_gateway(state), _line("")]
     parts += _workers(state)
     restarts = [_restart(event) for event in state.watchdog.restarts[:RESTARTS_SHOWN]] if state.watchdog else []
     restarts = restarts or [_line(("none yet" if state.watchdog and not state.watchdog.failure else "unknown", "dim"))]
@@ -116,16 +116,18 @@ def _line(*parts: str | tuple[str, str]) -> Text:
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
-def _gateway(state: State) -> Text:
+def _gateway(state: State) -> list[RenderableType]:
+    name, old = ("gateway   ", "bold"), _old(state.gateway_age_s)
     if state.gateway is None:
-        return _line(("gateway   ", "bold"), ("asking", "dim"))
+        return [_line(name, ("asking", "dim"))]
     if state.gateway.failure:
-        return _line(("gateway   ", "bold"), ("does not answer  ", "red"), state.gateway.failure)
-    old = _old(state.gateway_age_s)
-    rates = f"{state.requests_per_s:.1f} requests/s  {state.tokens_per_s:.0f} tokens/s  "
+        return [_line(name, ("does not answer  ", "red"), state.gateway.failure)]
+    rates = f"{state.requests_per_s:.1f} requests/s  {state.tokens_per_s:.0f} tokens/s"
     if state.gateway.refusal:
-        return _line(("gateway   ", "bold"), old, rates, ("no new work: ", "yellow"), state.gateway.refusal)
-    return _line(("gateway   ", "bold"), old, rates, ("accepts new work", "green"))
+        accepting = _line(name, old, ("no new work: ", "yellow"), state.gateway.refusal)
+    else:
+        accepting = _line(name, old, ("accepts new work", "green"))
+    return [accepting, _line(("speed     ", "bold"), rates)]
 
 
 def _old(age_s: float) -> tuple[str, str]:
