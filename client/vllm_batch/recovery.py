@@ -77,7 +77,7 @@ def status(target: str, as_json: bool) -> None:
 
 @group.command()
 @worker_option
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="At most this many.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with the evidence.")
 @click.pass_obj
 def events(target: str, worker: str, limit: int, as_json: bool) -> None:
@@ -99,7 +99,9 @@ def events(target: str, worker: str, limit: int, as_json: bool) -> None:
 
 @group.command()
 @click.argument("reason")
-@click.option("--minutes", type=click.FloatRange(0, 1440, min_open=True), default=60, show_default=True)
+@click.option(
+    "--minutes", type=click.FloatRange(0, 1440, min_open=True), default=60, show_default=True, help="For how long."
+)
 @worker_option
 @json_option
 @click.pass_obj

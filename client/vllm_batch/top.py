@@ -102,7 +102,7 @@ def render(state: State, now: datetime, height: int) -> RenderableType:
     """The screen, of at most `height` lines; each fits the width by being cut."""
     parts: list[RenderableType] = [_line(("vllm-batch top", "bold"), f"  {now:%H:%M:%S} UTC  ", ("q: quit", "dim"))]
     parts += [*_gateway(state), _line("")]
-    parts += _workers(state)
+    parts += _workers(state, height - 12)
     restarts = [_restart(event) for event in state.watchdog.restarts[:RESTARTS_SHOWN]] if state.watchdog else []
     restarts = restarts or [_line(("none yet" if state.watchdog and not state.watchdog.failure else "unknown", "dim"))]
     left = max(1, height - len(parts) - len(restarts) - 4)
@@ -134,15 +134,35 @@ def _old(age_s: float) -> tuple[str, str]:
     return (f"({age_s:.0f} s old) " if age_s > STALE_S else "", "yellow")
 
 
-def _workers(state: State) -> list[RenderableType]:
+def _workers(state: State, height: int) -> list[RenderableType]:
     if state.watchdog is None:
         return [_line(("watchdog  ", "bold"), ("asking", "dim"))]
     if state.watchdog.failure:
         return [_line(("watchdog  ", "bold"), ("does not answer  ", "red"), state.watchdog.failure)]
-    lines: list[RenderableType] = []
-    for worker in state.watchdog.workers:
-        lines += _worker(worker, list(state.signals.get(worker.worker_id, ())), _old(state.watchdog_age_s))
-    return lines or [_line(("watchdog  ", "bold"), "guards no worker")]
+    old = _old(state.watchdog_age_s)
+    # Those that something is the matter with, first.
+    workers = sorted(state.watchdog.workers, key=lambda worker: worker.verdict == rpb.VERDICT_HEALTHY)
+    signals = [list(state.signals.get(worker.worker_id, ())) for worker in workers]
+    if not workers:
+        return [_line(("watchdog  ", "bold"), "guards no worker")]
+    full = [line for worker, those in zip(workers, signals, strict=True) for line in _worker(worker, those, old)]
+    if len(workers) == 1 or len(full) <= height:
+        return full
+    shown = max(1, height - 2)
+    lines = [_short(worker, those[-15:]) for worker, those in zip(workers[:shown], signals, strict=False)]
+    more = f"  and {len(workers) - shown} more" if len(workers) > shown else ""
+    return [_line(("workers   ", "bold"), old, "verdict, health, heartbeat age", more), *lines]
+
+
+def _short(worker: rpb.WorkerStatus, signals: list[Signals]) -> Text:
+    verdict = rpb.Verdict.Name(worker.verdict).removeprefix("VERDICT_")
+    colour = "green" if worker.verdict == rpb.VERDICT_HEALTHY else "yellow"
+    ages = _age_line([each.heartbeat_age_s for each in signals])
+    space = " " * (17 - len(signals))
+    name, process = worker.worker_id[-16:], worker.process_state or "-"
+    return _line(
+        f"{name:<17}", (f"{verdict:<17}", colour), f"{process:<10}", *_health_line(signals), space, (ages, "cyan")
+    )
 
 
 def _worker(worker: rpb.WorkerStatus, signals: list[Signals], old: tuple[str, str]) -> list[RenderableType]:

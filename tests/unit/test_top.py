@@ -116,6 +116,18 @@ def test_fits_the_terminal(width: int, height: int) -> None:
         assert "failed" in lines[-1]
 
 
+def test_many_workers_take_a_line_each() -> None:
+    """Eight workers fit 24 lines with both signals; those that are ill come first."""
+    state = State()
+    ill = worker(worker_id="box:worker_7", verdict=rpb.VERDICT_FROZEN, health="DEADLINE_EXCEEDED")
+    state.take_watchdog(Watchdog("", [*(worker(worker_id=f"box:worker_{n}") for n in range(7)), ill]))
+    state.take_gateway(Gateway(batches=[batch(1, 10)]), 0.0)
+    lines = screen(state).splitlines()
+    assert len(lines) <= 24
+    assert next(line.split()[:2] for line in lines if "worker_" in line) == ["box:worker_7", "FROZEN"]
+    assert sum("HEALTHY" in line and "█" in line and "▁" in line for line in lines) == 7
+
+
 def test_rates_end_with_the_gateway() -> None:
     """After a gateway that was away nothing is counted twice, and no rate is shown meanwhile."""
     state = State()
