@@ -60,7 +60,7 @@ def test_a_sample_for_each_observation() -> None:
     state = State()
     for observed_s, age_s in ((1, 0.0), (1, 0.0), (2, 5.0), (3, 20.0), (4, None)):
         state.take_watchdog(Watchdog("", [worker(observed_s, age_s)]))
-    assert "▁▂█·" in screen(state)
+    assert " ▁▂█·" in screen(state)
 
 
 def test_signals_that_are_lost_show() -> None:
