@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Regenerates the stubs under client/vllm_batch/v1 from proto/. With a folder as argument: into that folder.
+# Regenerates from proto/ the stubs under client/vllm_batch/v1 and docs/api.md. With a folder as argument: into that folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-client}
+docs=${1:-docs}
 export PATH="$PWD/.venv/bin:$PATH"
 mkdir -p "$out"
+descriptors=$(mktemp)
+trap 'rm -f "$descriptors"' EXIT
 python -m grpc_tools.protoc -Iproto \
   --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" --mypy_grpc_out="$out" \
+  --include_source_info --descriptor_set_out="$descriptors" \
   proto/vllm_batch/v1/*.proto
+python scripts/api_docs.py "$descriptors" "$docs/api.md"

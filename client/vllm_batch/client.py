@@ -5,78 +5,46 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, TypeVar, Unpack
 
 import grpc
 import tenacity
-from google.rpc import error_details_pb2, status_pb2
 
+from vllm_batch.calls import (
+    CALL_TIMEOUT_S,
+    DEFAULT_TARGET,
+    PATIENCE_S,
+    UPLOAD_TIMEOUT_S,
+    CallError,
+    retry_rules,
+    tell_nobody,
+)
+from vllm_batch.channel import open_channel
+from vllm_batch.uploads import Line, SubmitOptions, Upload, to_bytes
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
-DEFAULT_TARGET = "127.0.0.1:50051"
-CALL_TIMEOUT_S = 30.0
-UPLOAD_TIMEOUT_S = 3600.0
-# For how long UNAVAILABLE is retried: a model of some size is loaded in less.
-PATIENCE_S = 600.0
-PIECE_BYTES = 256 << 10
-OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    # A stream without a deadline ends within about 15 s of its server's silence.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
+__all__ = ["DEFAULT_TARGET", "PATIENCE_S", "CallError", "Client", "Line", "SubmitOptions"]
 
 T = TypeVar("T")
-
-
-class CallError(Exception):
-    """A call that failed for good, with what google.rpc details say of it."""
-
-    def __init__(self, error: grpc.RpcError) -> None:
-        self.code: grpc.StatusCode = error.code()
-        self.message: str = error.details() or self.code.name
-        self.reason = ""
-        self.metadata: dict[str, str] = {}
-        self.retry_delay_s: float | None = None
-        # (field, description) of each wrong field of an INVALID_ARGUMENT.
-        self.violations: list[tuple[str, str]] = []
-        trailers: Any = error.trailing_metadata() or ()
-        for key, value in trailers:
-            if key == "grpc-status-details-bin":
-                self._read(value)
-        super().__init__(f"{self.code.name}: {self.message}")
-
-    def _read(self, packed: bytes) -> None:
-        info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
-        for detail in status_pb2.Status.FromString(packed).details:
-            if detail.Unpack(info):
-                self.reason, self.metadata = info.reason, dict(info.metadata)
-            elif detail.Unpack(retry):
-                self.retry_delay_s = retry.retry_delay.ToMilliseconds() / 1000
-            elif detail.Unpack(bad):
-                self.violations = [(v.field, v.description) for v in bad.field_violations]
 
 
 class Client:
     """BatchService at `target`. UNAVAILABLE is retried for `patience_s`, after the delay that the server names.
 
-    `on_retry(error, delay_s)` is called before each wait. All methods raise CallError.
+    `on_retry(error, delay_s)` is called before each wait. All methods raise CallError. For asyncio: `aio.AsyncClient`.
     """
 
     def __init__(
         self,
         target: str = DEFAULT_TARGET,
         patience_s: float = PATIENCE_S,
-        on_retry: Callable[[CallError, float], None] = lambda error, delay_s: None,
+        on_retry: Callable[[CallError, float], None] = tell_nobody,
     ) -> None:
         self.target = target
-        self._patience_s = patience_s
-        self._on_retry = on_retry
-        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        self._rules = retry_rules(patience_s, on_retry)
+        self._channel = open_channel(target)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
 
     def __enter__(self) -> Client:
@@ -89,50 +57,15 @@ class Client:
         """Closes the channel."""
         self._channel.close()
 
-    def submit(
-        self,
-        file: BinaryIO,
-        *,
-        request_id: str = "",
-        metadata: Mapping[str, str] | None = None,
-        priority: int = 0,
-        completion_window_s: float | None = None,
-        on_sent: Callable[[int], None] = lambda sent: None,
-    ) -> pb.Batch:
-        """Uploads a JSONL file that can be rewound, as one batch; exactly one, however often it had to be tried.
+    def submit(self, file: BinaryIO, **options: Unpack[SubmitOptions]) -> pb.Batch:
+        """Uploads a JSONL file that can be rewound, as one batch; exactly one, however often it had to be tried."""
+        upload = Upload(file, options)
+        return self._retry(lambda: self._stub.UploadBatch(upload.messages(), timeout=UPLOAD_TIMEOUT_S).batch)
 
-        `on_sent` is told how many bytes have gone out; it starts again from 0 with each try.
-        """
-        options = pb.BatchOptions(
-            # Made once, before the first try: it is what makes the others harmless.
-            request_id=request_id or str(uuid.uuid4()),
-            metadata=dict(metadata or {}),
-            priority=priority,
-        )
-        if completion_window_s is not None:
-            options.completion_window.FromMilliseconds(round(completion_window_s * 1000))
-
-        def messages() -> Iterator[pb.UploadBatchRequest]:
-            yield pb.UploadBatchRequest(options=options)
-            sent = 0
-            while piece := file.read(PIECE_BYTES):
-                yield pb.UploadBatchRequest(data=piece)
-                sent += len(piece)
-                on_sent(sent)
-            yield pb.UploadBatchRequest(end=pb.UploadEnd())
-
-        def upload() -> pb.Batch:
-            file.seek(0)
-            return self._stub.UploadBatch(messages(), timeout=UPLOAD_TIMEOUT_S).batch
-
-        return self._retry(upload)
-
-    def submit_lines(self, lines: Iterable[bytes | str], **options: Any) -> pb.Batch:
-        """Uploads the lines of a JSONL file, as `submit` does. They are kept in a temporary file for further tries."""
+    def submit_lines(self, lines: Iterable[Line], **options: Unpack[SubmitOptions]) -> pb.Batch:
+        """Uploads requests as `submit` does a file. They are kept in a temporary file for further tries."""
         with tempfile.TemporaryFile() as file:
-            for line in lines:
-                data = line.encode() if isinstance(line, str) else line
-                file.write(data if data.endswith(b"\n") else data + b"\n")
+            file.writelines(map(to_bytes, lines))
             return self.submit(file, **options)
 
     def get(self, batch_id: str) -> pb.Batch:
@@ -142,15 +75,15 @@ class Client:
 
     def list(self, states: Iterable[str] = (), limit: int = 50) -> Iterator[pb.Batch]:
         """Up to `limit` batches, newest first; `states` as `BATCH_STATE_COMPLETED`."""
-        wanted = tuple(states)
-        token, left = "", limit
+        request = pb.ListBatchesRequest(states=states)
+        left = limit
         while left > 0:
-            request = pb.ListBatchesRequest(page_size=min(left, 1000), page_token=token, states=wanted)
-            page = self._retry(lambda request=request: self._stub.ListBatches(request, timeout=CALL_TIMEOUT_S))  # type: ignore[misc]
+            request.page_size = min(left, 1000)
+            page = self._retry(lambda: self._stub.ListBatches(request, timeout=CALL_TIMEOUT_S))
             yield from page.batches
             left -= len(page.batches)
-            token = page.next_page_token
-            if not token:
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
                 return
 
     def watch(self, batch_id: str) -> Iterator[pb.Batch]:
@@ -158,6 +91,13 @@ class Client:
         request = pb.WatchBatchRequest(batch_id=batch_id)
         for response in self._stream(lambda: self._stub.WatchBatch(request)):
             yield response.batch
+
+    def wait(self, batch_id: str, on_progress: Callable[[pb.Batch], None] = lambda batch: None) -> pb.Batch:
+        """The batch once it is terminal; `on_progress` is told of it now and whenever it changes."""
+        batch = pb.Batch()
+        for batch in self.watch(batch_id):
+            on_progress(batch)
+        return batch
 
     def results(self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT") -> Iterator[pb.Result]:
         """The results of a batch; after a lost connection it goes on behind the last, without gap or repeat."""
@@ -173,15 +113,9 @@ class Client:
         resume_token: str = "",
     ) -> Iterator[pb.StreamResultsResponse]:
         """The results page by page, each with the token to go on behind it, for who wants to in another process."""
-        last = resume_token
-
-        def call() -> Iterator[pb.StreamResultsResponse]:
-            return self._stub.StreamResults(
-                pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, resume_token=last)
-            )
-
-        for page in self._stream(call):
-            last = page.resume_token
+        request = pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, resume_token=resume_token)
+        for page in self._stream(lambda: self._stub.StreamResults(request)):
+            request.resume_token = page.resume_token
             yield page
 
     def result(self, batch_id: str, custom_id: str) -> pb.Result:
@@ -221,14 +155,7 @@ class Client:
             except grpc.RpcError as error:
                 raise CallError(error) from error
 
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_retryable),
-            wait=_wait_s,
-            stop=tenacity.stop_after_delay(self._patience_s),
-            before_sleep=self._tell,
-            reraise=True,
-        )
-        return retrying(attempt)
+        return tenacity.Retrying(**self._rules)(attempt)
 
     def _stream(self, call: Callable[[], Any]) -> Iterator[Any]:
         """The responses of a stream that is begun again by `call` when it breaks."""
@@ -251,19 +178,3 @@ class Client:
             if stream is not None:
                 with contextlib.suppress(grpc.RpcError):
                     stream.cancel()
-
-    def _tell(self, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, CallError) and state.next_action is not None:
-            self._on_retry(error, state.next_action.sleep)
-
-
-def _is_retryable(error: BaseException) -> bool:
-    return isinstance(error, CallError) and error.code is grpc.StatusCode.UNAVAILABLE
-
-
-def _wait_s(state: tenacity.RetryCallState) -> float:
-    """What the server asked for; else from half a second on, doubling up to 10 s."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_delay_s if isinstance(error, CallError) else None
-    return asked if asked is not None else min(10.0, 0.5 * 2 ** (state.attempt_number - 1))

@@ -12,8 +12,10 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
-from vllm_batch.client import OPTIONS, CallError
-from vllm_batch.terminal import errors, out
+from vllm_batch.calls import CallError
+from vllm_batch.channel import open_channel
+from vllm_batch.output import json_line
+from vllm_batch.terminal import errors, json_option, out
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 
@@ -32,7 +34,7 @@ worker_option = click.option("--worker", default="", help="Only this worker. Def
 @contextmanager
 def _watchdog(target: str) -> Iterator[Any]:
     """The watchdog's stub; errors of its calls are CallError."""
-    with grpc.insecure_channel(target, options=OPTIONS) as channel:
+    with open_channel(target) as channel:
         try:
             yield recovery_service_pb2_grpc.RecoveryServiceStub(channel)
         except grpc.RpcError as error:
@@ -51,7 +53,12 @@ def group(context: click.Context, watchdog_target: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_obj
 def status(target: str, as_json: bool) -> None:
-    """Verdict, evidence, budget, intent and pause of each worker."""
+    """Verdict, evidence, budget, intent and pause of each worker.
+
+    \b
+    Example:
+      vllm-batch recovery status --json | jq .verdict
+    """
     with errors(), _watchdog(target) as stub:
         workers = stub.GetStatus(pb.GetStatusRequest(), timeout=TIMEOUT_S).workers
     for worker in workers:
@@ -70,11 +77,16 @@ def status(target: str, as_json: bool) -> None:
 
 @group.command()
 @worker_option
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="At most this many.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with the evidence.")
 @click.pass_obj
 def events(target: str, worker: str, limit: int, as_json: bool) -> None:
-    """The audit log, newest first."""
+    """The audit log, newest first.
+
+    \b
+    Example:
+      vllm-batch recovery events --limit 5
+    """
     with errors(), _watchdog(target) as stub:
         request = pb.ListEventsRequest(page_size=limit, worker_id=worker)
         found = stub.ListEvents(request, timeout=TIMEOUT_S).events
@@ -87,24 +99,37 @@ def events(target: str, worker: str, limit: int, as_json: bool) -> None:
 
 @group.command()
 @click.argument("reason")
-@click.option("--minutes", type=click.FloatRange(0, 1440, min_open=True), default=60, show_default=True)
+@click.option(
+    "--minutes", type=click.FloatRange(0, 1440, min_open=True), default=60, show_default=True, help="For how long."
+)
 @worker_option
+@json_option
 @click.pass_obj
-def pause(target: str, reason: str, minutes: float, worker: str) -> None:
-    """Restart nothing for a while. It ends by itself, or with `resume`."""
+def pause(target: str, reason: str, minutes: float, worker: str, as_json: bool) -> None:
+    """Restart nothing for a while. It ends by itself, or with `resume`.
+
+    \b
+    Example:
+      vllm-batch recovery pause "driver upgrade" --minutes 30
+    """
     duration = Duration()
     duration.FromMilliseconds(round(minutes * 60_000))
     with errors(), _watchdog(target) as stub:
         request = pb.PauseRecoveryRequest(duration=duration, reason=reason, worker_id=worker)
         paused = stub.PauseRecovery(request, timeout=TIMEOUT_S)
-    click.echo(f"paused until {_time(paused.end_time)}")
+    click.echo(json_line(paused) if as_json else f"paused until {_time(paused.end_time)}")
 
 
 @group.command()
 @worker_option
 @click.pass_obj
 def resume(target: str, worker: str) -> None:
-    """End a pause."""
+    """End a pause.
+
+    \b
+    Example:
+      vllm-batch recovery resume
+    """
     with errors(), _watchdog(target) as stub:
         stub.ResumeRecovery(pb.ResumeRecoveryRequest(worker_id=worker), timeout=TIMEOUT_S)
 
@@ -114,7 +139,12 @@ def resume(target: str, worker: str) -> None:
 @worker_option
 @click.pass_obj
 def reset(target: str, reason: str, worker: str) -> None:
-    """Give back a spent budget of restarts, once the cause has been found."""
+    """Give back a spent budget of restarts, once the cause has been found.
+
+    \b
+    Example:
+      vllm-batch recovery reset "replaced the GPU"
+    """
     with errors(), _watchdog(target) as stub:
         stub.ResetBudget(pb.ResetBudgetRequest(reason=reason, worker_id=worker), timeout=TIMEOUT_S)
 

@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from tests.integration.conftest import Stack
 from tests.integration.test_front_door import line, lines
 from tests.waiting import until
+from vllm_batch.cli import main
+from vllm_batch.client import Client
 
 CLI = Path(sys.executable).parent / "vllm-batch"
 
@@ -54,6 +60,89 @@ def test_failed_requests_show_in_the_exit_code(serving: Stack) -> None:
     assert done.returncode == 1
     assert b"1 completed, 1 failed of 2" in done.stderr
     assert run(serving, "watch", "batch_1").returncode == 1
+
+
+def test_one_batch_and_one_result(serving: Stack, file: Path, tmp_path: Path) -> None:
+    """Several files are several batches; one of them is looked at, one of its results, for people and as JSON."""
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(line("bad", vllm_xargs={"simulate": "refuse"}))
+    done = run(serving, "submit", str(file), str(other), "--wait", "-m", "team=search")
+    assert done.returncode == 1
+    assert done.stdout.split() == [b"batch_1", b"batch_2"]
+    assert b"batch_2 completed: 0 completed, 1 failed of 1" in done.stderr
+    shown = run(serving, "get", "batch_1").stdout.decode()
+    for text in ("completed", "50: 50 completed, 0 failed", "tiny", "search", "generated", "UTC"):
+        assert text in shown
+    assert json.loads(run(serving, "get", "batch_1", "--json").stdout)["counts"] == {"total": "50", "completed": "50"}
+    found = run(serving, "result", "batch_1", "c7").stdout
+    assert found == run(serving, "results", "batch_1").stdout.splitlines(keepends=True)[7]
+    assert json.loads(run(serving, "result", "batch_1", "c7", "--json").stdout)["index"] == "7"
+    assert [json.loads(text)["index"] for text in run(serving, "results", "batch_1", "--json").stdout.splitlines()[1:3]]
+    missing = run(serving, "result", "batch_1", "nobody")
+    assert (missing.returncode, missing.stdout) == (3, b"")
+    watched = [json.loads(text) for text in run(serving, "watch", "batch_1", "--json").stdout.splitlines()]
+    assert watched[-1]["state"] == "BATCH_STATE_COMPLETED"
+    retried = json.loads(run(serving, "retry", "batch_2", "--json").stdout)
+    assert retried["id"] == "batch_3"
+    run(serving, "watch", "batch_3")
+    refused = run(serving, "cancel", "batch_3", "--json")
+    assert (refused.returncode, b"(BATCH_STATE)" in refused.stderr) == (3, True)
+    assert run(serving, "delete", "batch_1").returncode == 0
+    assert run(serving, "get", "batch_1").returncode == 3
+
+
+def commands(group: click.Group, *path: str) -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+        else:
+            yield " ".join((*path, name)), command
+
+
+def test_help_has_an_example() -> None:
+    """Each command shows how it is used, and explains each of its options."""
+    found = dict(commands(main))
+    assert {"submit", "top", "recovery pause"} <= set(found)
+    for name, command in found.items():
+        example = (command.help or "").partition("Example")[2]
+        assert re.search(f"vllm-batch (--target [^ ]+ )?{name}", example), name
+        for option in command.params:
+            assert not isinstance(option, click.Option) or option.help, f"{name} {option.opts}"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    """Printed for each shell, without a server; bash's completes commands by asking the program."""
+    script = subprocess.run(
+        [str(CLI), "completion", shell], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "_VLLM_BATCH_COMPLETE" in script
+    if shell == "bash":
+        ask = "COMP_WORDS=(vllm-batch re); COMP_CWORD=1; _vllm_batch_completion vllm-batch; echo ${COMPREPLY[@]}"
+        env = os.environ | {"PATH": f"{CLI.parent}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], env=env, capture_output=True, text=True, timeout=60)
+        assert set(done.stdout.split()) == {"recovery", "result", "results", "retry"}
+
+
+def test_who_waits_in_person_waits_not_long(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at a batch of a server that is not there ends soon, and says what to check; submitting has patience."""
+    given: dict[str, float] = {}
+
+    class Noted(Client):
+        def __init__(self, target: str, patience_s: float, on_retry: object) -> None:
+            given[context_command()] = patience_s
+            super().__init__(target, 0)
+
+    monkeypatch.setattr("vllm_batch.cli.Client", Noted)
+    for command in (["get", "batch_1"], ["watch", "batch_1"]):
+        done = CliRunner().invoke(main, ["--target", stack.target, *command])
+        assert done.exit_code == 4
+        assert "is it running" in done.stderr
+    assert given == {"get": 10, "watch": 600}
+
+
+def context_command() -> str:
+    return click.get_current_context().invoked_subcommand or ""
 
 
 def test_refused_input_names_lines(serving: Stack) -> None:

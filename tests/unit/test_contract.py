@@ -1,6 +1,7 @@
 """The contract: stubs as generated, proto as linted, layers as drawn, the wheel as promised."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,8 @@ from filecmp import dircmp
 from pathlib import Path
 
 import pytest
+
+from tests.wheels import build_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -34,11 +37,37 @@ def sources(*folders: str) -> list[Path]:
 
 
 def test_stubs_are_those_of_the_proto(tmp_path: Path) -> None:
-    """Who changes the proto regenerates the stubs."""
+    """Who changes the proto regenerates the stubs and docs/api.md."""
     subprocess.run([str(ROOT / "scripts/gen-proto.sh"), str(tmp_path)], check=True, timeout=60, capture_output=True)
     compared = dircmp(tmp_path / "vllm_batch/v1", ROOT / "client/vllm_batch/v1", ignore=["__pycache__", "__init__.py"])
     assert compared.left_list
     assert (compared.left_only, compared.right_only, compared.diff_files) == ([], [], [])
+    assert (tmp_path / "api.md").read_text() == (ROOT / "docs/api.md").read_text()
+
+
+def reasons() -> set[str]:
+    """What errors of calls and of requests are called: constants of the code that name themselves, and what is given
+    to a call that makes an error or a result.
+    """
+    found = {"batch_expired"}
+    for path in sources("service"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            values: list[ast.expr] = []
+            if isinstance(node, ast.Call):
+                if re.search("(?i)error|refus|result", ast.unparse(node.func)):
+                    values = [*node.args, *(keyword.value for keyword in node.keywords)]
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                values = [node.value] if ast.unparse(node.targets[0]) == node.value.value else []
+            texts = [value.value for value in values if isinstance(value, ast.Constant)]
+            found |= {text for text in texts if isinstance(text, str) and re.fullmatch("[A-Z]+(_[A-Z]+)+", text)}
+    return found
+
+
+def test_each_reason_is_explained() -> None:
+    """Whoever meets the name of an error finds what it means and what to do."""
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(reasons()) >= 11
+    assert reasons() <= set(headings)
 
 
 def test_buf_lint() -> None:
@@ -85,9 +114,6 @@ def test_client_needs_no_server() -> None:
 
 def test_wheel_holds_the_client_alone(tmp_path: Path) -> None:
     """A package called watchdog or service would overwrite others' of that name."""
-    arguments = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(arguments, check=True, timeout=110, capture_output=True)
-    [wheel] = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    names = zipfile.ZipFile(build_wheel(tmp_path)).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vllm_batch"}
     assert {"vllm_batch/py.typed", "vllm_batch/cli.py", "vllm_batch/v1/batch_service_pb2.pyi"} <= set(names)
