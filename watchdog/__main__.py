@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from service import config, logs, processes
+from service import access, config, logs, processes
 from service.clock import SystemClock
 from service.config import Settings
 from service.db.connection import Database, Unreachable, migrate
@@ -55,7 +55,7 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
     alerts = Alerts(settings)
     guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), changed.set, alerts)
     try:
-        server = Server(settings.host, settings.watchdog_port, RecoveryServicer(guards, database))
+        server = Server(settings, RecoveryServicer(guards, database), access.of(settings, SystemClock()))
     except RuntimeError as error:
         log.error("port_not_free", port=settings.watchdog_port, cause=str(error))
         return 1

@@ -90,14 +90,14 @@ class Guards:
 
     def _guard(self, worker_id: str, process_name: str) -> Guard:
         settings, name = self.settings, f"{GROUP}:{process_name}"
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        address = f"{settings.own_host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None
         woken = threading.Event()
         observer = Observer(
             name=name,
             worker_id=worker_id,
             supervisor=self.supervisor,
             database=self.database,
-            address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
+            address=settings.probe_address(process_name) if settings.probe_sockets else address,
             probe_timeout_s=settings.probe_timeout_s,
             clock=self.clock,
             on_change=woken.set,

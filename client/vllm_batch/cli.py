@@ -32,17 +32,29 @@ Exit codes:
   4    no worker (or no gateway, or no database) for as long as --patience
   130  Ctrl-C; a batch that was stored goes on
 """
+FILE = click.Path(exists=True, dir_okay=False)
 STATES = [name.removeprefix("BATCH_STATE_").lower() for name in pb.BatchState.keys()[1:]]
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--target", envvar="BATCH_TARGET", default=DEFAULT_TARGET, show_default=True, help="Gateway, host:port.")
 @click.option("--patience", type=float, default=PATIENCE_S, show_default=True, help="Seconds to retry UNAVAILABLE.")
+@click.option("--tls-ca", envvar="BATCH_TLS_CA", type=FILE, help="Authorities that know the server: TLS is used.")
+@click.option("--tls-cert", envvar="BATCH_TLS_CERT", type=FILE, help="Certificate of this client.")
+@click.option("--tls-key", envvar="BATCH_TLS_KEY", type=FILE, help="Key of that certificate.")
+@click.option("--tls-server-name", envvar="BATCH_TLS_SERVER_NAME", help="Name in the server's certificate.")
+@click.option("--token-file", envvar="BATCH_TOKEN_FILE", type=FILE, help="Holds the token, unless BATCH_TOKEN is set.")
 @click.version_option(__version__)
 @click.pass_context
-def main(context: click.Context, target: str, patience: float) -> None:
+def main(context: click.Context, /, target: str, patience: float, **security: str | None) -> None:
     """Batches of inference requests, run by vLLM, each answered exactly once."""
-    context.obj = Client(target, patience, _tell_retry)
+    # Where all that opens a channel looks, the watchdog's among them. A token itself is never an argument: those are
+    # seen by everybody on the machine.
+    os.environ.update({f"BATCH_{name.upper()}": value for name, value in security.items() if value})
+    try:
+        context.obj = Client(target, patience, _tell_retry)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
     context.call_on_close(context.obj.close)
 
 

@@ -12,6 +12,7 @@ import grpc
 import tenacity
 from google.rpc import error_details_pb2, status_pb2
 
+from vllm_batch.channel import open_channel
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
@@ -21,14 +22,6 @@ UPLOAD_TIMEOUT_S = 3600.0
 # For how long UNAVAILABLE is retried: a model of some size is loaded in less.
 PATIENCE_S = 600.0
 PIECE_BYTES = 256 << 10
-OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    # A stream without a deadline ends within about 15 s of its server's silence.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
 
 T = TypeVar("T")
 
@@ -62,8 +55,10 @@ class CallError(Exception):
 
 
 class Client:
-    """BatchService at `target`. UNAVAILABLE is retried for `patience_s`, after the delay that the server names.
+    """BatchService at `target`. UNAVAILABLE is retried for `patience_s`, after the delay that the server names, as is
+    a rate limit that was reached.
 
+    TLS and token are as `security` says (`tls_ca`, `token` and others of `vllm_batch.channel`), or the environment.
     `on_retry(error, delay_s)` is called before each wait. All methods raise CallError.
     """
 
@@ -72,11 +67,12 @@ class Client:
         target: str = DEFAULT_TARGET,
         patience_s: float = PATIENCE_S,
         on_retry: Callable[[CallError, float], None] = lambda error, delay_s: None,
+        **security: Any,
     ) -> None:
         self.target = target
         self._patience_s = patience_s
         self._on_retry = on_retry
-        self._channel = grpc.insecure_channel(target, options=OPTIONS)
+        self._channel = open_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
 
     def __enter__(self) -> Client:
@@ -254,7 +250,9 @@ class Client:
 
 
 def _is_retryable(error: BaseException) -> bool:
-    return isinstance(error, CallError) and error.code is grpc.StatusCode.UNAVAILABLE
+    return isinstance(error, CallError) and (
+        error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "RATE_LIMITED"
+    )
 
 
 def _wait_s(state: tenacity.RetryCallState) -> float:

@@ -12,7 +12,8 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
-from vllm_batch.client import OPTIONS, CallError
+from vllm_batch.channel import open_channel
+from vllm_batch.client import CallError
 from vllm_batch.terminal import errors, out
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
@@ -32,7 +33,7 @@ worker_option = click.option("--worker", default="", help="Only this worker. Def
 @contextmanager
 def _watchdog(target: str) -> Iterator[Any]:
     """The watchdog's stub; errors of its calls are CallError."""
-    with grpc.insecure_channel(target, options=OPTIONS) as channel:
+    with open_channel(target) as channel:
         try:
             yield recovery_service_pb2_grpc.RecoveryServiceStub(channel)
         except grpc.RpcError as error:

@@ -9,7 +9,7 @@ import peewee
 from service import logs
 from service.clock import Clock
 from service.db import heartbeats, recoveries
-from service.db.connection import Database, Unreachable, migrate
+from service.db.connection import Database, Unreachable, check_schema
 from service.db.heartbeats import SeenBeat
 from service.errors import ApiError
 from service.gateway.workers import Freshness, choose, unreachable
@@ -32,7 +32,7 @@ class Presence:
     on_change: Callable[[bool], Awaitable[None]]
     freshness: Freshness = field(default_factory=Freshness)
     _is_accepting: bool | None = None
-    _is_migrated: bool = False
+    _is_schema_there: bool = False
 
     def choose(self) -> SeenBeat:
         """The worker for new work. Raises UNAVAILABLE with the reason."""
@@ -51,9 +51,9 @@ class Presence:
     async def look(self) -> None:
         """Reads all heartbeats once."""
         try:
-            if not self._is_migrated:
-                await self.database.run(migrate)
-                self._is_migrated = True
+            if not self._is_schema_there:
+                await self.database.run(check_schema)
+                self._is_schema_there = True
             beats, given_up = await self.database.run(_read)
         except Unreachable as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]

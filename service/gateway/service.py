@@ -7,10 +7,11 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from service import logs, rpc
+from service import logs
 from service.db.batches import Limits
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
+from service.gateway.calling import Calling
 from service.gateway.presence import Presence
 from service.stored import Context, StoredServicer
 from service.streams import FromThread
@@ -22,6 +23,7 @@ CREATE_TIMEOUT_S = 60.0
 UPLOAD_TIMEOUT_S = 3600.0
 
 T = TypeVar("T")
+Metadata = tuple[tuple[str, str], ...]
 
 log = logs.get("gateway")
 
@@ -29,16 +31,18 @@ log = logs.get("gateway")
 class GatewayServicer(StoredServicer):
     """Forwards CreateBatch and UploadBatch; reads."""
 
-    def __init__(self, database: Database, limits: Limits, presence: Presence) -> None:
+    def __init__(self, database: Database, limits: Limits, presence: Presence, calling: Calling) -> None:
         super().__init__(database, limits)
         self._presence = presence
-        self._channels = _Channels()
+        self._channels = _Channels(calling)
 
     async def CreateBatch(self, request: pb.CreateBatchRequest, context: Context) -> pb.CreateBatchResponse:
         """Forwards to a live worker."""
         timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
+        token = _token(context)
         return await self._forward(
-            context, lambda address: self._channels.stub(address).CreateBatch(request, timeout=timeout_s)
+            context,
+            lambda address: self._channels.stub(address).CreateBatch(request, timeout=timeout_s, metadata=token),
         )
 
     async def UploadBatch(
@@ -46,8 +50,10 @@ class GatewayServicer(StoredServicer):
     ) -> pb.UploadBatchResponse:
         """Forwards to a live worker, piece by piece: what the worker has not taken is not read from the client."""
         timeout_s = _timeout_s(context, UPLOAD_TIMEOUT_S)
+        token = _token(context)
         return await self._forward(
-            context, lambda address: _upload(self._channels.blocking_stub(address), aiter(request_iterator), timeout_s)
+            context,
+            lambda address: _upload(self._channels.blocking_stub(address), aiter(request_iterator), timeout_s, token),
         )
 
     async def close(self) -> None:
@@ -75,20 +81,37 @@ class GatewayServicer(StoredServicer):
 
 @dataclass
 class _Channels:
-    """The channels to the workers by address, made when first used."""
+    """The channels to the workers by address, made when first used, and again when the files of keys have changed."""
 
+    calling: Calling
+    _version: object = None
     _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     _blocking: dict[str, grpc.Channel] = field(default_factory=dict)
+    _closing: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def stub(self, address: str) -> "batch_service_pb2_grpc.BatchServiceAsyncStub":
+        self._renew()
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+            self._channels[address] = self.calling.open_aio(address)
         return batch_service_pb2_grpc.BatchServiceStub(self._channels[address])
 
     def blocking_stub(self, address: str) -> batch_service_pb2_grpc.BatchServiceStub:
+        self._renew()
         if address not in self._blocking:
-            self._blocking[address] = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+            self._blocking[address] = self.calling.open(address)
         return batch_service_pb2_grpc.BatchServiceStub(self._blocking[address])
+
+    def _renew(self) -> None:
+        """Lets go of channels with an earlier certificate. Calls that are under way on them end by themselves."""
+        version = self.calling.version()
+        if version == self._version:
+            return
+        self._version = version
+        for channel in self._channels.values():
+            task = asyncio.create_task(channel.close(CREATE_TIMEOUT_S))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        self._channels, self._blocking = {}, {}
 
     async def close(self) -> None:
         for channel in self._channels.values():
@@ -98,7 +121,10 @@ class _Channels:
 
 
 async def _upload(
-    stub: batch_service_pb2_grpc.BatchServiceStub, messages: AsyncIterator[pb.UploadBatchRequest], timeout_s: float
+    stub: batch_service_pb2_grpc.BatchServiceStub,
+    messages: AsyncIterator[pb.UploadBatchRequest],
+    timeout_s: float,
+    token: Metadata,
 ) -> pb.UploadBatchResponse:
     """UploadBatch by gRPC's blocking API.
 
@@ -119,13 +145,18 @@ async def _upload(
         except grpc.RpcError as error:
             answer.set_exception(pieces.failure or error)
 
-    call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s)
+    call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s, metadata=token)
     call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))
     try:
         return await answer
     finally:
         call.cancel()
         pieces.abort()
+
+
+def _token(context: Context) -> Metadata:
+    """The caller's token, which the worker checks again: the gateway has none of its own."""
+    return tuple((key, str(value)) for key, value in context.invocation_metadata() or () if key == "authorization")
 
 
 def _timeout_s(context: Context, otherwise_s: float) -> float:
