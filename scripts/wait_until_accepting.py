@@ -21,10 +21,10 @@ from vllm_batch.client import Client  # noqa: E402
 USAGE = """
 It runs, and restarts what fails. Use it with:
 
-  .venv/bin/vllm-batch --target {gateway} submit examples/chat-200.jsonl --wait -o results.jsonl
-  grpcurl {flags} {gateway} list
-  grpcurl {flags} -d '{{"requests": [{{"custom_id": "a", "url": "/v1/chat/completions", "body": {{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}}}]}}' {gateway} vllm_batch.v1.BatchService/CreateBatch
-  grpc_health_probe -addr={gateway} -service=vllm_batch.v1.BatchService
+  .venv/bin/vllm-batch {cli}--target {gateway} submit examples/chat-200.jsonl --wait -o results.jsonl
+  grpcurl {grpcurl}{gateway} list
+  grpcurl {grpcurl}-d '{{"requests": [{{"custom_id": "a", "url": "/v1/chat/completions", "body": {{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}}}]}}' {gateway} vllm_batch.v1.BatchService/CreateBatch
+  grpc_health_probe {probe}-addr={gateway} -service=vllm_batch.v1.BatchService
   .venv/bin/supervisorctl -c {conf} status
 
 See what it does: scripts/status.sh. Stop it: scripts/stop-all.sh
@@ -44,18 +44,25 @@ def is_accepting(channel: grpc.Channel) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def flags(settings: Settings) -> str:
-    """What grpcurl needs to be told beside the address."""
-    given = ["-plaintext"]
+def flags(settings: Settings) -> dict[str, str]:
+    """What the programs of USAGE need to be told beside the address, for TLS and tokens."""
+    cli, grpcurl, probe = "", "-plaintext ", ""
     if settings.server_cert:
-        given = [f"-cacert {settings.tls_ca}"]
+        cli, grpcurl = f"--tls-ca {settings.tls_ca} ", f"-cacert {settings.tls_ca} "
+        probe = f"-tls -tls-ca-cert={settings.tls_ca} "
         if settings.client_ca:
-            given.append(f"-cert {settings.tls_cert} -key {settings.tls_key}")
+            cli += f"--tls-cert {settings.tls_cert} --tls-key {settings.tls_key} "
+            grpcurl += f"-cert {settings.tls_cert} -key {settings.tls_key} "
+            probe += f"-tls-client-cert={settings.tls_cert} -tls-client-key={settings.tls_key} "
         if settings.tls_server_name:
-            given.append(f"-servername {settings.tls_server_name}")
+            cli += f"--tls-server-name {settings.tls_server_name} "
+            grpcurl += f"-servername {settings.tls_server_name} "
+            probe += f"-tls-server-name={settings.tls_server_name} "
     if settings.token_hashes:
-        given.append('-expand-headers -H "authorization: Bearer ${BATCH_TOKEN}"')
-    return " ".join(given)
+        cli += f"--token-file {settings.token_file or 'TOKEN_FILE'} "
+        # Expanded by grpcurl, not by the shell: what is an argument is seen by everybody on the machine.
+        grpcurl += "-expand-headers -H 'authorization: Bearer ${BATCH_TOKEN}' "
+    return {"cli": cli, "grpcurl": grpcurl, "probe": probe}
 
 
 def programs(conf: str) -> dict[str, str]:
@@ -99,7 +106,7 @@ def main(conf: str) -> int:
             time.sleep(0.5)
     print(f"start: new work is accepted after {time.monotonic() - begin:.0f} s", flush=True)
     model = settings.model or "tiny"
-    print(USAGE.format(gateway=gateway, conf=conf, model=model, flags=flags(settings)), flush=True)
+    print(USAGE.format(gateway=gateway, conf=conf, model=model, **flags(settings)), flush=True)
     return 0
 
 

@@ -17,10 +17,10 @@ OPTIONS = (
     # Two servers on one port would share its calls by chance.
     ("grpc.so_reuseport", 0),
     # Clients may ping every 5 s, also between calls: that is how they notice a frozen server. Who pings more often is
-    # cut off at the fourth time since anything was sent to it.
+    # cut off at the third time since anything was sent to it.
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.http2.max_ping_strikes", 2),
     ("grpc.max_metadata_size", SOFT_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # Calls on one connection at a time: more of them wait. Connections: more of them are closed.

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from service import logs, ports, roles
 from service.access import Access
 from service.config import Settings
-from service.db.connection import Unreachable
+from service.db.connection import Unreachable, is_without_schema
 from service.errors import ApiError, Violation, database_unavailable, invalid
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -85,7 +85,7 @@ async def serve(
     if socket:
         ports.open_socket(server, socket)
     await server.start()
-    return Server(server, health, f"{settings.host}:{bound}")
+    return Server(server, health, f"{settings.own_host}:{bound}")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -214,7 +214,7 @@ async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, Unreachable):
+    if isinstance(error, Unreachable) or is_without_schema(error):
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("call_without_database", method=method, cause=cause)
         error = database_unavailable(cause)

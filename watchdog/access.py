@@ -1,5 +1,7 @@
 """Lets calls to the watchdog through that the service's rules of access allow."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -45,15 +47,18 @@ class AccessInterceptor(grpc.ServerInterceptor):
 
         if refusal is not None:
             return grpc.stream_stream_rpc_method_handler(lambda _, context: enter(context))
-        if handler.stream_stream is not None:
-            # Reflection, which has to be allowed and is not counted: it is one call, however long it lasts.
+        if handler.request_streaming:
+            # Reflection: one call, however much it asks.
             return handler
-        inner: Any = handler.unary_unary
+        inner: Any = handler.unary_unary or handler.unary_stream
 
         def call(request: Any, context: grpc.ServicerContext) -> Any:
             enter(context)
             return inner(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(
+        make = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return make(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )

@@ -133,6 +133,11 @@ def check_schema(db: peewee.PostgresqlDatabase) -> None:
         raise peewee.OperationalError(f"the schema waits for {missing[0]}: a worker or the watchdog brings it")
 
 
+def is_without_schema(error: Exception) -> bool:
+    """True for a statement that found no table: the schema has not been brought yet."""
+    return isinstance(getattr(error, "orig", None), psycopg2.errors.UndefinedTable)
+
+
 def _migrations(db: peewee.PostgresqlDatabase) -> Runner:
     return Runner(db, directory=str(Path(__file__).parent / "migrations"))
 
