@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import grpc
-
+from vllm_batch.channel import open_channel
 from vllm_batch.client import Client
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from vllm_batch.v1 import recovery_service_pb2_grpc
@@ -29,6 +28,8 @@ class FullStack:
                 one.bind(("127.0.0.1", 0))
             gateway, worker, watchdog = (one.getsockname()[1] for one in sockets)
         self.home = home
+        # How to call it: what vllm_batch.channel takes.
+        self.security: dict[str, str] = {}
         self.target, self.watchdog = f"127.0.0.1:{gateway}", f"127.0.0.1:{watchdog}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith("BATCH_")}
         for name in ("DATABASE_URL", "SENTRY_DSN"):
@@ -59,14 +60,14 @@ class FullStack:
 
     def status(self) -> rpb.WorkerStatus:
         """What the watchdog says of the worker."""
-        with grpc.insecure_channel(self.watchdog) as channel:
+        with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
             [worker] = stub.GetStatus(rpb.GetStatusRequest(), timeout=10).workers
             return worker
 
     def restarts(self) -> list[rpb.RecoveryEvent]:
         """The restarts in the audit log, oldest first."""
-        with grpc.insecure_channel(self.watchdog) as channel:
+        with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
             events = stub.ListEvents(rpb.ListEventsRequest(page_size=1000), timeout=10).events
         return [event for event in reversed(events) if event.kind == "restart"]
@@ -74,7 +75,7 @@ class FullStack:
     def recovered(self, count: int) -> bool:
         """True once that many restarts are done, all successful, and new work is accepted."""
         restarts = self.restarts()
-        with Client(self.target, patience_s=0) as client:
+        with Client(self.target, patience_s=0, **self.security) as client:
             is_accepting = not client.accepting()
         return len(restarts) >= count and all(e.outcome == "recovered" for e in restarts) and is_accepting
 
