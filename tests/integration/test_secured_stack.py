@@ -1,13 +1,12 @@
 """The scripts and the watchdog with TLS, client certificates and tokens switched on, as docs/security.md has it."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 from pathlib import Path
 
-from service import tokens
-from service.roles import Role
 from tests.certificates import Authority, replace
 from tests.stacks import ROOT, full_stack
 from tests.waiting import until
@@ -15,34 +14,38 @@ from vllm_batch.channel import open_channel
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 
+DOCUMENT = (ROOT / "docs" / "security.md").read_text()
+
+
+def documented(section: str, keys: Path) -> str:
+    """What a section of docs/security.md has the reader type, with another folder for the keys.
+
+    Settings are those up to the first command of a client.
+    """
+    [text] = re.findall(rf"^## {section}\n(.*?)(?=^## |^\*\*Clients)", DOCUMENT, re.MULTILINE | re.DOTALL)
+    lines = (line.removeprefix("    ") for line in text.splitlines() if line.startswith("    "))
+    return "".join(f"{line}\n" for line in lines if not line.startswith("#")).replace("var/keys", str(keys))
+
 
 def test_secured_stack(tmp_path: Path) -> None:
     """It starts, its scripts work, the command they print runs; and a certificate that has expired kills no worker."""
-    servers, clients = Authority(tmp_path, "servers"), Authority(tmp_path, "clients")
-    server, client = servers.issue(), clients.issue()
-    secret, token = tokens.new("operator", Role.OPERATE)
-    hashes, token_file = tmp_path / "hashes", tmp_path / "token"
-    for file, text in ((hashes, token.line()), (token_file, secret)):
-        file.touch(0o600)
-        file.write_text(text + "\n")
-    given = {
-        "SERVER_CERT": server[0],
-        "SERVER_KEY": server[1],
-        "CLIENT_CA": clients.file,
-        "TLS_CA": servers.file,
-        "TLS_CERT": client[0],
-        "TLS_KEY": client[1],
-        "TOKEN_HASHES": hashes,
-        "TOKEN_FILE": token_file,
-    }
-    settings = {f"BATCH_{name}": str(path) for name, path in given.items()}
+    keys = tmp_path / "keys"
+    subprocess.run(
+        ["bash", "-euc", documented("Certificates", keys) + documented("Tokens", keys)], cwd=ROOT, check=True
+    )
+    settings = dict(line.split("=", 1) for line in documented("Switching it on", keys).splitlines() if "=" in line)
+    server = (keys / "server.pem", keys / "server.key")
     with full_stack(BATCH_ENGINE="simulated", BATCH_HEARTBEAT_INTERVAL_S="1", **settings) as stack:
         # In a file alone, as in .env: the scripts find it there.
         env_file = tmp_path / "env"
         env_file.write_text("".join(f"{name}={stack.env.pop(name)}\n" for name in settings))
         stack.env["BATCH_ENV_FILE"] = str(env_file)
-        stack.security = {"tls_ca": str(servers.file), "tls_cert": str(client[0]), "tls_key": str(client[1])}
-        stack.security["token"] = secret
+        stack.security = {
+            "tls_ca": settings["BATCH_TLS_CA"],
+            "tls_cert": settings["BATCH_TLS_CERT"],
+            "tls_key": settings["BATCH_TLS_KEY"],
+            "token": (keys / "operator.token").read_text().strip(),
+        }
         started = stack.script("start-all.sh")
         assert started.returncode == 0, started.stderr + stack.logs()
 
@@ -68,7 +71,7 @@ def test_secured_stack(tmp_path: Path) -> None:
         with open_channel(stack.watchdog, **stack.security) as channel:
             watchdog = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
             watchdog.GetStatus(rpb.GetStatusRequest(), timeout=10)
-            replace(server, servers.issue(is_expired=True))
+            replace(server, Authority(tmp_path, "other").issue(is_expired=True))
             os.kill(stack.pid("worker"), signal.SIGKILL)
 
             def outcomes() -> list[str]:
