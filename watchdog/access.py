@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import structlog
 
 from service import logs, roles
 from service.access import Access
@@ -54,7 +55,9 @@ class AccessInterceptor(grpc.ServerInterceptor):
 
         def call(request: Any, context: grpc.ServicerContext) -> Any:
             enter(context)
-            return inner(request, context)
+            # What is logged says for whom it was.
+            with structlog.contextvars.bound_contextvars(**({"caller": caller} if caller else {})):
+                return inner(request, context)
 
         make = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler

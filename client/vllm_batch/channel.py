@@ -29,6 +29,8 @@ OPTIONS: Options = (
     # A stream without a deadline ends within about 15 s of its server's silence.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # After two pings without data gRPC would wait for a minute between them.
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
