@@ -210,6 +210,9 @@ def main() -> int:
     """0 only if every promise held."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end_by_signal)
+    # The user's TLS and token belong to another stack.
+    for name in [name for name in os.environ if name.startswith("BATCH_")]:
+        del os.environ[name]
     home = Path(tempfile.mkdtemp(prefix="vllm-batch-demo-"))
     ports = free_ports(3)
     env = environment(home, ports)

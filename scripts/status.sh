@@ -8,8 +8,12 @@ if is_up; then
 else
   say "supervisord is not running: scripts/start-all.sh"
 fi
-read -r gateway watchdog < <("$python" -c '
+# With the TLS and token of this stack's settings, which may be in .env alone.
+exec "$python" -c '
+import os, sys
 from service import config
 s = config.load()
-print(f"{s.host}:{s.gateway_port} {s.host}:{s.watchdog_port}")')
-exec "$root/.venv/bin/vllm-batch" --target "$gateway" status --watchdog-target "$watchdog"
+os.environ.update(s.client_environment)
+gateway, watchdog = (f"{s.own_host}:{port}" for port in (s.gateway_port, s.watchdog_port))
+command = sys.argv[1]
+os.execv(command, [command, "--target", gateway, "status", "--watchdog-target", watchdog])' "$root/.venv/bin/vllm-batch"

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import logs
-from service.db.connection import Unreachable
+from service import logs, ports, roles
+from service.access import Access
+from service.config import Settings
+from service.db.connection import Unreachable, is_without_schema
 from service.errors import ApiError, Violation, database_unavailable, invalid
 from service.health import NOT_SERVING, SERVING, Health
 
 MAX_MESSAGE_BYTES = 64 << 20
 
 SERVER_OPTIONS = (
+    *ports.OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Two servers on one port would share its calls by chance.
-    ("grpc.so_reuseport", 0),
-    # Clients may ping every 3 s, also between calls: that is how they notice a frozen server.
-    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_ping_strikes", 0),
     # A client that vanished or is frozen would keep what its streams hold for ever.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
@@ -37,7 +35,7 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 3_000),
     ("grpc.http2.ping_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Without this pings become rare on a connection on which nothing is said.
+    # After two pings without data gRPC would wait for a minute between them, and a frozen peer be noticed that late.
     ("grpc.http2.max_pings_without_data", 0),
     # A worker that is back is reached within a second.
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -66,21 +64,34 @@ class Server:
 
 
 async def serve(
-    host: str, port: int, add_services: Callable[[grpc.aio.Server], None], service_names: tuple[str, ...]
+    settings: Settings,
+    port: int,
+    add_services: Callable[[grpc.aio.Server], None],
+    service_names: tuple[str, ...],
+    access: Access,
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    socket: str = "",
 ) -> Server:
-    """Starts a server with health and reflection. Health of `""` and of each service says NOT_SERVING from the start.
+    """Starts a server with health and, unless switched off, reflection; with TLS if the settings have a certificate.
 
+    Health of `""` and of each service says NOT_SERVING from the start. `interceptors` see calls as clients do, before
+    all others. `socket` is the address of a Unix socket that is served too, for its owner alone, always without TLS.
     Raises RuntimeError when the port cannot be had.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    all_interceptors = [*interceptors, ErrorInterceptor(), AccessInterceptor(access)]
+    server = grpc.aio.server(interceptors=all_interceptors, options=SERVER_OPTIONS)
     health = Health(("", *service_names))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add_services(server)
     names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    bound = server.add_insecure_port(f"{host}:{port}")
+    if settings.reflection:
+        reflection.enable_server_reflection(names, server)
+    bound = ports.open(server, settings, port)
+    if socket:
+        ports.open_socket(server, socket)
     await server.start()
-    return Server(server, health, f"{host}:{bound}")
+    return Server(server, health, f"{settings.own_host}:{bound}")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -93,20 +104,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith("/grpc."):
+        if handler is None or roles.is_open(method):
             return handler
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        inner: Any = (
-            (handler.stream_stream if handler.request_streaming else handler.unary_stream)
-            if handler.response_streaming
-            else (handler.stream_unary if handler.request_streaming else handler.unary_unary)
-        )
-
+        inner = _behaviour(handler)
         deserialize: Any = handler.request_deserializer
 
         def parse(data: bytes) -> Any:
@@ -133,11 +133,80 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:  # noqa: BLE001 - every error ends the call with a status
                 await _abort(context, method, error)
 
-        return make(
+        return _handler(
+            handler.request_streaming,
+            handler.response_streaming,
             stream if handler.response_streaming else unary,
-            request_deserializer=parse,
-            response_serializer=handler.response_serializer,
+            parse,
+            handler.response_serializer,
         )
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Lets calls through that `access` allows. What it raises is told to the client by the ErrorInterceptor."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or roles.is_open(method):
+            return handler
+        inner = _behaviour(handler)
+        caller, refusal = "", None
+        try:
+            caller = self._access.caller(method, handler_call_details.invocation_metadata)
+        except ApiError as error:
+            refusal = error
+
+        def enter(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            peer = context.peer()
+            self._access.count(method, caller, peer)
+            if refusal is not None:
+                log.warning("call_refused", method=method, peer=peer, reason=refusal.reason)
+                raise refusal
+            # Each call is a task of its own: what is logged in it says for whom it was.
+            structlog.contextvars.bind_contextvars(**({"caller": caller} if caller else {}))
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            enter(context)
+            return await inner(request, context)
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            enter(context)
+            async for response in inner(request, context):
+                yield response
+
+        return _handler(
+            # Of a call that is refused not even the request is read.
+            handler.request_streaming or refusal is not None,
+            handler.response_streaming,
+            stream if handler.response_streaming else unary,
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+
+def _behaviour(handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+    """The function of a handler, of whichever of the four kinds it is."""
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+
+def _handler(
+    request_streaming: bool, response_streaming: bool, behaviour: Any, deserializer: Any, serializer: Any
+) -> grpc.RpcMethodHandler[Any, Any]:
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[request_streaming, response_streaming]
+    return make(behaviour, request_deserializer=deserializer, response_serializer=serializer)
 
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -151,7 +220,7 @@ async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, Unreachable):
+    if isinstance(error, Unreachable) or is_without_schema(error):
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("call_without_database", method=method, cause=cause)
         error = database_unavailable(cause)

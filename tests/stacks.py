@@ -17,6 +17,7 @@ import psycopg2
 
 from service import processes
 from service.processes import Mark
+from vllm_batch.channel import open_channel
 from vllm_batch.client import Client
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from vllm_batch.v1 import recovery_service_pb2_grpc
@@ -38,6 +39,8 @@ class FullStack:
         self.home = home
         # What supervisorctl does, without a process of its own for each call.
         self.supervisor = Supervisor(f"unix://{home}/run/supervisor.sock", timeout_s=30)
+        # How to call it: what vllm_batch.channel takes.
+        self.security: dict[str, str] = {}
         self.target, self.watchdog = f"127.0.0.1:{gateway}", f"127.0.0.1:{watchdog}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith("BATCH_")}
         for name in ("DATABASE_URL", "SENTRY_DSN"):
@@ -70,14 +73,14 @@ class FullStack:
 
     def status(self) -> rpb.WorkerStatus:
         """What the watchdog says of the worker."""
-        with grpc.insecure_channel(self.watchdog) as channel:
+        with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
             [worker] = stub.GetStatus(rpb.GetStatusRequest(), timeout=10).workers
             return worker
 
     def restarts(self) -> list[rpb.RecoveryEvent]:
         """The restarts in the audit log, oldest first."""
-        with grpc.insecure_channel(self.watchdog) as channel:
+        with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
             events = stub.ListEvents(rpb.ListEventsRequest(page_size=1000), timeout=10).events
         return [event for event in reversed(events) if event.kind == "restart"]
@@ -89,7 +92,7 @@ class FullStack:
         except grpc.RpcError:
             # The watchdog may be on its way up itself.
             return False
-        with Client(self.target, patience_s=0) as client:
+        with Client(self.target, patience_s=0, **self.security) as client:
             is_accepting = not client.accepting()
         return len(restarts) >= count and all(e.outcome == "recovered" for e in restarts) and is_accepting
 

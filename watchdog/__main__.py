@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from service import config, logs, processes
+from service import access, config, logs, processes
 from service.clock import SystemClock
 from service.config import Settings
 from service.db import watchdogs
@@ -63,7 +63,7 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
     alerts = Alerts(settings)
     guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), changed.set, alerts)
     try:
-        server = Server(settings.host, settings.watchdog_port, RecoveryServicer(guards, database))
+        server = Server(settings, RecoveryServicer(guards, database), access.of(settings, SystemClock()))
     except RuntimeError as error:
         log.error("port_not_free", port=settings.watchdog_port, cause=str(error))
         return 1

@@ -65,13 +65,13 @@ def observer_of(
     on_change: Callable[[], None],
 ) -> Observer:
     """What looks at one worker of this host."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    address = f"{settings.own_host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None
     return Observer(
         name=f"{GROUP}:{process_name}",
         worker_id=f"{socket.gethostname()}:{process_name}",
         supervisor=supervisor,
         database=database,
-        address=f"{host}:{settings.worker_port}" if process_name == DEFAULT_WORKER else None,
+        address=settings.probe_address(process_name) if settings.probe_sockets else address,
         probe_timeout_s=settings.probe_timeout_s,
         database_timeout_s=settings.database_timeout_s,
         clock=clock,

@@ -13,6 +13,8 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # After two pings without data gRPC would wait for a minute between them.
+    ("grpc.http2.max_pings_without_data", 0),
     # A port that has just opened is found at the next probe.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),

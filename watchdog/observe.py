@@ -32,7 +32,8 @@ class Observer:
         clock: Clock,
         on_change: Callable[[], None],
     ) -> None:
-        """`name` as `group:process`; `address` is asked as long as the heartbeat does not name another.
+        """`name` as `group:process`; `address` is asked as long as the heartbeat does not name another, or always
+        if it is a Unix socket.
 
         `on_change` is called from another thread when the worker's health changes.
         """
@@ -45,6 +46,7 @@ class Observer:
         self._supervisor = supervisor
         self._database = database
         self._address = address
+        self._has_socket = address is not None and address.startswith("unix:")
         self._probe_timeout_s = probe_timeout_s
         self._database_timeout_s = database_timeout_s
         self._clock = clock
@@ -80,7 +82,7 @@ class Observer:
             pid = process.pid if process else 0
             is_current = bool(pid) and (beat.pid == pid or processes.is_in_group(beat.pid, pid))
             heartbeat = Heartbeat(seen.age_s, beat.phase, is_current, str(beat.incarnation))
-            if is_current:
+            if is_current and not self._has_socket:
                 self._address = beat.address
         health = self._ask() if process is not None and process.state is State.RUNNING else Health.NOT_PROBED
         return Evidence(self._clock.monotonic(), process, health, up_s, heartbeat)

@@ -13,25 +13,21 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import logs
+from service import logs, ports
+from service.access import Access
+from service.config import Settings
 from service.db import recoveries
 from service.db.connection import Database
 from service.db.recoveries import Event
 from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
+from watchdog.access import AccessInterceptor
 from watchdog.guard import Guard, Snapshot
 from watchdog.guards import Guards
 from watchdog.record import AWAY, UnrecordedError
 
 SERVICE = "vllm_batch.v1.RecoveryService"
-SERVER_OPTIONS = (
-    # Two watchdogs on one port would share its calls by chance; this way the second does not start.
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_ping_strikes", 0),
-)
 THREADS = 8
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
@@ -144,15 +140,20 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
 class Server:
     """The watchdog's port: RecoveryService, health and reflection. Health says NOT_SERVING until told otherwise."""
 
-    def __init__(self, host: str, port: int, servicer: RecoveryServicer) -> None:
+    def __init__(self, settings: Settings, servicer: RecoveryServicer, access: Access) -> None:
         """Raises RuntimeError when the port cannot be had."""
         self._health = health.HealthServicer(experimental_thread_pool=ThreadPoolExecutor(THREADS))
         self.set_serving(False)
-        self._server = grpc.server(ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"), options=SERVER_OPTIONS)
+        self._server = grpc.server(
+            ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
+            interceptors=[AccessInterceptor(access)],
+            options=ports.OPTIONS,
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         recovery_service_pb2_grpc.add_RecoveryServiceServicer_to_server(servicer, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        self.port = self._server.add_insecure_port(f"{host}:{port}")
+        if settings.reflection:
+            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.port = ports.open(self._server, settings, settings.watchdog_port)
         self._server.start()
 
     def set_serving(self, is_serving: bool) -> None:

@@ -32,8 +32,10 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """BatchService at `target`, to be made in a running event loop. UNAVAILABLE is retried for `patience_s`.
+    """BatchService at `target`, to be made in a running event loop. UNAVAILABLE is retried for `patience_s`, as is a
+    rate limit that was reached.
 
+    TLS and token are as `security` says (`tls_ca`, `token` and others of `vllm_batch.channel`), or the environment.
     `on_retry(error, delay_s)` is called before each wait. All methods raise CallError.
     """
 
@@ -42,14 +44,15 @@ class AsyncClient:
         target: str = DEFAULT_TARGET,
         patience_s: float = PATIENCE_S,
         on_retry: Callable[[CallError, float], None] = tell_nobody,
+        **security: Any,
     ) -> None:
         self.target = target
         self._rules = retry_rules(patience_s, on_retry)
-        self._channel = open_aio_channel(target)
+        self._channel = open_aio_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
         # gRPC's API for asyncio puts INTERNAL in the place of what a server says that ends an upload before it has
         # read all of it (github.com/grpc/grpc/issues/36066); the blocking one does not.
-        self._upload_channel = open_channel(target)
+        self._upload_channel = open_channel(target, **security)
         self._upload_stub = batch_service_pb2_grpc.BatchServiceStub(self._upload_channel)
 
     async def __aenter__(self) -> AsyncClient:

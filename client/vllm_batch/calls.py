@@ -49,7 +49,7 @@ def tell_nobody(error: CallError, delay_s: float) -> None:
 
 
 def retry_rules(patience_s: float, on_retry: Callable[[CallError, float], None]) -> dict[str, Any]:
-    """What tenacity.Retrying and tenacity.AsyncRetrying are told: UNAVAILABLE is tried again, and nothing else."""
+    """What tenacity.Retrying and tenacity.AsyncRetrying are told: UNAVAILABLE and a rate limit are tried again."""
 
     def tell(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -66,7 +66,9 @@ def retry_rules(patience_s: float, on_retry: Callable[[CallError, float], None])
 
 
 def _is_retryable(error: BaseException) -> bool:
-    return isinstance(error, CallError) and error.code is grpc.StatusCode.UNAVAILABLE
+    if not isinstance(error, CallError):
+        return False
+    return error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "RATE_LIMITED"
 
 
 def _wait_s(state: tenacity.RetryCallState) -> float:

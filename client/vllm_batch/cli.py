@@ -46,6 +46,7 @@ the first, BATCH_WATCHDOG_TARGET for the watchdog's.
 # What may run unattended; who asks for the rest sits there and waits.
 PATIENT = ("submit", "watch", "results", "retry")
 HASTE_S = 10.0
+FILE = click.Path(exists=True, dir_okay=False)
 STATES = [name.removeprefix("BATCH_STATE_").lower() for name in pb.BatchState.keys()[1:]]
 
 
@@ -56,13 +57,24 @@ STATES = [name.removeprefix("BATCH_STATE_").lower() for name in pb.BatchState.ke
     type=click.FloatRange(0),
     help=f"Seconds to retry UNAVAILABLE.  [default: {PATIENCE_S:.0f} for {', '.join(PATIENT)}; else {HASTE_S:.0f}]",
 )
+@click.option("--tls-ca", envvar="BATCH_TLS_CA", type=FILE, help="Authorities that know the server: TLS is used.")
+@click.option("--tls-cert", envvar="BATCH_TLS_CERT", type=FILE, help="Certificate of this client.")
+@click.option("--tls-key", envvar="BATCH_TLS_KEY", type=FILE, help="Key of that certificate.")
+@click.option("--tls-server-name", envvar="BATCH_TLS_SERVER_NAME", help="Name in the server's certificate.")
+@click.option("--token-file", envvar="BATCH_TOKEN_FILE", type=FILE, help="Holds the token, unless BATCH_TOKEN is set.")
 @click.version_option(__version__)
 @click.pass_context
-def main(context: click.Context, target: str, patience: float | None) -> None:
+def main(context: click.Context, /, target: str, patience: float | None, **security: str | None) -> None:
     """Batches of inference requests, run by vLLM, each answered exactly once."""
     if patience is None:
         patience = PATIENCE_S if context.invoked_subcommand in PATIENT else HASTE_S
-    context.obj = Client(target, patience, _tell_retry)
+    # Where all that opens a channel looks, the watchdog's among them. A token itself is never an argument: those are
+    # seen by everybody on the machine.
+    os.environ.update({f"BATCH_{name.upper()}": value for name, value in security.items() if value})
+    try:
+        context.obj = Client(target, patience, _tell_retry)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
     context.call_on_close(context.obj.close)
 
 

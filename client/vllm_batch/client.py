@@ -31,8 +31,10 @@ T = TypeVar("T")
 
 
 class Client:
-    """BatchService at `target`. UNAVAILABLE is retried for `patience_s`, after the delay that the server names.
+    """BatchService at `target`. UNAVAILABLE is retried for `patience_s`, after the delay that the server names, as is
+    a rate limit that was reached.
 
+    TLS and token are as `security` says (`tls_ca`, `token` and others of `vllm_batch.channel`), or the environment.
     `on_retry(error, delay_s)` is called before each wait. All methods raise CallError. For asyncio: `aio.AsyncClient`.
     """
 
@@ -41,10 +43,11 @@ class Client:
         target: str = DEFAULT_TARGET,
         patience_s: float = PATIENCE_S,
         on_retry: Callable[[CallError, float], None] = tell_nobody,
+        **security: Any,
     ) -> None:
         self.target = target
         self._rules = retry_rules(patience_s, on_retry)
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
 
     def __enter__(self) -> Client:

@@ -127,8 +127,24 @@ def migrate(db: peewee.PostgresqlDatabase) -> list[str]:
     with db.atomic():
         allow(db, MIGRATION_TIMEOUT_S)
         db.execute_sql("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
-        applied: list[str] = Runner(db, directory=str(Path(__file__).parent / "migrations")).up()
+        applied: list[str] = _migrations(db).up()
     return applied
+
+
+def check_schema(db: peewee.PostgresqlDatabase) -> None:
+    """Raises one of `Unreachable` until somebody has brought the schema up to date: for who may not do so."""
+    missing = [migration.name for migration in _migrations(db).status() if not migration.applied]
+    if missing:
+        raise peewee.OperationalError(f"the schema waits for {missing[0]}: a worker or the watchdog brings it")
+
+
+def is_without_schema(error: Exception) -> bool:
+    """True for a statement that found no table: the schema has not been brought yet."""
+    return isinstance(getattr(error, "orig", None), psycopg2.errors.UndefinedTable)
+
+
+def _migrations(db: peewee.PostgresqlDatabase) -> Runner:
+    return Runner(db, directory=str(Path(__file__).parent / "migrations"))
 
 
 def lock_worker(db: peewee.PostgresqlDatabase, worker_id: str) -> bool:

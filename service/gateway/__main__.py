@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from service import config, logs, processes, rpc
+from service import access, config, logs, processes, rpc
 from service.clock import SystemClock
 from service.config import Settings
 from service.db.batches import Limits
 from service.db.connection import Database
+from service.gateway.calling import Calling
 from service.gateway.channels import Channels
 from service.gateway.housekeeping import Housekeeping
 from service.gateway.presence import Presence
@@ -31,23 +32,27 @@ async def serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    database = Database(settings.postgres_url, "gateway", settings.database_timeout_s, connections=16)
+    url = settings.gateway_postgres_url
+    database = Database(url, "gateway", settings.database_timeout_s, connections=16)
     # Apart, so that a look at the heartbeats never waits for clients' reads.
-    looking = Database(settings.postgres_url, "gateway-presence", settings.database_timeout_s, connections=1)
+    looking = Database(url, "gateway-presence", settings.database_timeout_s, connections=1)
 
     async def accepting_changed(is_accepting: bool) -> None:
         await server.set_health(SERVICE, is_accepting)
 
-    channels = Channels()
+    channels = Channels(Calling(settings))
     presence = Presence(looking, channels, SystemClock(), settings.heartbeat_timeout_s, accepting_changed)
     limits = Limits(settings.max_open_batches, settings.max_queued_requests)
     servicer = GatewayServicer(database, limits, presence, channels)
-    keeping = Database(settings.postgres_url, "gateway-housekeeping", settings.database_timeout_s, connections=1)
+    keeping = Database(
+        settings.gateway_postgres_url, "gateway-housekeeping", settings.database_timeout_s, connections=1
+    )
     server = await rpc.serve(
-        settings.host,
+        settings,
         settings.gateway_port,
         lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server),
         (SERVICE,),
+        access.of(settings, SystemClock()),
     )
     await server.set_health("", True)
     log.info("gateway_serving", address=server.address)

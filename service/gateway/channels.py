@@ -1,24 +1,31 @@
 """The channels to the workers: made when first used, here and nowhere else."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from service import rpc
+from service.gateway.calling import Calling
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 if TYPE_CHECKING:
     from vllm_batch.v1.batch_service_pb2_grpc import BatchServiceAsyncStub
 
+# For calls on a channel with keys that have been replaced.
+RENEW_GRACE_S = 60.0
+
 
 @dataclass
 class Channels:
-    """One for asyncio and one for threads per address, by which they know the workers."""
+    """One for asyncio and one for threads per address, by which they know the workers; anew with new keys."""
 
+    calling: Calling
+    _version: object = None
     _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     _blocking: dict[str, grpc.Channel] = field(default_factory=dict)
+    _closing: set["asyncio.Task[None]"] = field(default_factory=set)
 
     def batches(self, address: str) -> "BatchServiceAsyncStub":
         """BatchService of the worker there."""
@@ -30,8 +37,9 @@ class Channels:
 
     def blocking_batches(self, address: str) -> batch_service_pb2_grpc.BatchServiceStub:
         """BatchService of the worker there by gRPC's blocking API."""
+        self._renew()
         if address not in self._blocking:
-            self._blocking[address] = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+            self._blocking[address] = self.calling.open(address)
         return batch_service_pb2_grpc.BatchServiceStub(self._blocking[address])
 
     async def close(self, address: str) -> None:
@@ -47,6 +55,19 @@ class Channels:
             await self.close(address)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
+        self._renew()
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+            self._channels[address] = self.calling.open_aio(address)
         return self._channels[address]
+
+    def _renew(self) -> None:
+        """Lets go of channels with earlier keys. Calls that are under way on them may end."""
+        version = self.calling.version()
+        if version == self._version:
+            return
+        self._version = version
+        for channel in self._channels.values():
+            task = asyncio.create_task(channel.close(RENEW_GRACE_S))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        self._channels, self._blocking = {}, {}

@@ -7,7 +7,7 @@ import peewee
 
 from service import logs
 from service.db import batches
-from service.db.connection import Database, Unreachable, lock_housekeeping, migrate
+from service.db.connection import Database, Unreachable, check_schema, lock_housekeeping
 
 INTERVAL_S = 2.0
 # Rows removed by one transaction: few enough that it is over in a moment.
@@ -27,12 +27,12 @@ class Housekeeping:
 
     async def follow(self) -> None:
         """Goes round for ever."""
-        is_migrated = False
+        is_schema_there = False
         while True:
             try:
-                if not is_migrated:
-                    await self.database.run(migrate)
-                    is_migrated = True
+                if not is_schema_there:
+                    await self.database.run(check_schema)
+                    is_schema_there = True
                 is_more = await self.database.run(self.once)
             except Unreachable as error:
                 # The presence of the workers tells of a database that is away.

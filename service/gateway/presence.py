@@ -11,7 +11,7 @@ import peewee
 from service import logs
 from service.clock import Clock
 from service.db import heartbeats, recoveries
-from service.db.connection import Database, Unreachable, migrate
+from service.db.connection import Database, Unreachable, check_schema
 from service.db.heartbeats import SeenBeat
 from service.errors import ApiError
 from service.gateway.channels import Channels
@@ -42,7 +42,7 @@ class Presence:
     freshness: Freshness = field(default_factory=Freshness)
     _links: Links = field(init=False)
     _is_accepting: bool | None = None
-    _is_migrated: bool = False
+    _is_schema_there: bool = False
     _judge_now: asyncio.Event = field(default_factory=asyncio.Event)
     _look_now: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -86,9 +86,9 @@ class Presence:
     async def look(self) -> None:
         """Reads all heartbeats once, and has links to whose are fresh."""
         try:
-            if not self._is_migrated:
-                await self.database.run(migrate)
-                self._is_migrated = True
+            if not self._is_schema_there:
+                await self.database.run(check_schema)
+                self._is_schema_there = True
             beats, given_up, timings = await self.database.run(_read)
         except Unreachable as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -51,7 +51,8 @@ class GatewayServicer(StoredServicer):
 
         async def create(seen: SeenBeat) -> pb.CreateBatchResponse:
             stub = self._channels.batches(seen.beat.address)
-            call = stub.CreateBatch(request, timeout=_timeout_s(context, CREATE_TIMEOUT_S))
+            timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
+            call = stub.CreateBatch(request, timeout=timeout_s, metadata=_token(context))
             return await self._presence.call(seen, call)
 
         return await self._forward(context, request.options.request_id, models, create, lambda: True)
@@ -70,7 +71,7 @@ class GatewayServicer(StoredServicer):
 
         async def send(seen: SeenBeat) -> pb.UploadBatchResponse:
             stub = self._channels.blocking_batches(seen.beat.address)
-            return await upload.send(stub, uploaded, _timeout_s(context, UPLOAD_TIMEOUT_S))
+            return await upload.send(stub, uploaded, _timeout_s(context, UPLOAD_TIMEOUT_S), _token(context))
 
         try:
             models = await uploaded.models()
@@ -129,6 +130,11 @@ async def _pass_on(context: Context, error: grpc.RpcError) -> NoReturn:
     trailers: Any = tuple(error.trailing_metadata() or ())
     await context.abort(error.code(), error.details() or "", trailers)
     raise AssertionError("abort raises")
+
+
+def _token(context: Context) -> upload.Metadata:
+    """The caller's token, which the worker checks again: the gateway has none of its own."""
+    return tuple((key, str(value)) for key, value in context.invocation_metadata() or () if key == "authorization")
 
 
 def _timeout_s(context: Context, otherwise_s: float) -> float:

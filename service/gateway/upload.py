@@ -22,6 +22,8 @@ MESSAGE_BYTES = 500
 # A client that sends nothing for this long has gone.
 PIECE_TIMEOUT_S = 60.0
 
+Metadata = tuple[tuple[str, str], ...]
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -94,7 +96,7 @@ class Upload:
         return message
 
 
-async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float) -> pb.UploadBatchResponse:
+async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float, metadata: Metadata) -> pb.UploadBatchResponse:
     """UploadBatch by gRPC's blocking API.
 
     The one for asyncio puts INTERNAL in the place of what a server says that ends a call before it has read all of
@@ -115,7 +117,7 @@ async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float) -> pb.U
         except grpc.RpcError as error:
             answer.set_exception(pieces.failure or error)
 
-    call: Any = stub.UploadBatch.future(_until_aborted(pieces), timeout=timeout_s)
+    call: Any = stub.UploadBatch.future(_until_aborted(pieces), timeout=timeout_s, metadata=metadata)
     call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))
     try:
         return await answer

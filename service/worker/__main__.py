@@ -13,9 +13,9 @@ from uuid import uuid4
 
 import psutil
 
-from service import config, logs, processes, rpc
+from service import access, config, logs, processes, rpc
 from service.clock import SystemClock
-from service.config import Settings
+from service.config import Settings, process_name
 from service.db.batches import Limits
 from service.db.connection import CALL_FACTOR, Database, Unreachable, connect, migrate
 from service.db.heartbeats import Beat, Phase
@@ -64,12 +64,15 @@ async def work(settings: Settings) -> int:
         Limits(settings.max_open_batches, settings.max_queued_requests),
     )
     server = await rpc.serve(
-        settings.host,
+        settings,
         settings.worker_port,
         lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
             WorkerServicer(intake, life, lambda: thread.call_soon(runner.work_arrived)), grpc_server
         ),
         (SERVICE,),
+        # Not limited: what comes from many clients comes through one gateway, which counts it for each.
+        access.of(settings, SystemClock(), is_limited=False),
+        socket=settings.probe_address(process_name()) if settings.probe_sockets else "",
     )
 
     pulse = Pulse(

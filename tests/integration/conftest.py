@@ -9,6 +9,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,18 +74,25 @@ def postgres() -> Iterator[str]:
             server.stop()
 
 
-@pytest.fixture
-def database_url(postgres: str) -> Iterator[str]:
-    """A database of its own, with the schema and nothing in it."""
+@contextmanager
+def new_database(postgres: str, template: str = "batch") -> Iterator[str]:
+    """A database of its own on the server, like the template: with the schema and nothing in it."""
     name = f"test_{uuid.uuid4().hex}"
     admin = psycopg2.connect(postgres % "postgres")
     admin.autocommit = True
     with admin.cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {name} TEMPLATE batch")
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     yield postgres % name
     with admin.cursor() as cursor:
         cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
     admin.close()
+
+
+@pytest.fixture
+def database_url(postgres: str) -> Iterator[str]:
+    """A database for one test."""
+    with new_database(postgres) as url:
+        yield url
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 from service import config
 from service.config import Settings
+from tests.certificates import Authority
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +55,21 @@ def test_all_wrong_settings_are_reported_together(
         ({"BATCH_WORKER_PORT": "50051"}, "must differ"),
         ({"BATCH_ENGINE_ARGS": "'open"}, "BATCH_ENGINE_ARGS cannot be split"),
         ({"BATCH_HOME": "/" + "x" * 100}, "BATCH_HOME is too long"),
+        ({"BATCH_HOST": "0.0.0.0"}, "BATCH_ALLOW_INSECURE=true"),
+        ({"BATCH_HOST": "10.1.2.3"}, "can be reached from other machines"),
+        ({"BATCH_HOST": "::"}, "can be reached from other machines"),
+        ({"BATCH_HOST": "localhost.example.com"}, "can be reached from other machines"),
+        ({"BATCH_HOST": "0.0.0.0", "BATCH_TOKEN_HASHES": "/dev/null"}, "set BATCH_SERVER_CERT and BATCH_TOKEN_HASHES"),
+        (
+            {"BATCH_HOST": "0.0.0.0", "BATCH_SERVER_CERT": "c", "BATCH_SERVER_KEY": "k", "BATCH_TLS_CA": "a"},
+            "set BATCH_SERVER_CERT and BATCH_TOKEN_HASHES",
+        ),
+        ({"BATCH_SERVER_CERT": "/c"}, "BATCH_SERVER_CERT and BATCH_SERVER_KEY go together"),
+        ({"BATCH_TLS_KEY": "/c"}, "BATCH_TLS_CERT and BATCH_TLS_KEY go together"),
+        ({"BATCH_CLIENT_CA": "/c"}, "BATCH_CLIENT_CA needs BATCH_SERVER_CERT"),
+        ({"BATCH_SERVER_CERT": "/c", "BATCH_SERVER_KEY": "/k"}, "BATCH_TLS_CA is needed"),
+        ({"BATCH_TLS_CA": "/nothing/here"}, "BATCH_TLS_CA: [Errno 2]"),
+        ({"BATCH_TLS_CA": "/dev/null"}, "BATCH_TLS_CA: /dev/null has no certificate"),
     ],
 )
 def test_settings_that_do_not_fit_together(
@@ -67,6 +83,42 @@ def test_settings_that_do_not_fit_together(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost"])
+def test_loopback_needs_no_security(host: str) -> None:
+    """Without any setting for it, who is on the machine may call."""
+    assert Settings(host=host).host == host
+
+
+def test_open_to_others_with_tls_and_tokens_or_by_one_word(tmp_path: Path) -> None:
+    """Other machines may call once strangers are kept away, or when the operator says that they are."""
+    authority = Authority(tmp_path, "ca")
+    (certificate, key), hashes = authority.issue(), tmp_path / "hashes"
+    hashes.touch(0o600)
+    safe = {"server_cert": certificate, "server_key": key, "tls_ca": authority.file, "token_hashes": hashes}
+    settings = Settings(host="0.0.0.0", **safe)
+    assert config.wrong_files(settings) == []
+    assert settings.own_host == "127.0.0.1"
+    assert Settings(host="0.0.0.0", allow_insecure=True).server_cert is None
+
+
+def test_files_of_keys_are_private_and_belong_together(tmp_path: Path) -> None:
+    """A key or a file of hashes that others may read is refused at start, as is a key of another certificate."""
+    authority = Authority(tmp_path, "ca")
+    (certificate, key), (_, other_key), hashes = authority.issue(), authority.issue(), tmp_path / "hashes"
+    hashes.touch(0o640)
+    given = {"server_cert": certificate, "tls_ca": authority.file, "token_hashes": hashes}
+    [pair, mode] = config.wrong_files(Settings(server_key=other_key, **given))[::-1]
+    assert "BATCH_SERVER_KEY" in pair
+    assert "not a certificate and its key" in pair
+    assert "BATCH_TOKEN_HASHES" in mode
+    assert "chmod 600" in mode
+    hashes.chmod(0o600)
+    key.chmod(0o604)
+    [wrong] = config.wrong_files(Settings(server_key=key, **given))
+    assert "BATCH_SERVER_KEY" in wrong
+    assert "chmod 600" in wrong
+
+
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A password in DATABASE_URL is neither in the settings' text nor in a complaint about others."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter2@db/x")
@@ -74,8 +126,10 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with pytest.raises(SystemExit):
         config.load()
     monkeypatch.setenv("BATCH_GATEWAY_PORT", "1234")
+    monkeypatch.setenv("BATCH_GATEWAY_DATABASE_URL", "postgresql://gateway:hunter2@db/x")
     assert "hunter2" not in repr(Settings()) + capsys.readouterr().err
     assert "hunter2" in Settings().postgres_url
+    assert "gateway:hunter2" in Settings().gateway_postgres_url
 
 
 @pytest.mark.parametrize("module", ["service.gateway", "service.worker"])

@@ -40,7 +40,10 @@ class BatchServiceStub:
       NOT_FOUND            the batch or the request does not exist.
       ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
       FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value.
+      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
+                           RetryInfo: too many calls; the same call will do after the delay.
+      UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
+      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
     """
 
     @_typing.overload
@@ -85,7 +88,10 @@ class BatchServiceAsyncStub(BatchServiceStub):
       NOT_FOUND            the batch or the request does not exist.
       ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
       FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value.
+      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
+                           RetryInfo: too many calls; the same call will do after the delay.
+      UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
+      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -126,7 +132,10 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
       NOT_FOUND            the batch or the request does not exist.
       ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
       FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value.
+      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
+                           RetryInfo: too many calls; the same call will do after the delay.
+      UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
+      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
     """
 
     @_abc_1.abstractmethod
