@@ -21,6 +21,7 @@ _STALLED = (Phase.STALLED, Phase.ENGINE_DEAD)
 
 # When to come back where nothing better is known: in seconds.
 RECOVERY_S = 15.0
+LOST_S = 5.0
 LOADING_S = 5.0
 DRAINING_S = 10.0
 # A person is needed.
@@ -104,7 +105,7 @@ def unreachable(seen: SeenBeat, freshness: Freshness, now_s: float, cause: str, 
     """What a client is told when the chosen worker does not answer. It may have stored the batch as `request_id`."""
     if seen.beat.worker_id in freshness.given_up:
         return _gave_up(freshness, seen, now_s)
-    return _offline(freshness, seen, now_s, 0.0, {"cause": cause, "request_id": request_id})
+    return _lost(freshness, seen, now_s, 0.0, {"cause": cause, "request_id": request_id})
 
 
 def _may_serve(freshness: Freshness, seen: SeenBeat, now_s: float, models: Set[str]) -> bool:
@@ -129,14 +130,15 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
     if seen.beat.worker_id in freshness.given_up:
         return _gave_up(freshness, seen, now_s)
     age_s = freshness.age_s(seen, now_s)
+    timings = freshness.timings.get(seen.beat.worker_id, {})
+    metadata = _metadata(freshness, seen, now_s)
     if age_s > timeout_s:
-        return _offline(freshness, seen, now_s, age_s)
+        left_s = _left_s(sum(timings.values()), age_s, RECOVERY_S)
+        return _refusal(WORKER_OFFLINE, f"worker offline (last seen {age_s:.0f}s ago)", metadata, left_s)
     contact, phase = freshness.contact(seen), seen.beat.phase
     for_s = max(0.0, now_s - contact.since_s)
     if contact.health is Health.UNREACHABLE:
-        return _offline(freshness, seen, now_s, for_s, {"cause": contact.cause})
-    metadata = _metadata(freshness, seen, now_s)
-    timings = freshness.timings.get(seen.beat.worker_id, {})
+        return _lost(freshness, seen, now_s, for_s, {"cause": contact.cause})
     if phase in _LOADING:
         life_s = seen.life_s + max(0.0, now_s - freshness.read_at_s)
         left_s = _left_s(timings.get("load", 0.0), life_s, LOADING_S)
@@ -150,15 +152,11 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
     return _refusal(WORKER_OFFLINE, f"worker is {phase} (last seen {age_s:.0f}s ago)", metadata, DRAINING_S)
 
 
-def _offline(
-    freshness: Freshness, seen: SeenBeat, now_s: float, for_s: float, more: Mapping[str, str] | None = None
-) -> ApiError:
-    """A worker that has been away for `for_s`."""
-    left_s = _left_s(sum(freshness.timings.get(seen.beat.worker_id, {}).values()), for_s, RECOVERY_S)
-    metadata = _metadata(freshness, seen, now_s) | dict(more or {})
-    return _refusal(
-        WORKER_OFFLINE, f"worker offline (last seen {freshness.age_s(seen, now_s):.0f}s ago)", metadata, left_s
-    )
+def _lost(freshness: Freshness, seen: SeenBeat, now_s: float, for_s: float, more: Mapping[str, str]) -> ApiError:
+    """A worker that was there until `for_s` ago."""
+    left_s = _left_s(sum(freshness.timings.get(seen.beat.worker_id, {}).values()), for_s, LOST_S)
+    message = f"worker offline (last seen {freshness.age_s(seen, now_s):.0f}s ago)"
+    return _refusal(WORKER_OFFLINE, message, {**_metadata(freshness, seen, now_s), **more}, left_s)
 
 
 def _gave_up(freshness: Freshness, seen: SeenBeat, now_s: float) -> ApiError:

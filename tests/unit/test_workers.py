@@ -156,6 +156,7 @@ def test_refusals_say_why(freshness: Freshness, reason: str, message: str) -> No
     [
         # Never recovered before: what is usual.
         (known(seen(age_s=72)), 15),
+        (known(seen(), health={"w": Health.UNREACHABLE}), 5),
         (known(seen(phase=Phase.LOADING, life_s=7)), 5),
         # The last load took 40 s, the last recovery 46 s.
         (known(seen(phase=Phase.LOADING, life_s=7), timings=TIMINGS), 33),
