@@ -78,12 +78,16 @@ class FullStack:
             [worker] = stub.GetStatus(rpb.GetStatusRequest(), timeout=10).workers
             return worker
 
-    def restarts(self) -> list[rpb.RecoveryEvent]:
-        """The restarts in the audit log, oldest first."""
+    def audit(self) -> list[rpb.RecoveryEvent]:
+        """The audit log, oldest first."""
         with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
             events = stub.ListEvents(rpb.ListEventsRequest(page_size=1000), timeout=10).events
-        return [event for event in reversed(events) if event.kind == "restart"]
+        return list(reversed(events))
+
+    def restarts(self) -> list[rpb.RecoveryEvent]:
+        """The restarts in the audit log, oldest first."""
+        return [event for event in self.audit() if event.kind == "restart"]
 
     def recovered(self, count: int) -> bool:
         """True once that many restarts are done, all successful, and new work is accepted."""

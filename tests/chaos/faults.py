@@ -16,6 +16,7 @@ import psutil
 from service.processes import is_alive
 from tests.stacks import FullStack
 from tests.waiting import until
+from vllm_batch.v1 import recovery_service_pb2 as rpb
 
 # What chaos draws from: what needs no mending.
 AT_RANDOM = (
@@ -34,6 +35,9 @@ AT_RANDOM = (
 )
 # Those after which the worker has to be restarted by the watchdog.
 OF_THE_WORKER = frozenset({"kill_worker", "kill_engine", "freeze_worker", "freeze_engine"})
+
+# What is concluded of a heartbeat that is an hour off, by what the worker does.
+JUMP_SEEN = (rpb.VERDICT_HEARTBEAT_LOST, rpb.VERDICT_STARTING, rpb.VERDICT_DRAINING)
 
 BLOCK_LOOP = """
 import time
@@ -175,7 +179,9 @@ class Faults:
                     f"UPDATE heartbeats SET last_seen = clock_timestamp() {hour};"
                     f" UPDATE chunks SET lease_until = clock_timestamp() {hour} WHERE state = 'leased'"
                 )
-                return abs(self.stack.status().heartbeat_age.ToTimedelta().total_seconds()) > 1800
+                status = self.stack.status()
+                is_judged = status.verdict in JUMP_SEEN
+                return is_judged and abs(status.heartbeat_age.ToTimedelta().total_seconds()) > 1800
 
             until(is_seen, "the watchdog to see the jump")
 

@@ -153,8 +153,9 @@ TABLE: dict[str, dict[str, Expected | str]] = {
     },
     "shift_clock": {
         STARTING: hold("STARTING|HEALTHY|DATABASE_AWAY"),
-        IDLE: hold("HEALTHY"),
-        SATURATED: hold("HEALTHY"),
+        # Until the next beat, before it is confirmed.
+        IDLE: Expected("HEARTBEAT_LOST", "CONFIRM", ()),
+        SATURATED: Expected("HEARTBEAT_LOST", "CONFIRM", ()),
         DRAINING: DRAINED,
     },
     "remove_socket": {
@@ -317,7 +318,7 @@ def check_cell(stack: FullStack, fault: str, situation: str, expected: Expected)
     """Strikes, waits for what follows, mends what an operator has to, and looks at all that is left."""
     with Client(stack.target, patience_s=90) as client:
         until(lambda: is_well(stack, client), "the stack to be well")
-        before = len(stack.restarts())
+        before, noted = len(stack.restarts()), len(stack.audit())
         sent = [bring_about(stack, client, situation)]
         end_of_log = stack.mark("watchdog")
         mend = None
@@ -353,6 +354,9 @@ def check_cell(stack: FullStack, fault: str, situation: str, expected: Expected)
         assert evidence["process"]
         assert {timing.phase for timing in event.timings} >= {"stop", "sweep", "start"}
         assert not expected.phase or evidence["heartbeat"]["phase"] == expected.phase
+    if expected.action == "HOLD" and not expected.restarts and "HEALTHY" not in expected.verdict:
+        ends = [event for event in stack.audit()[noted:] if event.verdict == rpb.VERDICT_HEALTHY]
+        assert {event.kind for event in ends} == {"verdict"}, "it is not written down that it was well again"
     stack.check_no_orphans()
 
 
@@ -375,7 +379,7 @@ def told(stack: FullStack, since: int, expected: Expected) -> Callable[[], bool]
 
 def check_held(stack: FullStack, expected: Expected) -> None:
     """What is held for a reason of its own stays so when the watchdog looks again and again."""
-    if expected.restarts or "HEALTHY" in expected.verdict:
+    if expected.action != "HOLD" or expected.restarts or "HEALTHY" in expected.verdict:
         return
     looks: set[int] = set()
 
