@@ -50,8 +50,8 @@ class AsyncClient:
         self._rules = retry_rules(patience_s, on_retry)
         self._channel = open_aio_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
-        # gRPC's API for asyncio puts INTERNAL in the place of what a server says that ends an upload before it has
-        # read all of it (github.com/grpc/grpc/issues/36066); the blocking one does not.
+        # By the blocking API, in a thread: the file is read there too, and the one for asyncio may put INTERNAL in the
+        # place of what a server says that ends an upload early (github.com/grpc/grpc/issues/36066).
         self._upload_channel = open_channel(target, **security)
         self._upload_stub = batch_service_pb2_grpc.BatchServiceStub(self._upload_channel)
 

@@ -267,11 +267,11 @@ def test_status_as_json(full: FullStack, tmp_path: Path) -> None:
     assert set(found) == {"gateway", "watchdog", "workers", "last_restart", "batches"}
 
 
-def test_asyncio_client(serving: Stack) -> None:
+def test_asyncio_client(full: FullStack) -> None:
     """Submitting from an iterator or a file, waiting with progress, reading, listing, deleting; errors with details."""
 
     async def use() -> None:
-        async with AsyncClient(serving.target, patience_s=0) as client:
+        async with AsyncClient(full.target, patience_s=0) as client:
             sent: list[int] = []
             batch = await client.submit_lines(lines(300), metadata={"a": "b"}, on_sent=sent.append)
             seen: list[pb.Batch] = []
@@ -280,7 +280,7 @@ def test_asyncio_client(serving: Stack) -> None:
             found = [result.custom_id async for result in client.results(batch.id)]
             assert found == [f"c{i}" for i in range(300)]
             assert (await client.result(batch.id, "c7")).index == 7
-            assert [each.id async for each in client.list(["BATCH_STATE_COMPLETED"])] == [batch.id]
+            assert batch.id in [each.id async for each in client.list(["BATCH_STATE_COMPLETED"])]
             await client.delete(batch.id)
             await client.submit_lines([{"custom_id": "bad", "url": "/v1/nothing"}])
 
@@ -289,11 +289,11 @@ def test_asyncio_client(serving: Stack) -> None:
     assert caught.value.violations[0][0].startswith("line 1")
 
 
-def test_asyncio_client_is_told_why_an_upload_is_refused(serving: Stack) -> None:
+def test_asyncio_client_is_told_why_an_upload_is_refused(full: FullStack) -> None:
     """Also when the server ends the upload long before it has read all of it."""
 
     async def use() -> None:
-        async with AsyncClient(serving.target, patience_s=0) as client:
+        async with AsyncClient(full.target, patience_s=0) as client:
             await client.submit_lines([b"{", *(line(f"c{i}") for i in range(100_000))])
 
     with pytest.raises(CallError) as caught:
