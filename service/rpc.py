@@ -12,6 +12,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from service import logs
+from service.calls import CallInterceptor
 from service.db.connection import Unreachable
 from service.errors import ApiError, Violation, database_unavailable, invalid
 
@@ -63,7 +64,7 @@ async def serve(
 
     Raises RuntimeError when the port cannot be had.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[CallInterceptor(), ErrorInterceptor()], options=SERVER_OPTIONS)
     health = health_aio.HealthServicer()
     for name in ("", *service_names):
         await health.set(name, NOT_SERVING)

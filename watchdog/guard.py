@@ -9,6 +9,7 @@ from uuid import UUID
 from service import logs
 from service.clock import Clock
 from service.db.recoveries import Event, Standing
+from watchdog import counts
 from watchdog.act import AbandonedError, Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.observe import Observer
@@ -89,6 +90,7 @@ class Guard:
 
         `keep_evidence` is called with the intent, before the life that it ends is touched.
         """
+        counts.begin(worker_id)
         self.worker_id = worker_id
         # None until the first check.
         self.snapshot: Snapshot | None = None
@@ -306,6 +308,7 @@ class Guard:
             # Still open for us too: closed at a later check.
             return
         log.info("restart_ended", worker_id=self.worker_id, outcome=outcome, timings=timings)
+        counts.restart_ended(self.worker_id, outcome, timings)
         if outcome in ALERTED:
             kind, level = ALERTED[outcome]
             told = {"event": self._intent.id, "timings": timings, "evidence": self._intent.evidence}

@@ -20,6 +20,7 @@ from service.db.recoveries import Event
 from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
+from watchdog.calls import CallInterceptor
 from watchdog.guard import Guard, Snapshot
 from watchdog.guards import Guards
 from watchdog.record import AWAY
@@ -151,7 +152,11 @@ class Server:
         """Raises RuntimeError when the port cannot be had."""
         self._health = health.HealthServicer(experimental_thread_pool=ThreadPoolExecutor(THREADS))
         self.set_serving(False)
-        self._server = grpc.server(ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"), options=SERVER_OPTIONS)
+        self._server = grpc.server(
+            ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
+            interceptors=[CallInterceptor()],
+            options=SERVER_OPTIONS,
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         recovery_service_pb2_grpc.add_RecoveryServiceServicer_to_server(servicer, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from service import config, logs, processes, rpc
+from service import config, logs, metrics, processes, rpc, tracing
 from service.clock import SystemClock
 from service.config import Settings
 from service.db.batches import Limits
 from service.db.connection import Database
 from service.gateway.housekeeping import Housekeeping
+from service.gateway.metrics import TIMEOUT_S, GatewayCollector
 from service.gateway.presence import Presence
 from service.gateway.service import GatewayServicer
 from vllm_batch.v1 import batch_service_pb2_grpc
@@ -47,6 +48,10 @@ async def serve(settings: Settings) -> None:
         lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server),
         (SERVICE,),
     )
+    surveying = Database(settings.postgres_url, "gateway-metrics", TIMEOUT_S, connections=1)
+    metrics.serve(
+        settings.metrics_host, settings.gateway_metrics_port, GatewayCollector(presence, surveying, settings.lease_s)
+    )
     await server.set_health("", True)
     log.info("gateway_serving", address=server.address)
     following = asyncio.create_task(presence.follow())
@@ -75,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     processes.die_with_parent()
     logs.configure("gateway", settings.log_level)
+    tracing.configure("gateway", settings.otlp_endpoint)
     asyncio.run(serve(settings))
+    tracing.close()
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from service import logs, rpc
+from service import calls, logs, rpc
 from service.db.batches import Limits
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
@@ -21,7 +21,7 @@ from vllm_batch.v1 import batch_service_pb2_grpc
 CREATE_TIMEOUT_S = 60.0
 UPLOAD_TIMEOUT_S = 3600.0
 
-T = TypeVar("T")
+T = TypeVar("T", pb.CreateBatchResponse, pb.UploadBatchResponse)
 
 log = logs.get("gateway")
 
@@ -38,7 +38,10 @@ class GatewayServicer(StoredServicer):
         """Forwards to a live worker."""
         timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
         return await self._forward(
-            context, lambda address: self._channels.stub(address).CreateBatch(request, timeout=timeout_s)
+            context,
+            lambda address, metadata: self._channels.stub(address).CreateBatch(
+                request, timeout=timeout_s, metadata=metadata
+            ),
         )
 
     async def UploadBatch(
@@ -47,19 +50,24 @@ class GatewayServicer(StoredServicer):
         """Forwards to a live worker, piece by piece: what the worker has not taken is not read from the client."""
         timeout_s = _timeout_s(context, UPLOAD_TIMEOUT_S)
         return await self._forward(
-            context, lambda address: _upload(self._channels.blocking_stub(address), aiter(request_iterator), timeout_s)
+            context,
+            lambda address, metadata: _upload(
+                self._channels.blocking_stub(address), aiter(request_iterator), timeout_s, metadata
+            ),
         )
 
     async def close(self) -> None:
         """Closes the channels to the workers."""
         await self._channels.close()
 
-    async def _forward(self, context: Context, call: Callable[[str], Awaitable[T]]) -> T:
+    async def _forward(self, context: Context, call: Callable[[str, calls.Metadata], Awaitable[T]]) -> T:
         seen = self._presence.choose()
         try:
-            return await call(seen.beat.address)
+            answer = await call(seen.beat.address, calls.current().metadata())
         except grpc.RpcError as error:
             await self._pass_on(context, seen, error)
+        log.info("batch_forwarded", batch=answer.batch.id, worker_id=seen.beat.worker_id)
+        return answer
 
     async def _pass_on(self, context: Context, seen: SeenBeat, error: grpc.RpcError) -> NoReturn:
         """Ends the call as the worker did; or as offline when it was not the worker who said so."""
@@ -98,7 +106,10 @@ class _Channels:
 
 
 async def _upload(
-    stub: batch_service_pb2_grpc.BatchServiceStub, messages: AsyncIterator[pb.UploadBatchRequest], timeout_s: float
+    stub: batch_service_pb2_grpc.BatchServiceStub,
+    messages: AsyncIterator[pb.UploadBatchRequest],
+    timeout_s: float,
+    metadata: calls.Metadata,
 ) -> pb.UploadBatchResponse:
     """UploadBatch by gRPC's blocking API.
 
@@ -119,7 +130,7 @@ async def _upload(
         except grpc.RpcError as error:
             answer.set_exception(pieces.failure or error)
 
-    call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s)
+    call: Any = stub.UploadBatch.future(pieces, timeout=timeout_s, metadata=metadata)
     call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))
     try:
         return await answer
