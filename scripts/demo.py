@@ -62,6 +62,9 @@ def environment(home: Path, ports: list[int]) -> dict[str, str]:
         "BATCH_GATEWAY_PORT": str(ports[0]),
         "BATCH_WORKER_PORT": str(ports[1]),
         "BATCH_WATCHDOG_PORT": str(ports[2]),
+        "BATCH_GATEWAY_METRICS_PORT": "0",
+        "BATCH_WORKER_METRICS_PORT": "0",
+        "BATCH_WATCHDOG_METRICS_PORT": "0",
         # So small a model would be done before anybody can see it: a few requests at a time.
         "BATCH_WINDOW": "24",
     }

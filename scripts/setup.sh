@@ -59,12 +59,12 @@ if [[ $engine = cpu ]]; then
     pip+=(--extra-index-url https://download.pytorch.org/whl/cpu)
   fi
   step "installing the server and vLLM for CPU (3.5 GB, about 2 minutes on a fast line)" \
-    "${pip[@]}" -e ".[server,dev,cpu]" "torch==$torch.0+cpu"
+    "${pip[@]}" -e ".[server,tracing,dev,cpu]" "torch==$torch.0+cpu"
   # Pulled in as CUDA builds that do not load beside the CPU build of torch; text models need none of them.
   step "removing torchvision, torchaudio, torchcodec" \
     "$python" -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 else
-  step "installing the server and vLLM for CUDA" "${pip[@]}" -e ".[server,dev,cuda]"
+  step "installing the server and vLLM for CUDA" "${pip[@]}" -e ".[server,tracing,dev,cuda]"
 fi
 printf '%s\n' "$wanted" >"$stamp"
 say "setup: done"

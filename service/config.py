@@ -30,6 +30,7 @@ OTHER_VARIABLES = {
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Port = Annotated[int, Field(ge=1, le=65_535)]
+PortOrNone = Annotated[int, Field(ge=0, le=65_535)]
 
 
 class Settings(BaseSettings):
@@ -49,6 +50,15 @@ class Settings(BaseSettings):
     gateway_port: Port = 50051
     worker_port: Port = 50052
     watchdog_port: Port = 50053
+    # Prometheus metrics; port 0: none.
+    metrics_host: str = "127.0.0.1"
+    gateway_metrics_port: PortOrNone = 50061
+    worker_metrics_port: PortOrNone = 50062
+    watchdog_metrics_port: PortOrNone = 50063
+    # Where spans go, an OTLP/gRPC collector. Unset: no tracing.
+    otlp_endpoint: str | None = Field(
+        default=None, validation_alias=AliasChoices("OTEL_EXPORTER_OTLP_ENDPOINT", "otlp_endpoint")
+    )
     database_url: SecretStr | None = Field(default=None, validation_alias=AliasChoices("DATABASE_URL", "database_url"))
     sentry_dsn: SecretStr | None = Field(default=None, validation_alias=AliasChoices("SENTRY_DSN", "sentry_dsn"))
     environment: str = Field(default="production", validation_alias=AliasChoices("ENVIRONMENT", "environment"))
@@ -123,9 +133,12 @@ class Settings(BaseSettings):
             wrong.append("BATCH_HEARTBEAT_TIMEOUT_S must be at least twice BATCH_HEARTBEAT_INTERVAL_S")
         if self.lease_s < 2 * self.heartbeat_interval_s:
             wrong.append("BATCH_LEASE_S must be at least twice BATCH_HEARTBEAT_INTERVAL_S, which renews it")
-        ports = [self.gateway_port, self.worker_port, self.watchdog_port]
+        metrics_ports = [self.gateway_metrics_port, self.worker_metrics_port, self.watchdog_metrics_port]
+        ports = [self.gateway_port, self.worker_port, self.watchdog_port, *filter(None, metrics_ports)]
         if len(set(ports)) < len(ports):
-            wrong.append("BATCH_GATEWAY_PORT, BATCH_WORKER_PORT and BATCH_WATCHDOG_PORT must differ")
+            wrong.append(
+                "BATCH_{GATEWAY,WORKER,WATCHDOG}_PORT and BATCH_{GATEWAY,WORKER,WATCHDOG}_METRICS_PORT must differ"
+            )
         try:
             shlex.split(self.engine_args)
         except ValueError as error:

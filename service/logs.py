@@ -2,8 +2,18 @@
 
 import logging
 import sys
+import uuid
+from collections.abc import Iterable
+from typing import Any
 
 import structlog
+
+# By which a call is known in the logs of all who serve it: gRPC metadata, given by the client or made here.
+CALL_ID_HEADER = "x-request-id"
+MAX_CALL_ID = 128
+
+# What every event of this process has.
+_identity: dict[str, str] = {}
 
 
 def configure(process: str, level: str = "INFO") -> None:
@@ -16,7 +26,7 @@ def configure(process: str, level: str = "INFO") -> None:
     ]
 
     def add_process(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        return {"process": process} | dict(event)
+        return {"process": process} | _identity | dict(event)
 
     structlog.configure(
         processors=[*shared, add_process, structlog.processors.JSONRenderer(default=str)],
@@ -36,6 +46,17 @@ def configure(process: str, level: str = "INFO") -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(getattr(logging, level), logging.WARNING), force=True)
+
+
+def identify(**fields: str) -> None:
+    """Adds to every event of this process from now on."""
+    _identity.update(fields)
+
+
+def call_id(metadata: Iterable[tuple[str, Any]]) -> str:
+    """The id of a call: the client's, or a new one."""
+    given = next((value for key, value in metadata if key == CALL_ID_HEADER), "")
+    return given[:MAX_CALL_ID] or uuid.uuid4().hex
 
 
 def get(name: str) -> structlog.typing.FilteringBoundLogger:

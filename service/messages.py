@@ -35,6 +35,11 @@ def batch_name(number: int) -> str:
     return f"{_PREFIX}{number}"
 
 
+def request_name(batch: int, index: int) -> str:
+    """Result.id: the request as OpenAI's output names it, and the engine's logs."""
+    return f"batch_req_{batch}_{index}"
+
+
 def state_name(state: int) -> str:
     """The stored spelling of a BatchState."""
     return pb.BatchState.Name(state).removeprefix("BATCH_STATE_").lower()
@@ -63,7 +68,7 @@ def result_message(batch: int, result: StoredResult) -> pb.Result:
     message = pb.Result(
         custom_id=result.custom_id,
         index=result.index,
-        id=f"batch_req_{batch}_{result.index}",
+        id=request_name(batch, result.index),
         finish_time=Timestamp(seconds=result.finish_us // 1_000_000, nanos=result.finish_us % 1_000_000 * 1000),
     )
     if result.status_code is not None:

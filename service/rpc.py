@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from grpc_reflection.v1alpha import reflection
 
 from service import logs, ports, roles
 from service.access import Access
+from service.calls import CallInterceptor
 from service.config import Settings
 from service.db.connection import Unreachable, is_without_schema
 from service.errors import ApiError, Violation, database_unavailable, invalid
+from service.handlers import behaviour, make_handler
 from service.health import NOT_SERVING, SERVING, Health
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -70,17 +72,17 @@ async def serve(
     service_names: tuple[str, ...],
     access: Access,
     *,
-    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     socket: str = "",
 ) -> Server:
     """Starts a server with health and, unless switched off, reflection; with TLS if the settings have a certificate.
 
-    Health of `""` and of each service says NOT_SERVING from the start. `interceptors` see calls as clients do, before
-    all others. `socket` is the address of a Unix socket that is served too, for its owner alone, always without TLS.
+    Health of `""` and of each service says NOT_SERVING from the start. `socket` is the address of a Unix socket that is
+    served too, for its owner alone, always without TLS.
     Raises RuntimeError when the port cannot be had.
     """
-    all_interceptors = [*interceptors, ErrorInterceptor(), AccessInterceptor(access)]
-    server = grpc.aio.server(interceptors=all_interceptors, options=SERVER_OPTIONS)
+    # The first is the outermost.
+    interceptors = [CallInterceptor(), ErrorInterceptor(), AccessInterceptor(access)]
+    server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     health = Health(("", *service_names))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add_services(server)
@@ -106,7 +108,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or roles.is_open(method):
             return handler
-        inner = _behaviour(handler)
+        inner = behaviour(handler)
         deserialize: Any = handler.request_deserializer
 
         def parse(data: bytes) -> Any:
@@ -133,7 +135,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:  # noqa: BLE001 - every error ends the call with a status
                 await _abort(context, method, error)
 
-        return _handler(
+        return make_handler(
             handler.request_streaming,
             handler.response_streaming,
             stream if handler.response_streaming else unary,
@@ -157,7 +159,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or roles.is_open(method):
             return handler
-        inner = _behaviour(handler)
+        inner = behaviour(handler)
         caller, refusal = "", None
         try:
             caller = self._access.caller(method, handler_call_details.invocation_metadata)
@@ -182,7 +184,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             async for response in inner(request, context):
                 yield response
 
-        return _handler(
+        return make_handler(
             # Of a call that is refused not even the request is read.
             handler.request_streaming or refusal is not None,
             handler.response_streaming,
@@ -190,23 +192,6 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             handler.request_deserializer,
             handler.response_serializer,
         )
-
-
-def _behaviour(handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
-    """The function of a handler, of whichever of the four kinds it is."""
-    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-
-
-def _handler(
-    request_streaming: bool, response_streaming: bool, behaviour: Any, deserializer: Any, serializer: Any
-) -> grpc.RpcMethodHandler[Any, Any]:
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[request_streaming, response_streaming]
-    return make(behaviour, request_deserializer=deserializer, response_serializer=serializer)
 
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

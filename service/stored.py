@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from service import logs, messages
+from service import calls, logs, messages
 from service.db import batches, results
 from service.db.batches import Batch, Limits
 from service.db.connection import Database
@@ -204,7 +204,9 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         batch_id = messages.batch_id(request.batch_id)
         request_id = messages.options(pb.BatchOptions(request_id=request.request_id)).request_id
         with _conflicts():
-            batch = await self.database.run(batches.retry, batch_id, request_id, RETRY_TIMEOUT_S, self._limits)
+            batch = await self.database.run(
+                batches.retry, batch_id, request_id, RETRY_TIMEOUT_S, self._limits, calls.current().traceparent
+            )
         if batch is None:
             raise not_found(f"batch {request.batch_id!r}")
         log.info("batch_retried", batch=request.batch_id, retried_as=messages.batch_name(batch.id))

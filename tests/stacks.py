@@ -51,6 +51,9 @@ class FullStack:
             "BATCH_GATEWAY_PORT": str(gateway),
             "BATCH_WORKER_PORT": str(worker),
             "BATCH_WATCHDOG_PORT": str(watchdog),
+            "BATCH_GATEWAY_METRICS_PORT": "0",
+            "BATCH_WORKER_METRICS_PORT": "0",
+            "BATCH_WATCHDOG_METRICS_PORT": "0",
             **settings,
         }
 

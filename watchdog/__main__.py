@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from service import access, config, logs, processes
+from service import access, config, logs, metrics, processes
 from service.clock import SystemClock
 from service.config import Settings
 from service.db import watchdogs
@@ -23,6 +23,7 @@ from service.db.connection import Database, Unreachable, migrate
 from watchdog import dry_run
 from watchdog.alerts import Alerts
 from watchdog.guards import GROUP, Guards, limits_of
+from watchdog.metrics import WatchdogCollector
 from watchdog.record import AWAY
 from watchdog.service import RecoveryServicer, Server
 from watchdog.supervisor import Supervisor, SupervisorAwayError
@@ -68,6 +69,7 @@ def guard(settings: Settings, ending: threading.Event, changed: threading.Event)
         log.error("port_not_free", port=settings.watchdog_port, cause=str(error))
         return 1
     log.info("watchdog_started", port=server.port)
+    metrics.serve(settings.metrics_host, settings.watchdog_metrics_port, WatchdogCollector(guards, settings.home))
     threads = [
         threading.Thread(target=_bring_schema, args=(database, ending), name="schema", daemon=True),
         *(

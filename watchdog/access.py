@@ -11,6 +11,7 @@ import structlog
 from service import logs, roles
 from service.access import Access
 from service.errors import ApiError
+from service.handlers import behaviour, make_handler
 
 log = logs.get("recovery")
 
@@ -51,7 +52,7 @@ class AccessInterceptor(grpc.ServerInterceptor):
         if handler.request_streaming:
             # Reflection: one call, however much it asks.
             return handler
-        inner: Any = handler.unary_unary or handler.unary_stream
+        inner = behaviour(handler)
 
         def call(request: Any, context: grpc.ServicerContext) -> Any:
             enter(context)
@@ -59,9 +60,6 @@ class AccessInterceptor(grpc.ServerInterceptor):
             with structlog.contextvars.bound_contextvars(**({"caller": caller} if caller else {})):
                 return inner(request, context)
 
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return make(
-            call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        return make_handler(
+            False, handler.response_streaming, call, handler.request_deserializer, handler.response_serializer
         )

@@ -9,6 +9,7 @@ from uuid import UUID
 from service import logs
 from service.clock import Clock
 from service.db.recoveries import Event
+from watchdog import counts
 from watchdog.act import AbandonedError, Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.observe import Observer
@@ -90,6 +91,7 @@ class Guard:
         `keep_evidence` is called with the intent, before the life that it ends is touched. `outages` are those of
         Postgres and supervisord, by the verdict that they lead to.
         """
+        counts.begin(worker_id)
         self.worker_id = worker_id
         # None until the first check.
         self.snapshot: Snapshot | None = None
@@ -310,6 +312,7 @@ class Guard:
         timings = {**self._intent.timings, **timings}
         self._record.close(self._intent, outcome, timings, incarnation)
         log.info("restart_ended", worker_id=self.worker_id, outcome=outcome, timings=timings)
+        counts.restart_ended(self.worker_id, outcome, timings)
         if outcome in ALERTED:
             kind, level = ALERTED[outcome]
             told = {"event": str(self._intent.key), "timings": timings, "evidence": self._intent.evidence}

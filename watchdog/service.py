@@ -23,6 +23,7 @@ from service.errors import ApiError, Violation, database_unavailable, invalid, n
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog.access import AccessInterceptor
+from watchdog.calls import CallInterceptor
 from watchdog.guard import Guard, Snapshot
 from watchdog.guards import Guards
 from watchdog.record import AWAY, UnrecordedError
@@ -146,7 +147,7 @@ class Server:
         self.set_serving(False)
         self._server = grpc.server(
             ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
-            interceptors=[AccessInterceptor(access)],
+            interceptors=[CallInterceptor(), AccessInterceptor(access)],
             options=ports.OPTIONS,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -63,12 +63,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Options:
-    """What a client says about a batch beside its requests. `completion_window_s` None: never expires."""
+    """What a client says about a batch beside its requests. `completion_window_s` None: never expires.
+
+    `traceparent`: the trace in which its requests run.
+    """
 
     request_id: str | None = None
     metadata: Mapping[str, str] | None = None
     priority: int = 0
     completion_window_s: float | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,9 +196,10 @@ def _insert(db: peewee.PostgresqlDatabase, batch_id: int, options: Options, cont
     """The batch and its chunks, for requests that are stored already. Raises DuplicateError."""
     stored = db.execute_sql(
         f"""
-        INSERT INTO batches (id, state, request_id, digest, metadata, priority, models, total, expire_time)
+        INSERT INTO batches (id, state, request_id, digest, metadata, priority, models, total, expire_time,
+                             traceparent)
         VALUES (%(id)s, 'in_progress', %(request_id)s, %(digest)s, %(metadata)s, %(priority)s, %(models)s,
-                %(total)s, clock_timestamp() + make_interval(secs => %(window)s))
+                %(total)s, clock_timestamp() + make_interval(secs => %(window)s), %(traceparent)s)
         ON CONFLICT (request_id) DO NOTHING RETURNING {COLUMNS}
         """,
         {
@@ -206,6 +211,7 @@ def _insert(db: peewee.PostgresqlDatabase, batch_id: int, options: Options, cont
             "models": list(content.models),
             "total": content.total,
             "window": options.completion_window_s,
+            "traceparent": options.traceparent,
         },
     ).fetchone()
     if stored is None:
@@ -378,7 +384,12 @@ def purge(db: peewee.PostgresqlDatabase, slice_size: int) -> bool:
 
 
 def retry(
-    db: peewee.PostgresqlDatabase, batch_id: int, request_id: str | None, timeout_s: float, limits: Limits
+    db: peewee.PostgresqlDatabase,
+    batch_id: int,
+    request_id: str | None,
+    timeout_s: float,
+    limits: Limits,
+    traceparent: str | None = None,
 ) -> Batch | None:
     """A new batch of the requests of an ended batch that failed or have no result. None: there is no such batch.
 
@@ -414,7 +425,7 @@ def retry(
         ).rowcount
         if not total:
             raise StateError(batch, "has no failed request")
-        options = Options(request_id, batch.metadata, batch.priority)
+        options = Options(request_id, batch.metadata, batch.priority, traceparent=traceparent)
         retried = _insert(db, new_id, options, Content(total, batch.models, digest))
         failpoints.hit("retry.before_commit")
     failpoints.hit("retry.after_commit")

@@ -23,6 +23,8 @@ class Chunk:
     first_index: int
     count: int
     deaths: int = 0
+    # The trace in which its batch was created.
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Request:
     custom_id: str
     url: str
     body: str
+    traceparent: str | None = None
 
 
 def claim(
@@ -138,7 +141,9 @@ def _claim(
             WHERE id IN (SELECT id FROM batches WHERE id IN (SELECT batch_id FROM taken) AND start_time IS NULL
                          FOR UPDATE SKIP LOCKED)
         )
-        SELECT id, batch_id, first_index, count, deaths FROM taken ORDER BY priority DESC, id
+        SELECT id, batch_id, first_index, count, deaths,
+               (SELECT traceparent FROM batches WHERE batches.id = taken.batch_id)
+        FROM taken ORDER BY priority DESC, id
         """,
         {
             "models": list(models),
@@ -163,7 +168,10 @@ def unanswered(db: peewee.PostgresqlDatabase, chunk: Chunk) -> list[Request]:
         """,
         {"batch": chunk.batch_id, "first": chunk.first_index, "end": chunk.first_index + chunk.count},
     )
-    return [Request(chunk.id, chunk.batch_id, *row) for row in rows.fetchall()]
+    return [
+        Request(chunk.id, chunk.batch_id, index, custom_id, url, body, chunk.traceparent)
+        for index, custom_id, url, body in rows.fetchall()
+    ]
 
 
 def renew(db: peewee.PostgresqlDatabase, ids: Sequence[int], incarnation: UUID, lease_s: float) -> set[int]:

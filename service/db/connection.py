@@ -13,6 +13,7 @@ import psycopg2
 from playhouse.migrations import Runner
 from playhouse.pool import PooledPostgresqlDatabase
 
+from service import metrics
 from service.db.deadlines import Deadlines, extend
 
 P = ParamSpec("P")
@@ -93,6 +94,7 @@ class Database:
     ) -> T:
         """Runs `function(connection, ...)` here. Raises one of `Unreachable` when Postgres is away."""
         with (
+            metrics.database_call(function.__name__, Unreachable),
             self._pool.connection_context(),
             self._deadlines.within(self._pool.connection(), CALL_FACTOR * self._timeout_s),
         ):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from service import access, config, logs, processes, rpc
+from service import access, config, logs, metrics, processes, rpc, tracing
 from service.clock import SystemClock
 from service.config import Settings
 from service.db.batches import Limits
@@ -15,6 +15,7 @@ from service.db.connection import Database
 from service.gateway.calling import Calling
 from service.gateway.channels import Channels
 from service.gateway.housekeeping import Housekeeping
+from service.gateway.metrics import TIMEOUT_S, GatewayCollector
 from service.gateway.presence import Presence
 from service.gateway.service import GatewayServicer
 from vllm_batch.v1 import batch_service_pb2_grpc
@@ -54,6 +55,10 @@ async def serve(settings: Settings) -> None:
         (SERVICE,),
         access.of(settings, SystemClock()),
     )
+    surveying = Database(settings.gateway_postgres_url, "gateway-metrics", TIMEOUT_S, connections=1)
+    metrics.serve(
+        settings.metrics_host, settings.gateway_metrics_port, GatewayCollector(presence, surveying, settings.lease_s)
+    )
     await server.set_health("", True)
     log.info("gateway_serving", address=server.address)
     following = asyncio.create_task(presence.follow())
@@ -85,7 +90,9 @@ def main(arguments: Sequence[str]) -> int:
     processes.die_with_parent()
     processes.allow_many_files()
     logs.configure("gateway", settings.log_level)
+    tracing.configure("gateway", settings.otlp_endpoint)
     asyncio.run(serve(settings))
+    tracing.close()
     return 0
 
 

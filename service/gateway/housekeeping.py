@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import peewee
 
-from service import logs
+from service import logs, messages
 from service.db import batches
 from service.db.connection import Database, Unreachable, check_schema, lock_housekeeping
 
@@ -46,9 +46,9 @@ class Housekeeping:
             if not lock_housekeeping(db):
                 return False
             for batch_id in batches.expire(db, EXPIRE_TIMEOUT_S):
-                log.info("batch_expired", batch=batch_id)
+                log.info("batch_expired", batch=messages.batch_name(batch_id))
             batches.settle_cancelled(db)
             if self.retention_s:
                 for batch_id in batches.delete_old(db, self.retention_s):
-                    log.info("batch_removed_for_age", batch=batch_id)
+                    log.info("batch_removed_for_age", batch=messages.batch_name(batch_id))
         return batches.purge(db, SLICE)

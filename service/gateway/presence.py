@@ -10,7 +10,7 @@ import peewee
 
 from service import logs
 from service.clock import Clock
-from service.db import heartbeats, recoveries
+from service.db import heartbeats, recoveries, watchdogs
 from service.db.connection import Database, Unreachable, check_schema
 from service.db.heartbeats import SeenBeat
 from service.errors import ApiError
@@ -89,7 +89,7 @@ class Presence:
             if not self._is_schema_there:
                 await self.database.run(check_schema)
                 self._is_schema_there = True
-            beats, given_up, timings = await self.database.run(_read)
+            beats, given_up, timings, dogs = await self.database.run(_read)
         except Unreachable as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not self.freshness.failure:
@@ -99,7 +99,7 @@ class Presence:
             if self.freshness.failure:
                 log.info("database_back")
             _tell_news(self.freshness.beats, beats)
-            self.freshness = Freshness(beats, self.clock.monotonic(), given_up, timings)
+            self.freshness = Freshness(beats, self.clock.monotonic(), given_up, timings, dogs)
             await self._links.keep({seen.beat.address for seen in beats if seen.age_s <= self.timeout_s})
 
     async def _judge(self) -> None:
@@ -138,6 +138,7 @@ def _tell_news(before: Sequence[SeenBeat], now: Sequence[SeenBeat]) -> None:
 
 def _read(
     db: peewee.PostgresqlDatabase,
-) -> tuple[list[SeenBeat], frozenset[str], dict[str, dict[str, float]]]:
+) -> tuple[list[SeenBeat], frozenset[str], dict[str, dict[str, float]], dict[str, float]]:
     timings = {worker_id: dict(found) for worker_id, found in recoveries.last_timings(db).items()}
-    return heartbeats.read(db), frozenset(recoveries.given_up(db)), timings
+    dogs = {seen.watchdog_id: seen.age_s for seen in watchdogs.read(db)}
+    return heartbeats.read(db), frozenset(recoveries.given_up(db)), timings, dogs

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from service import logs
+from service import calls, logs
 from service.db.batches import Limits
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
@@ -26,7 +26,7 @@ UPLOAD_TIMEOUT_S = 3600.0
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
-T = TypeVar("T")
+T = TypeVar("T", pb.CreateBatchResponse, pb.UploadBatchResponse)
 
 log = logs.get("gateway")
 
@@ -52,7 +52,7 @@ class GatewayServicer(StoredServicer):
         async def create(seen: SeenBeat) -> pb.CreateBatchResponse:
             stub = self._channels.batches(seen.beat.address)
             timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
-            call = stub.CreateBatch(request, timeout=timeout_s, metadata=_token(context))
+            call = stub.CreateBatch(request, timeout=timeout_s, metadata=_metadata(context))
             return await self._presence.call(seen, call)
 
         return await self._forward(context, request.options.request_id, models, create, lambda: True)
@@ -71,7 +71,7 @@ class GatewayServicer(StoredServicer):
 
         async def send(seen: SeenBeat) -> pb.UploadBatchResponse:
             stub = self._channels.blocking_batches(seen.beat.address)
-            return await upload.send(stub, uploaded, _timeout_s(context, UPLOAD_TIMEOUT_S), _token(context))
+            return await upload.send(stub, uploaded, _timeout_s(context, UPLOAD_TIMEOUT_S), _metadata(context))
 
         try:
             models = await uploaded.models()
@@ -89,7 +89,9 @@ class GatewayServicer(StoredServicer):
     ) -> T:
         for seen in self._presence.live(models):
             try:
-                return await call(seen)
+                answer = await call(seen)
+                log.info("batch_forwarded", batch=answer.batch.id, worker_id=seen.beat.worker_id)
+                return answer
             except (LostError, grpc.RpcError) as error:
                 failure = error
             if not _is_for_another(failure):
@@ -132,9 +134,12 @@ async def _pass_on(context: Context, error: grpc.RpcError) -> NoReturn:
     raise AssertionError("abort raises")
 
 
-def _token(context: Context) -> upload.Metadata:
-    """The caller's token, which the worker checks again: the gateway has none of its own."""
-    return tuple((key, str(value)) for key, value in context.invocation_metadata() or () if key == "authorization")
+def _metadata(context: Context) -> calls.Metadata:
+    """What makes the call known as the client's: its id and trace; and the client's token, which the worker checks
+    again, as the gateway has none of its own."""
+    given: Any = context.invocation_metadata() or ()
+    token = tuple((key, str(value)) for key, value in given if key == "authorization")
+    return (*calls.current().metadata(), *token)
 
 
 def _timeout_s(context: Context, otherwise_s: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from service.calls import Metadata
 from service.errors import ApiError
 from service.gateway import wanted
 from service.gateway.links import LostError
@@ -21,8 +22,6 @@ KEPT_BYTES = 256 << 10
 MESSAGE_BYTES = 500
 # A client that sends nothing for this long has gone.
 PIECE_TIMEOUT_S = 60.0
-
-Metadata = tuple[tuple[str, str], ...]
 
 _BOM = b"\xef\xbb\xbf"
 

@@ -28,6 +28,8 @@ DRAINING_S = 10.0
 GAVE_UP_S = 300.0
 # The next heartbeat says more.
 SOON_S = 1.0
+# A watchdog that was not seen for so long is gone, and with it whoever would restart the worker.
+WATCHDOG_MISSED_S = 60.0
 # A worker that was not seen for so long is not waited for because of the models it had.
 FORGOTTEN_S = 86_400.0
 
@@ -65,6 +67,8 @@ class Freshness:
     given_up: frozenset[str] = frozenset()
     # Of each worker's last successful restart, the seconds by phase.
     timings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # How old the last beat of each host's watchdog was when it was read.
+    watchdogs: Mapping[str, float] = field(default_factory=dict)
     # Why the last look failed. Empty: it did not.
     failure: str = ""
     # The links by address.
@@ -73,6 +77,11 @@ class Freshness:
     def age_s(self, seen: SeenBeat, now_s: float) -> float:
         """How old a worker's last beat is now."""
         return seen.age_s + max(0.0, now_s - self.read_at_s)
+
+    def watchdog_age_s(self, seen: SeenBeat, now_s: float) -> float | None:
+        """How old the last beat of the watchdog on a worker's host is now; None when it was never seen."""
+        age_s = self.watchdogs.get(seen.beat.worker_id.rpartition(":")[0])
+        return None if age_s is None else age_s + max(0.0, now_s - self.read_at_s)
 
     def contact(self, seen: SeenBeat) -> Contact:
         """What the link to a worker says."""
@@ -134,7 +143,8 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
     metadata = _metadata(freshness, seen, now_s)
     if age_s > timeout_s:
         left_s = _left_s(sum(timings.values()), age_s, RECOVERY_S)
-        return _refusal(WORKER_OFFLINE, f"worker offline (last seen {age_s:.0f}s ago)", metadata, left_s)
+        message = f"worker offline (last seen {age_s:.0f}s ago){_unwatched(freshness, seen, now_s)}"
+        return _refusal(WORKER_OFFLINE, message, metadata, left_s)
     contact, phase = freshness.contact(seen), seen.beat.phase
     for_s = max(0.0, now_s - contact.since_s)
     if contact.health is Health.UNREACHABLE:
@@ -145,7 +155,8 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
         return _refusal(WORKER_LOADING, f"worker is {phase} (last seen {age_s:.0f}s ago)", metadata, left_s)
     if phase in _STALLED:
         left_s = _left_s(sum(timings.values()), for_s, RECOVERY_S)
-        return _refusal(WORKER_STALLED, f"worker's engine is not working: {phase}", metadata, left_s)
+        message = f"worker's engine is not working: {phase}{_unwatched(freshness, seen, now_s)}"
+        return _refusal(WORKER_STALLED, message, metadata, left_s)
     if phase == Phase.READY:
         said = "has not answered yet" if contact.health is Health.UNKNOWN else "has just stopped serving"
         return _refusal(WORKER_OFFLINE, f"worker {said} (last seen {age_s:.0f}s ago)", metadata, SOON_S)
@@ -155,7 +166,7 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
 def _lost(freshness: Freshness, seen: SeenBeat, now_s: float, for_s: float, more: Mapping[str, str]) -> ApiError:
     """A worker that was there until `for_s` ago."""
     left_s = _left_s(sum(freshness.timings.get(seen.beat.worker_id, {}).values()), for_s, LOST_S)
-    message = f"worker offline (last seen {freshness.age_s(seen, now_s):.0f}s ago)"
+    message = f"worker offline (last seen {freshness.age_s(seen, now_s):.0f}s ago){_unwatched(freshness, seen, now_s)}"
     return _refusal(WORKER_OFFLINE, message, {**_metadata(freshness, seen, now_s), **more}, left_s)
 
 
@@ -174,12 +185,22 @@ def _left_s(expected_s: float, passed_s: float, otherwise_s: float) -> float:
     return min(GAVE_UP_S, max(SOON_S, expected_s - passed_s))
 
 
+def _unwatched(freshness: Freshness, seen: SeenBeat, now_s: float) -> str:
+    """What a message says more when nobody is there to restart the worker."""
+    age_s = freshness.watchdog_age_s(seen, now_s)
+    if age_s is None or age_s <= WATCHDOG_MISSED_S:
+        return ""
+    return f"; its watchdog is gone too (last seen {age_s:.0f}s ago)"
+
+
 def _metadata(freshness: Freshness, seen: SeenBeat, now_s: float) -> dict[str, str]:
-    return {
+    metadata = {
         "worker_id": seen.beat.worker_id,
         "phase": seen.beat.phase,
         "last_seen_s": f"{freshness.age_s(seen, now_s):.0f}",
     }
+    watchdog_age_s = freshness.watchdog_age_s(seen, now_s)
+    return metadata if watchdog_age_s is None else metadata | {"watchdog_last_seen_s": f"{watchdog_age_s:.0f}"}
 
 
 def _refusal(reason: str, message: str, metadata: Mapping[str, str], retry_delay_s: float) -> ApiError:

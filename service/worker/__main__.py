@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import psutil
 
-from service import access, config, logs, processes, rpc
+from service import access, config, logs, metrics, processes, rpc, tracing
 from service.clock import SystemClock
 from service.config import Settings, process_name
 from service.db.batches import Limits
@@ -25,6 +25,7 @@ from service.worker.engine_thread import EngineThread
 from service.worker.heart import Heart
 from service.worker.intake import Intake, Offer, Sizes
 from service.worker.life import Life
+from service.worker.metrics import WorkerCollector
 from service.worker.pulse import Pulse
 from service.worker.runner import Runner
 from service.worker.service import WorkerServicer
@@ -52,12 +53,15 @@ async def work(settings: Settings) -> int:
     engine = engines.make(settings)
     thread = EngineThread()
     life = Life(settings.worker_id, uuid4(), lambda _: None)
+    identity = {"worker_id": life.worker_id, "incarnation": str(life.incarnation)}
+    logs.identify(**identity)
+    tracing.configure("worker", settings.otlp_endpoint, identity)
     # Inherited by the engine's processes: that is how they are known to be ours when we are gone.
     os.environ["BATCH_INCARNATION"] = str(life.incarnation)
     runner = Runner(
         engine, running, life.worker_id, life.incarnation, settings.lease_s, settings.result_group_interval_s
     )
-
+    metrics.serve(settings.metrics_host, settings.worker_metrics_port, WorkerCollector(life, runner, engine))
     intake = Intake(
         served,
         Sizes(settings.max_requests_per_batch, settings.max_line_bytes, settings.max_batch_bytes),
@@ -247,6 +251,7 @@ def main(arguments: Sequence[str]) -> int:
     processes.die_with_parent()
     logs.configure("worker", settings.log_level)
     status = asyncio.run(work(settings))
+    tracing.close()
     # What a library left behind in threads must not hold up the end.
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         with contextlib.suppress(OSError):

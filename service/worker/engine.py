@@ -1,6 +1,6 @@
 """What the worker wants of an engine. Two implement it: vLLM and the simulated one."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,8 +48,10 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Loads the model. Returns when requests can run."""
 
-    async def run(self, url: str, body: str) -> Answer:
+    async def run(self, url: str, body: str, headers: Mapping[str, str] | None = None) -> Answer:
         """Runs one request, given as its JSON text. Cancelling the call aborts it in the engine.
+
+        `headers` are those that an HTTP client would send: `x-request-id`, `traceparent`.
 
         What the endpoint refuses is an Answer with a 4xx. Raises EngineDeadError when the engine died meanwhile.
         """

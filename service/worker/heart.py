@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import peewee
 
-from service import logs
+from service import logs, metrics
 from service.db import batches, chunks, heartbeats
 from service.db.connection import Unreachable, end_earlier_sessions, lock_worker
 from service.db.deadlines import Deadlines
@@ -109,10 +109,11 @@ class Heart:
         self._wake.clear()
 
     def _once(self) -> None:
-        if self.connection.is_closed():
-            self.connection.connect()
-        with self._deadlines.within(self.connection.connection(), self.timeout_s):
-            self._speak()
+        with metrics.database_call("beat", Unreachable):
+            if self.connection.is_closed():
+                self.connection.connect()
+            with self._deadlines.within(self.connection.connection(), self.timeout_s):
+                self._speak()
 
     def _speak(self) -> None:
         if not self._has_lock:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from uuid import UUID
 
-from service import logs
+from service import logs, messages, tracing
 from service.db import chunks, results
 from service.db.batches import CHUNK_SIZE
 from service.db.chunks import Chunk, Request
 from service.db.connection import Database, Unreachable
 from service.db.results import Result
+from service.worker import counts
 from service.worker.engine import Answer, Engine, EngineDeadError
 
 # How long to wait before looking for work again when there was none, or when Postgres was away.
@@ -194,7 +195,8 @@ class Runner:
             if not taken:
                 self._are_alone_waiting = False
                 break
-            log.warning("suspect_runs_alone", chunk=taken[0].id, batch=taken[0].batch_id, index=taken[0].first_index)
+            suspect = messages.request_name(taken[0].batch_id, taken[0].first_index)
+            log.warning("suspect_runs_alone", chunk=taken[0].id, request=suspect)
             while self._ready:
                 self._start(self._ready.popleft())
             await self._empty()
@@ -253,7 +255,8 @@ class Runner:
             self._ready.extend(requests)
         if chunk.deaths:
             self._suspects.add(chunk.id)
-        log.debug("chunk_claimed", chunk=chunk.id, batch=chunk.batch_id, requests=len(requests))
+        batch = messages.batch_name(chunk.batch_id)
+        log.debug("chunk_claimed", chunk=chunk.id, batch=batch, requests=len(requests))
 
     def _start(self, request: Request) -> None:
         task = asyncio.create_task(self._run_one(request))
@@ -265,19 +268,35 @@ class Runner:
         self._wake.set()
 
     async def _run_one(self, request: Request) -> None:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         try:
-            answer = await self.engine.run(request.url, request.body)
+            answer = await self._ask(request)
         except EngineDeadError as error:
             self._note_death(str(error))
             return
         except Exception as error:
-            log.error("request_failed", batch=request.batch_id, index=request.index, exc_info=error)
+            name = messages.request_name(request.batch_id, request.index)
+            log.error("request_failed", request=name, exc_info=error)
             message = f"{type(error).__name__} in the worker"
             self._finished.append(_error(request.chunk_id, request.batch_id, request.index, "INTERNAL_ERROR", message))
         else:
             self._is_proven = True
+            counts.answered(request.url, loop.time() - began_s)
             self._finished.append(_result(request, answer))
         self._wake_writer.set()
+
+    async def _ask(self, request: Request) -> Answer:
+        """Runs it under the name of its result and, if its client has one, in the client's trace."""
+        name = messages.request_name(request.batch_id, request.index)
+        headers = {"x-request-id": name}
+        if request.traceparent is None:
+            return await self.engine.run(request.url, request.body, headers)
+        with tracing.span("run_request", request.traceparent) as span:
+            headers[tracing.HEADER] = span.traceparent or request.traceparent
+            answer = await self.engine.run(request.url, request.body, headers)
+            span.note({"request": name, "http.response.status_code": answer.status_code})
+            return answer
 
     async def _write_groups(self) -> None:
         while True:
@@ -295,6 +314,7 @@ class Runner:
                 except Exception as error:  # noqa: BLE001 - one result that cannot be stored must not stop the rest
                     group = await self._write_singly(group, error)
                 self._database_back()
+                counts.stored([result for result in group if result.chunk_id in self._unstored])
                 for result in group:
                     self._finished.popleft()
                     self._stored(result)

@@ -1,8 +1,9 @@
 """BatchService on the worker: takes new batches in, and reads."""
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
-from service import logs, messages
+from service import calls, logs, messages
 from service.db.batches import Batch
 from service.errors import Violation, invalid
 from service.stored import Context, StoredServicer
@@ -63,7 +64,7 @@ class WorkerServicer(StoredServicer):
     async def _store(
         self, message: pb.BatchOptions, pieces: AsyncIterator[bytes], place: Callable[[int], str]
     ) -> Batch:
-        options = messages.options(message)
+        options = replace(messages.options(message), traceparent=calls.current().traceparent)
         salted = pb.BatchOptions()
         salted.CopyFrom(message)
         salted.request_id = ""

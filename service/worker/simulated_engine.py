@@ -13,7 +13,7 @@ import heapq
 import os
 import signal
 import sys
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import msgspec
@@ -81,7 +81,7 @@ class SimulatedEngine:
         self._following = asyncio.create_task(self._follow(self._process.stdout))
         await asyncio.sleep(self._load_s)
 
-    async def run(self, url: str, body: str) -> Answer:
+    async def run(self, url: str, body: str, headers: Mapping[str, str] | None = None) -> Answer:
         """Answers from a hash of the body: the same body, the same answer."""
         if self.is_dead:
             raise EngineDeadError("the simulated engine is dead")

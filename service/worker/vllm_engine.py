@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shlex
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from http import HTTPStatus
 from importlib import import_module
 from typing import Any
@@ -80,7 +80,7 @@ class VllmEngine:
         self._settings = settings
         self._client: Any = None
         self._shutdown_timeout_s = 0
-        self._handlers: dict[str, Callable[[Any], Awaitable[Any]]] = {}
+        self._handlers: dict[str, Callable[[Any, Any], Awaitable[Any]]] = {}
         self._types: dict[str, pydantic.TypeAdapter[Any]] = {}
         self._create_error_response: Any = None
 
@@ -124,7 +124,7 @@ class VllmEngine:
             self.window = min(MAX_WINDOW, WINDOW_FACTOR * config.scheduler_config.max_num_seqs)
         log.info("engine_ready", models=self.models, urls=sorted(self.urls), window=self.window)
 
-    async def run(self, url: str, body: str) -> Answer:
+    async def run(self, url: str, body: str, headers: Mapping[str, str] | None = None) -> Answer:
         """Runs one request through the handler of its endpoint."""
         try:
             request = self._types[url].validate_json(body)
@@ -133,7 +133,7 @@ class VllmEngine:
         if self.is_dead:
             raise EngineDeadError("the engine is dead")
         try:
-            response = await self._handlers[url](request)
+            response = await self._handlers[url](request, _http_request(headers))
         except Exception as error:  # noqa: BLE001 - a handler may raise anything; vLLM maps it to its error response
             response = self._create_error_response(error)
         task = asyncio.current_task()
@@ -219,6 +219,15 @@ class VllmEngine:
             message, HTTPStatus.BAD_REQUEST.phrase, HTTPStatus.BAD_REQUEST, param=field
         )
         return _answer(response)
+
+
+def _http_request(headers: Mapping[str, str] | None) -> Any:
+    """Headers as the handlers look for them, in the request to vLLM's HTTP server that there is not."""
+    if headers is None:
+        return None
+    from starlette.requests import Request
+
+    return Request({"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
 
 
 def _answer(response: Any) -> Answer:

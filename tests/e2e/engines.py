@@ -14,6 +14,10 @@ from service.worker import tiny_model
 from service.worker.engine import Answer
 from service.worker.engine_thread import EngineThread
 from service.worker.vllm_engine import VllmEngine
+from tests.collector import TRACEPARENT
+
+# As the worker gives them.
+HEADERS = {"x-request-id": "batch_req_7_12", "traceparent": TRACEPARENT}
 
 
 class Running:
@@ -27,7 +31,7 @@ class Running:
         return asyncio.run_coroutine_threadsafe(work, self.thread._loop).result(timeout_s)
 
     def run(self, body: dict[str, Any], url: str) -> Answer:
-        answer: Answer = self.call(self.engine.run(url, json.dumps({"model": "tiny"} | body)))
+        answer: Answer = self.call(self.engine.run(url, json.dumps({"model": "tiny"} | body), HEADERS))
         return answer
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 
 from service.config import Settings
 from service.processes import is_alive
 from service.worker.engine import EngineDeadError
 from service.worker.vllm_engine import EngineArgumentError, VllmEngine
+from tests.collector import CLIENT_SPAN, TRACE, Collector, collecting
 from tests.e2e.engines import Running, check_same, run_batch
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
+ROOT = Path(__file__).resolve().parents[2]
 CHAT = "/v1/chat/completions"
 FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -55,9 +59,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(home: Path) -> Iterator[Running]:
+def collector() -> Iterator[Collector]:
+    """Gets vLLM's spans."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def running(home: Path, collector: Collector) -> Iterator[Running]:
     """One engine for the module; the last test kills it."""
-    running = Running(home, " ".join(FLAGS))
+    running = Running(home, " ".join((*FLAGS, "--otlp-traces-endpoint", collector.endpoint)))
     running.call(running.engine.start(), 200)
     yield running
     running.stop()
@@ -102,6 +113,25 @@ def test_steps_count_while_it_works(running: Running) -> None:
     before = running.engine.steps
     running.run({"messages": MESSAGES, "max_tokens": 30, "ignore_eos": True}, CHAT)
     assert running.engine.steps >= before + 30
+
+
+def test_engine_knows_a_request_by_its_name_and_trace(running: Running, collector: Collector) -> None:
+    """The id in the body is that of the result, and vLLM's span belongs to the trace that the request runs in."""
+    for url, body in ((CHAT, {"messages": MESSAGES}), ("/v1/completions", {"prompt": "abc"})):
+        answer = running.run(body | {"max_tokens": 1}, url)
+        assert json.loads(answer.body)["id"].endswith("-batch_req_7_12")
+    until(lambda: any(span.trace == TRACE for span in collector.spans), "vLLM's span of the trace")
+    assert {span.parent for span in collector.spans if span.trace == TRACE} == {CLIENT_SPAN}
+
+
+def test_vllms_own_metrics_are_exported(running: Running) -> None:
+    """What the dashboard asks of vLLM is in the registry that the worker exports."""
+    running.run({"messages": MESSAGES, "max_tokens": 1}, CHAT)
+    dashboard = (ROOT / "conf/grafana-dashboard.json").read_text()
+    exported = {sample.name for family in REGISTRY.collect() for sample in family.samples}
+    asked = set(re.findall(r"vllm:\w+", dashboard))
+    assert len(asked) >= 5
+    assert asked <= exported
 
 
 async def steps(engine: VllmEngine, count: int) -> None:

@@ -166,6 +166,8 @@ class Stack:
             "BATCH_HOME": str(self.folder),
             "BATCH_ENGINE": "simulated",
             "BATCH_GATEWAY_PORT": str(self.gateway_port),
+            "BATCH_GATEWAY_METRICS_PORT": "0",
+            "BATCH_WORKER_METRICS_PORT": "0",
             "BATCH_HEARTBEAT_INTERVAL_S": "0.2",
             "SUPERVISOR_PROCESS_NAME": name,
         }
@@ -210,7 +212,7 @@ def free_port() -> int:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = int(one.getsockname()[1])
-        if port not in (50051, 50052, 50053):
+        if port not in (*range(50051, 50054), *range(50061, 50064)):
             return port
 
 

@@ -194,6 +194,7 @@ def host(database: Database, database_url: str, request: pytest.FixtureRequest) 
             "home": home,
             "worker_port": free_port(),
             "watchdog_port": free_port(),
+            "watchdog_metrics_port": 0,
             "heartbeat_interval_s": 0.1,
             "heartbeat_timeout_s": 1,
             "check_interval_s": 1,

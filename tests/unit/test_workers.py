@@ -31,6 +31,7 @@ def known(
     read_at_s: float = 0,
     given_up: str = "",
     timings: Mapping[str, Mapping[str, float]] | None = None,
+    watchdogs: Mapping[str, float] | None = None,
     failure: str = "",
 ) -> Freshness:
     """Of each worker the link says what its phase says, or what `health` says of its name."""
@@ -39,7 +40,7 @@ def known(
         said = Health.SERVING if one.beat.phase == Phase.READY else Health.NOT_SERVING
         said = (health or {}).get(one.beat.worker_id, said)
         contacts[one.beat.address] = Contact(said, since_s, "Socket closed" if said is Health.UNREACHABLE else "")
-    return Freshness(workers, read_at_s, frozenset(given_up.split()), timings or {}, failure, contacts)
+    return Freshness(workers, read_at_s, frozenset(given_up.split()), timings or {}, watchdogs or {}, failure, contacts)
 
 
 def chosen(freshness: Freshness, *models: str, now_s: float = 0) -> list[str]:
@@ -192,3 +193,14 @@ def test_errors_carry_their_details() -> None:
     trailers = dict(error.trailing_metadata())
     assert trailers["grpc-retry-pushback-ms"] == "15000"
     assert [detail.TypeName() for detail in error.status().details] == ["google.rpc.ErrorInfo", "google.rpc.RetryInfo"]
+
+
+def test_a_watchdog_that_is_gone_is_told() -> None:
+    """Who waits for a worker that nobody will restart is told so; a watchdog that beats is no news."""
+    gone = refusal(known(seen("h:w", age_s=100), watchdogs={"h": 75.0}), now_s=5)
+    assert gone.message == "worker offline (last seen 105s ago); its watchdog is gone too (last seen 80s ago)"
+    assert gone.metadata["watchdog_last_seen_s"] == "80"
+    there = refusal(known(seen("h:w", age_s=100), watchdogs={"h": 5.0, "other": 500.0}))
+    assert there.message == "worker offline (last seen 100s ago)"
+    lost = unreachable(seen("h:w"), known(seen("h:w"), watchdogs={"h": 75.0}), 0, "Socket closed", "r")
+    assert "its watchdog is gone too" in lost.message

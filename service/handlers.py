@@ -1,0 +1,23 @@
+"""The handlers of calls, as interceptors see and wrap them: of four kinds, by what is streamed."""
+
+from typing import Any
+
+import grpc
+
+
+def behaviour(handler: "grpc.RpcMethodHandler[Any, Any]") -> Any:
+    """The function of a handler, of whichever kind it is."""
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+
+def make_handler(
+    request_streaming: bool, response_streaming: bool, function: Any, deserializer: Any, serializer: Any
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    """A handler of the kind that is asked for."""
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[request_streaming, response_streaming]
+    return make(function, request_deserializer=deserializer, response_serializer=serializer)

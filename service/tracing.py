@@ -1,0 +1,101 @@
+"""Traces: the W3C trace context goes from call to call and with the batch; spans go to an OTLP collector if one is set.
+
+Without OTEL_EXPORTER_OTLP_ENDPOINT nothing of OpenTelemetry is imported, and a client's context is passed on as it is.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from service import logs
+
+HEADER = "traceparent"
+# What is still to be sent when the process ends has this long.
+CLOSE_TIMEOUT_S = 2.0
+
+_VALID = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_provider: Any = None
+
+log = logs.get("tracing")
+
+
+def configure(process: str, endpoint: str | None, attributes: Mapping[str, str] | None = None) -> None:
+    """Sends spans over OTLP/gRPC from now on, under the service name `vllm-batch-<process>`. No endpoint: does nothing.
+
+    Sampling, headers, certificates and so on are those of the standard OTEL_ variables.
+    """
+    global _provider
+    if not endpoint:
+        return
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        log.error("tracing_not_installed", cause=str(error), install="vllm-batch[tracing]")
+        return
+    os.environ.setdefault("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    resource = Resource.create({"service.name": f"vllm-batch-{process}", **(attributes or {})})
+    _provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    log.info("tracing_configured")
+
+
+def close() -> None:
+    """Sends what is waiting, for a short while."""
+    if _provider is not None:
+        thread = threading.Thread(target=_provider.shutdown, daemon=True)
+        thread.start()
+        thread.join(CLOSE_TIMEOUT_S)
+
+
+def valid(traceparent: str | None) -> str | None:
+    """A client's trace context, or None for what is none."""
+    return traceparent if traceparent is not None and _VALID.fullmatch(traceparent) else None
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a piece of work is in its trace. `traceparent` is for what is called from within it; None: not traced."""
+
+    traceparent: str | None
+    _recorded: Any = None
+
+    def note(self, attributes: Mapping[str, str | int]) -> None:
+        """Adds attributes."""
+        if self._recorded is not None:
+            self._recorded.set_attributes(attributes)
+
+
+@contextmanager
+def span(name: str, parent: str | None, *, is_server: bool = False) -> Iterator[Span]:
+    """A span around a piece of work, in the trace of `parent`. What raises marks it as failed.
+
+    Only a server begins a trace; other work belongs to one or is not traced.
+    """
+    if _provider is None or not (parent or is_server):
+        yield Span(parent)
+        return
+    from opentelemetry import trace
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    propagator = TraceContextTextMapPropagator()
+    kind = trace.SpanKind.SERVER if is_server else trace.SpanKind.INTERNAL
+    # An empty context rather than none: that would be the one of whoever happens to run.
+    context = propagator.extract({HEADER: parent} if parent else {}, Context())
+    recorded = _provider.get_tracer("vllm_batch").start_span(name, context, kind)
+    carrier: dict[str, str] = {}
+    propagator.inject(carrier, trace.set_span_in_context(recorded, Context()))
+    try:
+        yield Span(carrier.get(HEADER), recorded)
+    except BaseException as error:
+        recorded.set_status(trace.StatusCode.ERROR, type(error).__name__)
+        raise
+    finally:
+        recorded.end()
