@@ -78,14 +78,16 @@ class FullStack:
         """What the watchdog says of the worker."""
         with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
-            [worker] = stub.GetStatus(rpb.GetStatusRequest(), timeout=10).workers
+            [worker] = stub.GetStatus(rpb.GetStatusRequest(), timeout=30, wait_for_ready=True).workers
             return worker
 
     def audit(self) -> list[rpb.RecoveryEvent]:
         """The audit log, oldest first."""
         with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
-            events = stub.ListEvents(rpb.ListEventsRequest(page_size=1000), timeout=10).events
+            # A watchdog that was restarted opens its port in a while.
+            request = rpb.ListEventsRequest(page_size=1000)
+            events = stub.ListEvents(request, timeout=30, wait_for_ready=True).events
         return list(reversed(events))
 
     def restarts(self) -> list[rpb.RecoveryEvent]:
