@@ -26,6 +26,9 @@ SERVER_OPTIONS = (
     *ports.OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Calls that come together are begun one after the other; of more than 1,000 some would be cancelled instead.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 40_000),
     # A client that vanished or is frozen would keep what its streams hold for ever.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
