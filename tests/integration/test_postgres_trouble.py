@@ -9,6 +9,7 @@ import psutil
 import psycopg2
 import pytest
 
+from service.db.connection import Database, migrate
 from tests.integration.conftest import PostgresServer, Stack, free_port
 from tests.integration.test_front_door import lines, refused
 from tests.waiting import until
@@ -37,6 +38,10 @@ def running(server: PostgresServer, tmp_path: Path) -> Iterator[tuple[Stack, Cli
     """Gateway and worker in the middle of a batch."""
     stack = Stack(server.url % "batch", tmp_path, free_port(), [])
     try:
+        # For a gateway a database without its schema is as good as none.
+        database = Database(stack.database_url, "test")
+        database.call(migrate)
+        database.close()
         stack.gateway(database_timeout_s=TIMEOUT_S)
         stack.worker(database_timeout_s=TIMEOUT_S, window=100)
         stack.wait_until_accepting()
