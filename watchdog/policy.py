@@ -366,8 +366,9 @@ def _remember(evidence: Evidence, memory: Memory) -> Memory:
         memory = replace(memory, heard_pid=process.pid, heard_phase="", ending_since_s=None)
     if evidence.heartbeat is not None and evidence.heartbeat.is_current:
         memory = replace(memory, heard_phase=evidence.heartbeat.phase)
-    elif evidence.database_up_s is None and evidence.health is Health.SERVING:
-        # It would not say so while loading, and it cannot write that it is ready.
+    is_unheard = evidence.database_up_s is None or memory.heard_phase in LOADING_PHASES
+    if evidence.health is Health.SERVING and is_unheard:
+        # It would not say so while loading; that it is ready it could not write, or not yet.
         memory = replace(memory, heard_phase="ready")
     if memory.heard_phase not in ENDING_PHASES:
         return replace(memory, ending_since_s=None)
