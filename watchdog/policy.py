@@ -310,7 +310,10 @@ def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits:
         reason = f"the health probe failed with {health}, {heard}"
         if beat is _Beat.FRESH:
             return _Finding(Verdict.RPC_WEDGED, reason, patience_s=limits.wedged_confirm_s)
-        return _Finding(Verdict.FROZEN, reason, patience_s=limits.confirm_s)
+        # The port is closed some time before the process ends.
+        may_be_ending = beat is _Beat.UNKNOWN and phase in ENDING_PHASES
+        patience_s = limits.wedged_confirm_s if may_be_ending else limits.confirm_s
+        return _Finding(Verdict.FROZEN, reason, patience_s=patience_s)
     if health is Health.NOT_PROBED and beat is _Beat.UNKNOWN:
         return _Finding(Verdict.DATABASE_AWAY, f"nothing can be asked, {heard}")
     reason = f"health is {health} in phase {phase or 'unknown'}, {heard}"

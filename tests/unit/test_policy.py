@@ -233,6 +233,14 @@ def test_draining_past_its_deadline_is_restarted() -> None:
     assert sum(d.check_in_s for d in decisions) >= LIMITS.drain_timeout_s
 
 
+def test_a_port_that_closes_at_the_end_is_no_freeze() -> None:
+    """Without Postgres a worker that was ending, and answers no more, is given the time to end; then it is restarted."""
+    _, memory = decide(seen(health=Health.NOT_SERVING, heartbeat=beat("draining")), Memory(), LIMITS)
+    decisions = run(seen(health=Health.UNAVAILABLE, database_up_s=None), 60, memory)
+    assert (decisions[-1].verdict, decisions[-1].action) == (Verdict.FROZEN, Action.RESTART)
+    assert sum(decision.check_in_s for decision in decisions) >= LIMITS.wedged_confirm_s
+
+
 @pytest.mark.parametrize("state", [State.STARTING, State.BACKOFF, State.UNKNOWN])
 def test_transition_past_its_deadline_is_finished(state: State) -> None:
     """What hangs between two states of supervisord is held until the deadline and restarted then."""
