@@ -198,6 +198,18 @@ class Settings(BaseSettings):
         return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}.get(self.host, self.host)
 
     @property
+    def advertised_host(self) -> str:
+        """The address at which gateways of all hosts reach this one: its name, if it listens on every address."""
+        if self.own_host == self.host:
+            return self.host
+        name = socket.gethostname()
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError:
+            return self.own_host
+        return name
+
+    @property
     def client_environment(self) -> dict[str, str]:
         """What tells `vllm_batch.channel` how to call this stack: settings may be in `.env` alone."""
         files = {"TLS_CA": self.tls_ca, "TLS_CERT": self.tls_cert, "TLS_KEY": self.tls_key}

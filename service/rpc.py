@@ -96,7 +96,7 @@ async def serve(
     if socket:
         ports.open_socket(server, socket)
     await server.start()
-    return Server(server, health, f"{settings.own_host}:{bound}")
+    return Server(server, health, f"{settings.advertised_host}:{bound}")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -48,6 +48,9 @@ QUIET = frozenset(
         Verdict.PAUSED,
     }
 )
+# What the audit log says the beginning and the end of, though nothing is done.
+OF_NOTE = frozenset({Verdict.HEALTHY, Verdict.OPERATOR_STOP})
+
 # Outcomes of a restart that a person is told of, and how loudly.
 ALERTED = {"recovered": ("worker_recovered", "warning"), "failed": ("recovery_failed", "error")}
 
@@ -228,7 +231,7 @@ class Guard:
                 self._alert("dependency_away", verdict, "warning", what, {})
 
     def _tell(self, evidence: Evidence, decision: Decision) -> None:
-        """Says a change of verdict in the log; also in the audit log when it is to or from health without a restart."""
+        """Says a change of verdict in the log; also in the audit log when it is of note and no restart comes of it."""
         before = self.snapshot.decision if self.snapshot else None
         if decision.is_overdue and not (before and before.is_overdue):
             self._alert("transition_overdue", decision.verdict, "error", decision.reason, {})
@@ -244,7 +247,7 @@ class Guard:
             was=before and before.verdict,
         )
         is_of_note = before is not None and before.verdict is not decision.verdict and decision.action is Action.HOLD
-        if is_of_note and before and Verdict.HEALTHY in (before.verdict, decision.verdict) and evidence.intent is None:
+        if is_of_note and before and evidence.intent is None and OF_NOTE & {before.verdict, decision.verdict}:
             self._record.add("verdict", decision, evidence)
 
     def _settle(self, evidence: Evidence, decision: Decision) -> None:

@@ -28,6 +28,8 @@ from watchdog.supervisor import Supervisor, SupervisorAwayError
 GROUP = "worker"
 DEFAULT_WORKER = "worker"
 STOP_TIMEOUT_S = 2.0
+# A worker that gave up draining still has its engine to end.
+DRAIN_MARGIN_S = 15.0
 
 log = logs.get("guards")
 
@@ -39,7 +41,8 @@ def limits_of(settings: Settings) -> Limits:
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         check_interval_s=settings.check_interval_s,
         load_timeout_s=settings.load_timeout_s,
-        drain_timeout_s=settings.drain_timeout_s,
+        # The worker's own comes first.
+        drain_timeout_s=settings.drain_timeout_s + DRAIN_MARGIN_S,
         transition_timeout_s=settings.stop_timeout_s + 30,
         backoff_max_s=settings.restart_backoff_max_s,
         heartbeat_confirm_s=3 * settings.heartbeat_interval_s,

@@ -310,7 +310,10 @@ def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits:
         reason = f"the health probe failed with {health}, {heard}"
         if beat is _Beat.FRESH:
             return _Finding(Verdict.RPC_WEDGED, reason, patience_s=limits.wedged_confirm_s)
-        return _Finding(Verdict.FROZEN, reason, patience_s=limits.confirm_s)
+        # The port is closed some time before the process ends.
+        may_be_ending = beat is _Beat.UNKNOWN and phase in ENDING_PHASES
+        patience_s = limits.wedged_confirm_s if may_be_ending else limits.confirm_s
+        return _Finding(Verdict.FROZEN, reason, patience_s=patience_s)
     if health is Health.NOT_PROBED and beat is _Beat.UNKNOWN:
         return _Finding(Verdict.DATABASE_AWAY, f"nothing can be asked, {heard}")
     reason = f"health is {health} in phase {phase or 'unknown'}, {heard}"
@@ -366,8 +369,9 @@ def _remember(evidence: Evidence, memory: Memory) -> Memory:
         memory = replace(memory, heard_pid=process.pid, heard_phase="", ending_since_s=None)
     if evidence.heartbeat is not None and evidence.heartbeat.is_current:
         memory = replace(memory, heard_phase=evidence.heartbeat.phase)
-    elif evidence.database_up_s is None and evidence.health is Health.SERVING:
-        # It would not say so while loading, and it cannot write that it is ready.
+    is_unheard = evidence.database_up_s is None or memory.heard_phase in LOADING_PHASES
+    if evidence.health is Health.SERVING and is_unheard:
+        # It would not say so while loading; that it is ready it could not write, or not yet.
         memory = replace(memory, heard_phase="ready")
     if memory.heard_phase not in ENDING_PHASES:
         return replace(memory, ending_since_s=None)

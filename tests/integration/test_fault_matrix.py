@@ -101,7 +101,8 @@ TABLE: dict[str, dict[str, Expected | str]] = {
         DRAINING: restart("RPC_WEDGED", "draining"),
     },
     "stop_heart": {
-        STARTING: restart("START_TIMEOUT", "loading"),
+        # It loads to its end, and serves.
+        STARTING: restart("HEARTBEAT_LOST", "loading"),
         IDLE: restart("HEARTBEAT_LOST"),
         SATURATED: restart("HEARTBEAT_LOST"),
         DRAINING: DRAINED,

@@ -141,3 +141,12 @@ def test_check_only_checks(module: str) -> None:
     bad = subprocess.run(arguments, env=env | {"BATCH_ENGINE": "x"}, cwd=ROOT, timeout=60, capture_output=True)
     assert (good.returncode, bad.returncode) == (0, 2)
     assert b"BATCH_ENGINE" in bad.stderr
+
+
+def test_a_worker_on_every_address_is_known_by_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateways of other hosts must not be told to look on their own loopback."""
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    assert Settings(host="0.0.0.0", allow_insecure=True).advertised_host == "localhost"
+    assert Settings(host="127.0.0.1").advertised_host == "127.0.0.1"
+    monkeypatch.setattr("socket.gethostname", lambda: "no-such-host.invalid")
+    assert Settings(host="0.0.0.0", allow_insecure=True).advertised_host == "127.0.0.1"

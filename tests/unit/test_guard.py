@@ -283,10 +283,11 @@ def test_pause_holds_also_while_postgres_is_away(parts: Parts) -> None:
         (in_state(State.STOPPED), beating(OLD), ["verdict"]),
         (beating(OLD), beating(OLD), []),
         (beating(OLD), in_state(State.EXITED), []),
-        (in_state(State.STOPPED), in_state(State.STOPPING), []),
+        (in_state(State.STOPPING), in_state(State.STOPPED), ["verdict"]),
+        (in_state(State.STARTING), in_state(State.STOPPING), []),
     ],
 )
-def test_verdicts_are_recorded_to_and_from_health(first: Evidence, then: Evidence, kinds: list[str]) -> None:
+def test_verdicts_of_note_are_recorded(first: Evidence, then: Evidence, kinds: list[str]) -> None:
     """The audit log has what a person would ask for, and no second entry for a restart."""
     parts = Parts()
     parts.see(first)

@@ -81,6 +81,7 @@ HOLDS = [
     ("just started, serves already", seen(YOUNG, Health.SERVING, OTHER), Verdict.STARTING),
     ("just started without Postgres", seen(YOUNG, Health.NOT_SERVING, None, None), Verdict.STARTING),
     ("healthy", seen(health=Health.SERVING, heartbeat=FRESH), Verdict.HEALTHY),
+    ("ready, and has not written so yet", seen(health=Health.SERVING, heartbeat=beat("loading")), Verdict.HEALTHY),
     ("Postgres away", seen(health=Health.SERVING, database_up_s=None), Verdict.DATABASE_AWAY),
     ("Postgres just back", seen(health=Health.SERVING, heartbeat=STALE, database_up_s=2), Verdict.DATABASE_AWAY),
     ("no address to ask, Postgres away", seen(replace(RUNNING, age_s=9e9), database_up_s=None), Verdict.DATABASE_AWAY),
@@ -127,6 +128,7 @@ CONFIRMED = [
     ("stale", seen(health=Health.SERVING, heartbeat=STALE), Verdict.HEARTBEAT_LOST, 15),
     ("from the future", seen(health=Health.SERVING, heartbeat=replace(FRESH, age_s=-61)), Verdict.HEARTBEAT_LOST, 15),
     ("missing", seen(health=Health.SERVING, heartbeat=None), Verdict.HEARTBEAT_LOST, 15),
+    ("lost while loading", seen(health=Health.SERVING, heartbeat=beat("loading", 61)), Verdict.HEARTBEAT_LOST, 15),
     ("of another incarnation", seen(health=Health.SERVING, heartbeat=OTHER), Verdict.HEARTBEAT_LOST, 15),
     ("stalled", seen(health=Health.NOT_SERVING, heartbeat=beat("stalled")), Verdict.ENGINE_STALLED, 2),
     ("engine dead", seen(health=Health.NOT_SERVING, heartbeat=beat("engine_dead")), Verdict.ENGINE_DEAD, 2),
@@ -229,6 +231,14 @@ def test_draining_past_its_deadline_is_restarted() -> None:
     decisions = run(seen(health=Health.NOT_SERVING, heartbeat=beat("draining")), 200)
     assert decisions[-1].action is Action.RESTART
     assert sum(d.check_in_s for d in decisions) >= LIMITS.drain_timeout_s
+
+
+def test_a_port_that_closes_at_the_end_is_no_freeze() -> None:
+    """Without Postgres a worker that was ending, and answers no more, is given the time to end; then it is restarted."""
+    _, memory = decide(seen(health=Health.NOT_SERVING, heartbeat=beat("draining")), Memory(), LIMITS)
+    decisions = run(seen(health=Health.UNAVAILABLE, database_up_s=None), 60, memory)
+    assert (decisions[-1].verdict, decisions[-1].action) == (Verdict.FROZEN, Action.RESTART)
+    assert sum(decision.check_in_s for decision in decisions) >= LIMITS.wedged_confirm_s
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.BACKOFF, State.UNKNOWN])
