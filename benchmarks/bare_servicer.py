@@ -1,0 +1,72 @@
+"""The other side of the benchmark of calls: a servicer that does nothing but return the message that it was given.
+
+`python -m benchmarks.bare_servicer MESSAGE`: a `Message` as JSON. Says on which port it serves.
+"""
+
+import asyncio
+import json
+import sys
+from base64 import b64decode, b64encode
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import grpc
+
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import batch_service_pb2_grpc
+
+
+@dataclass(frozen=True)
+class Message:
+    """What GetBatch returns, and what CreateBatch is refused with; what is binary in base64."""
+
+    batch: str
+    details: str
+    status: str
+
+    @staticmethod
+    def of(batch: pb.Batch, refusal: grpc.RpcError) -> "Message":
+        """What a gateway has answered."""
+        trailers: Any = refusal.trailing_metadata() or ()
+        return Message(
+            b64encode(batch.SerializeToString()).decode(),
+            refusal.details() or "",
+            b64encode(dict(trailers)["grpc-status-details-bin"]).decode(),
+        )
+
+    def as_json(self) -> str:
+        """For the command line."""
+        return json.dumps(asdict(self))
+
+
+class BareServicer(batch_service_pb2_grpc.BatchServiceServicer):
+    """Answers at once."""
+
+    def __init__(self, message: Message) -> None:
+        self._batch = pb.Batch.FromString(b64decode(message.batch))
+        self._details = message.details
+        self._trailers = (("grpc-status-details-bin", b64decode(message.status)), ("grpc-retry-pushback-ms", "15000"))
+
+    async def GetBatch(self, request: pb.GetBatchRequest, context: Any) -> pb.GetBatchResponse:
+        """The batch, whichever was asked for."""
+        return pb.GetBatchResponse(batch=self._batch)
+
+    async def CreateBatch(self, request: pb.CreateBatchRequest, context: Any) -> pb.CreateBatchResponse:
+        """Refused."""
+        await context.abort(grpc.StatusCode.UNAVAILABLE, self._details, self._trailers)
+        raise AssertionError("abort raises")
+
+
+async def _serve(message: Message) -> None:
+    server = grpc.aio.server()
+    servicer = BareServicer(message)  # type: ignore[abstract]
+    batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Message(**json.loads(sys.argv[1]))))
