@@ -7,20 +7,16 @@ Target: for a refused CreateBatch at least 0.8 of its rate; for GetBatch, which 
 """
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
 from benchmarks import chats
-from benchmarks.bare_servicer import Message
+from benchmarks.bare_servicer import Message, bare
 from benchmarks.harness import Figure, Sizes, alternate, at_least, main, percentile
 from benchmarks.stacks import simulated
-from tests.stacks import ROOT
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
@@ -51,18 +47,6 @@ async def latencies(target: str, call: Callable[[Any], Any], count: int) -> tupl
         begin_s = time.perf_counter()
         await asyncio.gather(*(one_after_another(stub) for _ in range(AT_ONCE)))
         return len(took_ms) / (time.perf_counter() - begin_s), took_ms
-
-
-@contextmanager
-def bare(message: Message) -> Iterator[str]:
-    """The bare servicer's address."""
-    command = [sys.executable, "-m", "benchmarks.bare_servicer", message.as_json()]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield f"127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.terminate()
 
 
 def refusal(target: str) -> grpc.RpcError:

@@ -29,7 +29,7 @@ from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 from watchdog.supervisor import Supervisor, SupervisorAwayError
 
-SIZES: Sizes = {"kills": (20, 3), "freezes": (5, 1)}
+SIZES: Sizes = {"kills": (20, 2), "freezes": (5, 1)}
 TIMEOUT_S = 120
 DOCUMENTED_S = 60.0
 CONF = """

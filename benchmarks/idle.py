@@ -19,7 +19,7 @@ from benchmarks.harness import Figure, Sizes, at_most, main
 from benchmarks.stacks import simulated, url
 from tests.stacks import ROOT
 
-SIZES: Sizes = {"seconds": (60, 12), "rounds": (5, 1)}
+SIZES: Sizes = {"seconds": (60, 8), "rounds": (5, 1)}
 
 
 def family(pid: int) -> list[psutil.Process]:

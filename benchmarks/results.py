@@ -1,6 +1,7 @@
 """Claim: results are streamed out at a rate that is worth the name, and memory does not grow with their number.
 
-Against: psql's `\\copy ... to` of the same columns in the same order, from the same Postgres, to /dev/null.
+Against: psql's `\\copy ... to` of the same columns in the same order, from the same Postgres, to /dev/null; and a bare
+grpc.aio servicer that repeats one of the responses, which is what a message for each result allows at all.
 Target: at least half its rate; at most 300 MB in client and gateway each, whatever the number.
 
 From the call to the last result, read by the Python client; the results were put there by a statement.
@@ -8,9 +9,11 @@ From the call to the last result, read by the Python client; the results were pu
 
 from collections.abc import Iterator
 
+from benchmarks.bare_servicer import Message, bare
 from benchmarks.harness import Figure, Sizes, alternate, at_least, at_most, main, timed
 from benchmarks.memory import peak_mb
 from benchmarks.stacks import psql, python, simulated
+from vllm_batch.client import Client
 
 SIZES: Sizes = {"results": (1_000_000, 50_000), "rounds": (5, 3)}
 # Of the size and the look of a chat completion of 32 tokens.
@@ -31,11 +34,12 @@ ANALYZE requests, results
 """
 READ = """
 import json, sys, time
+from itertools import islice
 from benchmarks.memory import peak_mb
 from vllm_batch.client import Client
 with Client(sys.argv[1]) as client:
     begin_s = time.monotonic()
-    count = sum(1 for _ in client.results("batch_1"))
+    count = sum(1 for _ in islice(client.results("batch_1"), int(sys.argv[2])))
     print(json.dumps({"took_s": time.monotonic() - begin_s, "mb": peak_mb(), "count": count}))
 """
 COPY = (
@@ -52,16 +56,23 @@ def measure(results: int, rounds: int) -> Iterator[Figure]:
         psql(stack, "VACUUM requests, results")
         client_mb: list[float] = []
 
-        def read() -> float:
-            done = python(READ, stack.target)
+        def read(target: str) -> float:
+            done = python(READ, target, str(results))
             assert done["count"] == results
             client_mb.append(done["mb"])
             return results / float(done["took_s"])
 
-        values = alternate(rounds, read=read, copy=lambda: results / timed(lambda: psql(stack, COPY)))
+        with Client(stack.target) as client, bare(Message.of_stream(next(client.results("batch_1")))) as bare_target:
+            values = alternate(
+                rounds,
+                read=lambda: read(stack.target),
+                copy=lambda: results / timed(lambda: psql(stack, COPY)),
+                bare=lambda: read(bare_target),
+            )
         gateway_mb = peak_mb(stack.pid("gateway"))
     name = f"stream of {results:,} results"
     yield Figure(name, "results/s", values["read"], "psql \\copy", values["copy"], at_least("ratio", 0.5))
+    yield Figure(name, "results/s", values["read"], "bare servicer", values["bare"])
     yield Figure(f"{name}: peak of the client", "MB", client_mb, target=at_most("high", 300))
     yield Figure(f"{name}: peak of the gateway", "MB", [gateway_mb], target=at_most("high", 300))
 

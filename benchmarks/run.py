@@ -17,6 +17,7 @@ CLAIMS = (
     "calls",
     "claim",
     "storage",
+    "workers",
     "pipeline",
     "poison",
     "upload",

@@ -1,6 +1,6 @@
 """The other side of the benchmarks on real vLLM: its own batch runner in a process of its own, loaded once.
 
-`python -m benchmarks.run_batch` loads the tiny model with the same flags as the worker and says `loaded`; then it runs
+`python -m benchmarks.run_batch MODEL` loads the model with the flags that the worker has for the tiny one; then it runs
 each (input file, output file) that it is given as a line of JSON, and says how long that `took`, in seconds.
 """
 
@@ -34,7 +34,7 @@ class RunBatch:
         )
 
     def __enter__(self) -> "RunBatch":
-        self._said("loaded")
+        """Does not wait until it is loaded."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,7 +47,7 @@ class RunBatch:
             self._process.wait()
 
     def run(self, given: Path, made: Path) -> float:
-        """Runs a file; how long it took, in seconds."""
+        """Runs a file, once it is loaded; how long that took, in seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([str(given), str(made)]) + "\n")
         self._process.stdin.flush()
@@ -76,7 +76,6 @@ async def _serve(arguments: list[str]) -> None:
 
         # It belongs to loading, which is measured on neither side.
         run_batch.build_endpoint_registry = made_before
-        _say("loaded now")
         while line := await asyncio.to_thread(sys.stdin.readline):
             parsed.input_file, parsed.output_file = json.loads(line)
             begin_s = time.monotonic()

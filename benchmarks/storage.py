@@ -19,7 +19,7 @@ from service.db import batches, chunks, results
 from service.db.batches import Content, Options
 from service.db.connection import Database
 
-SIZES: Sizes = {"requests": (50_000, 2_000), "rounds": (5, 1)}
+SIZES: Sizes = {"requests": (10_000, 1_000), "rounds": (5, 1)}
 RESULT_BYTES = (300, 2_000, 20_000)
 TABLES = ("requests", "results", "chunks")
 TEXT = """A batch that was acknowledged is never lost, and each of its requests ends with exactly one result; work is

@@ -18,7 +18,7 @@ from benchmarks.stacks import started
 from vllm_batch.client import Client
 from vllm_batch.output import line
 
-SIZES: Sizes = {"requests": (5_000, 300), "rounds": (5, 3)}
+SIZES: Sizes = {"requests": (5_000, 500), "rounds": (5, 3)}
 
 
 def measure(requests: int, rounds: int) -> Iterator[Figure]:
