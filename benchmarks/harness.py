@@ -179,7 +179,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30),
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "versions": versions,
         "revision": revision.stdout.strip() or "unknown",
         "load_average": round(os.getloadavg()[0], 2),

@@ -22,14 +22,14 @@ from service.db.connection import Database
 SIZES: Sizes = {"requests": (10_000, 1_000), "rounds": (5, 1)}
 RESULT_BYTES = (300, 2_000, 20_000)
 TABLES = ("requests", "results", "chunks")
-TEXT = """A batch that was acknowledged is never lost, and each of its requests ends with exactly one result; work is
-repeated only for those that were in flight when the worker died, and missing evidence never restarts anything."""
-WORDS = TEXT.split()
+_dice = random.Random(7)
+# As many as a text of some length has.
+WORDS = ["".join(_dice.choices("etaoinshrdlucmfw", k=_dice.randint(2, 9))) for _ in range(2_000)]
 
 
 def answer(size: int, dice: random.Random) -> str:
-    """A body of about that many bytes; words, as Postgres compresses text."""
-    return '{"content":"' + " ".join(dice.choices(WORDS, k=size // 4)) + '"}'
+    """A body of that many bytes, which Postgres can hardly compress: the worst case."""
+    return '{"content":"' + " ".join(dice.choices(WORDS, k=size // 2))[: size - 14] + '"}'
 
 
 def wal(db: peewee.PostgresqlDatabase) -> int:
