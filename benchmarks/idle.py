@@ -13,24 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 
-import psutil
-
 from benchmarks.harness import Figure, Sizes, at_most, main
-from benchmarks.stacks import simulated, url
+from benchmarks.stacks import family, processor_s, simulated, url
 from tests.stacks import ROOT
 
 SIZES: Sizes = {"seconds": (60, 8), "rounds": (5, 1)}
-
-
-def family(pid: int) -> list[psutil.Process]:
-    """A process and those that it has started."""
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def processor_s(processes: list[psutil.Process]) -> float:
-    """Processor time that they have had."""
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def measure(seconds: int, rounds: int) -> Iterator[Figure]:

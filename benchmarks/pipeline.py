@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import chats
 from benchmarks.harness import Figure, Sizes, alternate, at_least, main, timed
 from benchmarks.memory import peak_mb
-from benchmarks.stacks import psql, simulated
+from benchmarks.stacks import family, processor_s, psql, simulated
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -28,13 +28,18 @@ def measure(requests: int, rounds: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder, simulated(**FAST) as stack, Client(stack.target) as client:
         given, rows = chats.write(Path(folder) / "in.jsonl", requests), Path(folder) / "results.tsv"
         count = 0
+        programs = {"worker": stack.pid("worker"), "postgres": stack.pid("postgres")}
+        took_us: dict[str, list[float]] = {name: [] for name in programs}
 
         def batch() -> float:
             nonlocal count
             with given.open("rb") as file:
                 made = client.submit(file)
+            before = {name: processor_s(family(pid)) for name, pid in programs.items()}
             *_, done = client.watch(made.id)
             assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, requests)
+            for name, pid in programs.items():
+                took_us[name].append((processor_s(family(pid)) - before[name]) / requests * 1e6)
             psql(
                 stack,
                 f"\\copy (SELECT * FROM results WHERE batch_id = {made.id.rpartition('_')[2]} ORDER BY sequence)"
@@ -54,6 +59,8 @@ def measure(requests: int, rounds: int) -> Iterator[Figure]:
         f"{requests:,} requests claimed, run, stored", "requests/s", values["batch"], "psql \\copy", values["copy"],
         at_least("median", 5000),
     )  # fmt: skip
+    for name, values_us in took_us.items():
+        yield Figure(f"processor time of {name}", "µs/request", values_us)
     yield Figure("peak of the worker", "MB", [worker_mb])
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg2
 
 from service.db.connection import Database, migrate
@@ -74,3 +75,14 @@ def python(code: str, *arguments: str) -> Any:
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and those that it has started."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def processor_s(processes: list[psutil.Process]) -> float:
+    """Processor time that they have had."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
