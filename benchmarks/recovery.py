@@ -46,7 +46,8 @@ class Killed:
     def serving_s(self) -> float:
         """Kills the worker in the middle of a batch; how long until new work was accepted again."""
         stack, count = self._stack, self._requests
-        self._file.unlink(missing_ok=True)
+        # Emptied, not removed: the engine has it open.
+        self._file.write_bytes(b"")
         restarts, pid = len(stack.restarts()), stack.pid("worker")
         with Client(stack.target, patience_s=0) as client:
             lines = (chats.line(number, vllm_xargs={"number": number}) for number in range(count))
@@ -59,7 +60,8 @@ class Killed:
             stored = set(map(int, found.split()))
             until(lambda: not client.accepting(), "new work to be accepted", TIMEOUT_S)
             took_s = time.monotonic() - begin_s
-            *_, done = Client(stack.target).watch(batch.id)
+        with Client(stack.target) as patient:
+            *_, done = patient.watch(batch.id)
         assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, count)
         until(lambda: stack.recovered(restarts + 1), "the restart to be closed", TIMEOUT_S)
         first, *_ = runs = begun(self._file)
