@@ -13,7 +13,7 @@ HEAD = """# What it costs, measured
 
 {kind}Made by `python -m benchmarks.run --all`; each claim is measured beside its alternative in one run, in turns, by a
 command of its own, which writes every value to `var/benchmarks/`. Figures are medians, lowest and highest in
-parentheses.
+parentheses. What the machine did beside it is in the load average below each: over 1 or 2, the rates are too low.
 """
 QUICK = "**Quick sizes and few runs: this shows that the benchmarks work, and proves nothing.** "
 
