@@ -1,28 +1,31 @@
-"""What a claim costs with 10 thousand and with 10 million requests waiting: `python -m benchmarks.claim`.
+"""Claim: what a claim costs does not depend on how many requests are stored.
 
-Both in one Postgres, alternately; a claim as the worker's, with its commit, and given back after it.
+Against: itself, with 10 thousand requests in the same Postgres, in turns.
+Target: with 10 million requests at most 1.2 times that.
+
+One claim of one chunk with its requests, as the worker does it, with its commit; given back after it.
 """
 
-import argparse
 import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from uuid import uuid4
 
+from benchmarks.harness import Figure, Sizes, alternate, at_most, main
+from benchmarks.stacks import postgres
 from service.db import chunks
-from service.db.connection import Database, migrate
-from tests.integration.conftest import PostgresServer
+from service.db.batches import CHUNK_SIZE
+from service.db.connection import Database
 
-CHUNK = 100
+SIZES: Sizes = {"few": (10_000, 10_000), "many": (1_000_000, 50_000), "most": (10_000_000, 200_000), "rounds": (20, 5)}
+CLAIMS_A_ROUND = 50
 FILL = """
 INSERT INTO batches (state, digest, metadata, priority, models, total)
 VALUES ('in_progress', '', '{}', 0, '{tiny}', %(count)s);
 INSERT INTO requests
 SELECT 1, i, 'c' || i, '/v1/chat/completions', repeat('x', 150) FROM generate_series(0, %(count)s - 1) i;
 INSERT INTO chunks (batch_id, first_index, count, unfinished, priority, models)
-SELECT 1, i * 100, 100, 100, 0, '{tiny}' FROM generate_series(0, %(count)s / 100 - 1) i;
+SELECT 1, i * %(chunk)s, %(chunk)s, %(chunk)s, 0, '{tiny}' FROM generate_series(0, %(count)s / %(chunk)s - 1) i;
 ANALYZE
 """
 
@@ -34,43 +37,35 @@ def claim_ms(database: Database) -> float:
     [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, 60.0)
     requests = database.call(chunks.unanswered, chunk)
     took_s = time.perf_counter() - begin_s
-    assert len(requests) == CHUNK
+    assert len(requests) == CHUNK_SIZE
     database.call(chunks.release, [chunk.id], mine)
     return took_s * 1000
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--few", type=int, default=10_000)
-    parser.add_argument("--many", type=int, default=10_000_000)
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="vbb-", ignore_cleanup_errors=True) as home:
-        server = PostgresServer(Path(home))
-        server.start()
-        try:
-            databases = {}
-            for name, count in (("few", options.few), ("many", options.many)):
-                admin = Database(server.url % "postgres", "benchmark", 3600, connections=1)
-                admin._pool.connect()
-                admin._pool.connection().autocommit = True
-                admin._pool.cursor().execute(f"CREATE DATABASE {name}")
-                admin.close()
-                databases[name] = Database(server.url % name, "benchmark", 3600, connections=1)
-                databases[name].call(migrate)
-                databases[name].call(lambda db, count=count: db.execute_sql(FILL, {"count": count}))
-            medians: dict[str, list[float]] = {"few": [], "many": []}
-            for _ in range(options.rounds):
-                for name, database in databases.items():
-                    medians[name].append(statistics.median(claim_ms(database) for _ in range(50)))
-            few, many = (statistics.median(medians[name]) for name in ("few", "many"))
-            sys.stdout.write(
-                f"claim with {options.few:,} requests {few:.2f} ms, with {options.many:,} {many:.2f} ms;"
-                f" ratio {many / few:.2f}\n"
+def measure(few: int, many: int, most: int, rounds: int) -> Iterator[Figure]:
+    """Claims in databases of the three sizes, in turns."""
+    sizes = {"few": few, "many": many, "most": most}
+    with postgres(*sizes) as databases:
+        for name, database in databases.items():
+            database.call(
+                lambda db, count=sizes[name]: db.execute_sql(FILL, {"count": count, "chunk": CHUNK_SIZE})  # type: ignore[misc]
             )
-        finally:
-            server.stop()
+        for database in databases.values():
+            database.call(lambda db: db.execute_sql("CHECKPOINT"))
+
+        def median_ms(database: Database) -> float:
+            return statistics.median(claim_ms(database) for _ in range(CLAIMS_A_ROUND))
+
+        values = alternate(
+            rounds,
+            few=lambda: median_ms(databases["few"]),
+            many=lambda: median_ms(databases["many"]),
+            most=lambda: median_ms(databases["most"]),
+        )
+    against = f"with {few:,}"
+    yield Figure(f"claim with {many:,} requests", "ms", values["many"], against, values["few"], at_most("ratio", 1.2))
+    yield Figure(f"claim with {most:,} requests", "ms", values["most"], against, values["few"], at_most("ratio", 1.2))
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__, SIZES, measure)

@@ -1,0 +1,81 @@
+"""Claim: results are streamed out at a rate that is worth the name, and memory does not grow with their number.
+
+Against: psql's `\\copy ... to` of the same columns in the same order, from the same Postgres, to /dev/null; and a bare
+grpc.aio servicer that repeats one of the responses, which is what a message for each result allows at all.
+Target: at least half its rate; at most 300 MB in client and gateway each, whatever the number.
+
+From the call to the last result, read by the Python client; the results were put there by a statement.
+"""
+
+from collections.abc import Iterator
+
+from benchmarks.bare_servicer import Message, bare
+from benchmarks.harness import Figure, Sizes, alternate, at_least, at_most, main, timed
+from benchmarks.memory import peak_mb
+from benchmarks.stacks import psql, python, simulated
+from vllm_batch.client import Client
+
+SIZES: Sizes = {"results": (1_000_000, 50_000), "rounds": (5, 3)}
+# Of the size and the look of a chat completion of 32 tokens.
+BODY = (
+    '{"id":"chatcmpl-0123456789abcdef","object":"chat.completion","created":1764000000,"model":"tiny","choices":[{'
+    '"index":0,"message":{"role":"assistant","content":"The document says what it says, and what is new in it is of'
+    ' no great interest to anybody who has read it before."},"logprobs":null,"finish_reason":"length"}],"usage":'
+    '{"prompt_tokens":57,"total_tokens":89,"completion_tokens":32}}'
+)
+FILL = f"""
+INSERT INTO batches (id, state, digest, metadata, priority, models, total, completed, start_time, end_time)
+VALUES (1, 'completed', '', '{{}}', 0, '{{tiny}}', %(count)d, %(count)d, now(), now());
+INSERT INTO requests SELECT 1, i, 'c' || i, '/v1/chat/completions', repeat('x', 200)
+FROM generate_series(0, %(count)d - 1) i;
+INSERT INTO results (batch_id, index, sequence, status_code, body, incarnation)
+SELECT 1, i, i + 1, 200, '{BODY}', '00000000-0000-0000-0000-000000000000' FROM generate_series(0, %(count)d - 1) i;
+ANALYZE requests, results
+"""
+READ = """
+import json, sys, time
+from itertools import islice
+from benchmarks.memory import peak_mb
+from vllm_batch.client import Client
+with Client(sys.argv[1]) as client:
+    begin_s = time.monotonic()
+    count = sum(1 for _ in islice(client.results("batch_1"), int(sys.argv[2])))
+    print(json.dumps({"took_s": time.monotonic() - begin_s, "mb": peak_mb(), "count": count}))
+"""
+COPY = (
+    "\\copy (SELECT r.index, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time"
+    " FROM results r JOIN requests q USING (batch_id, index) WHERE batch_id = 1 ORDER BY index) TO '/dev/null'"
+)
+
+
+def measure(results: int, rounds: int) -> Iterator[Figure]:
+    """Streams and copies in turns."""
+    with simulated() as stack:
+        psql(stack, FILL % {"count": results})
+        # The worker sets the hint bits and the caches up for neither side.
+        psql(stack, "VACUUM requests, results")
+        client_mb: list[float] = []
+
+        def read(target: str) -> float:
+            done = python(READ, target, str(results))
+            assert done["count"] == results
+            client_mb.append(done["mb"])
+            return results / float(done["took_s"])
+
+        with Client(stack.target) as client, bare(Message.of_stream(next(client.results("batch_1")))) as bare_target:
+            values = alternate(
+                rounds,
+                read=lambda: read(stack.target),
+                copy=lambda: results / timed(lambda: psql(stack, COPY)),
+                bare=lambda: read(bare_target),
+            )
+        gateway_mb = peak_mb(stack.pid("gateway"))
+    name = f"stream of {results:,} results"
+    yield Figure(name, "results/s", values["read"], "psql \\copy", values["copy"], at_least("ratio", 0.5))
+    yield Figure(name, "results/s", values["read"], "bare servicer", values["bare"])
+    yield Figure(f"{name}: peak of the client", "MB", client_mb, target=at_most("high", 300))
+    yield Figure(f"{name}: peak of the gateway", "MB", [gateway_mb], target=at_most("high", 300))
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__, SIZES, measure)

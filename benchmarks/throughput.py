@@ -1,0 +1,68 @@
+"""Claim: a batch on real vLLM is done as fast as by vLLM's own batch runner, though each result is stored durably.
+
+Against: the installed vLLM's `run_batch` on the same lines, with the same flags, in turns.
+Target: at least its rate.
+
+From submitting the file to the last result written to another; loading is left out on both sides. The model is the
+tiny one, on which a request costs the engine next to nothing: a real one hides more of what is around it.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import chats
+from benchmarks.harness import Figure, Sizes, alternate, at_least, main, timed
+from benchmarks.run_batch import RunBatch
+from benchmarks.stacks import started
+from vllm_batch.client import Client
+from vllm_batch.output import line
+
+SIZES: Sizes = {"requests": (5_000, 500), "rounds": (5, 3)}
+
+
+def measure(requests: int, rounds: int) -> Iterator[Figure]:
+    """Batches of ours and of theirs in turns."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        RunBatch(Path(name)) as theirs,
+        started() as stack,
+        Client(stack.target) as client,
+    ):
+        folder = Path(name)
+        given, made = chats.write(folder / "in.jsonl", requests), folder / "out.jsonl"
+
+        def batch() -> None:
+            with given.open("rb") as file, made.open("w") as out:
+                submitted = client.submit(file)
+                for response in client.results(submitted.id, follow=True):
+                    out.write(line(response.result) + "\n")
+
+        def ours() -> float:
+            took_s = timed(batch)
+            check(made, requests)
+            return requests / took_s
+
+        def run_batch() -> float:
+            took_s = theirs.run(given, made)
+            check(made, requests)
+            return requests / took_s
+
+        # Not counted: each has its first time.
+        ours(), run_batch()
+        values = alternate(rounds, ours=ours, run_batch=run_batch)
+    yield Figure(
+        f"{requests:,} chats of 32 tokens", "chats/s", values["ours"], "vLLM's run_batch", values["run_batch"],
+        at_least("ratio", 1.0),
+    )  # fmt: skip
+
+
+def check(made: Path, count: int) -> None:
+    """All of them, and all of them good."""
+    lines = made.read_text().splitlines()
+    assert len(lines) == count
+    assert all('"error": null' in line or '"error":null' in line for line in lines)
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__, SIZES, measure)
