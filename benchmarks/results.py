@@ -1,7 +1,7 @@
 """Claim: results are streamed out at a rate that is worth the name, and memory does not grow with their number.
 
 Against: psql's `\\copy ... to` of the same columns in the same order, from the same Postgres, to /dev/null; and a bare
-grpc.aio servicer that repeats one of the responses, which is what a message for each result allows at all.
+grpc.aio servicer that repeats the first page, which is what gRPC in Python allows at all.
 Target: at least half its rate; at most 300 MB in client and gateway each, whatever the number.
 
 From the call to the last result, read by the Python client; the results were put there by a statement.
@@ -62,7 +62,10 @@ def measure(results: int, rounds: int) -> Iterator[Figure]:
             client_mb.append(done["mb"])
             return results / float(done["took_s"])
 
-        with Client(stack.target) as client, bare(Message.of_stream(next(client.results("batch_1")))) as bare_target:
+        with (
+            Client(stack.target) as client,
+            bare(Message.of_stream(next(client.result_pages("batch_1")))) as bare_target,
+        ):
             values = alternate(
                 rounds,
                 read=lambda: read(stack.target),

@@ -35,8 +35,8 @@ def measure(requests: int, rounds: int) -> Iterator[Figure]:
         def batch() -> None:
             with given.open("rb") as file, made.open("w") as out:
                 submitted = client.submit(file)
-                for response in client.results(submitted.id, follow=True):
-                    out.write(line(response.result) + "\n")
+                for result in client.results(submitted.id, follow=True):
+                    out.write(line(result) + "\n")
 
         def ours() -> float:
             took_s = timed(batch)

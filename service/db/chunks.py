@@ -117,6 +117,39 @@ def suspects(db: peewee.PostgresqlDatabase, models: Sequence[str]) -> tuple[int,
     return int(row[0]), int(row[1])
 
 
+@dataclass(frozen=True)
+class Work:
+    """Chunks that were claimed, each with its requests without a result; and whether suspects wait to run alone."""
+
+    chunks: Sequence[tuple[Chunk, Sequence[Request]]]
+    are_alone_waiting: bool
+
+
+def take(
+    db: peewee.PostgresqlDatabase,
+    worker_id: str,
+    incarnation: UUID,
+    models: Sequence[str],
+    limit: int,
+    suspects_held: int,
+    lease_s: float,
+) -> Work:
+    """Claims up to `limit` chunks, and suspects that may run beside others; with their requests, all in one call."""
+    few, alone = suspects(db, models)
+    taken = claim(db, worker_id, incarnation, models, limit, lease_s)
+    if few:
+        taken += claim_suspects(db, worker_id, incarnation, models, suspects_held, lease_s)
+    return Work([(chunk, unanswered(db, chunk)) for chunk in taken], alone > 0)
+
+
+def take_alone(
+    db: peewee.PostgresqlDatabase, worker_id: str, incarnation: UUID, models: Sequence[str], lease_s: float
+) -> Work:
+    """Claims one suspect that must run alone, with its request."""
+    taken = claim_alone(db, worker_id, incarnation, models, lease_s)
+    return Work([(chunk, unanswered(db, chunk)) for chunk in taken], bool(taken))
+
+
 def _claim(
     db: peewee.PostgresqlDatabase,
     which: str,

@@ -10,7 +10,7 @@ from uuid import UUID
 from service import logs, messages, tracing
 from service.db import chunks, results
 from service.db.batches import CHUNK_SIZE
-from service.db.chunks import Chunk, Request
+from service.db.chunks import Request, Work
 from service.db.connection import Database, Unreachable
 from service.db.results import Result
 from service.worker import counts
@@ -184,19 +184,18 @@ class Runner:
         began = loop.time()
         while not (self._is_dead or self._is_draining) and loop.time() - began < APART_S:
             try:
-                taken = await self.database.run(
-                    chunks.claim_alone, self.worker_id, self.incarnation, self.engine.models, self.lease_s
+                work = await self.database.run(
+                    chunks.take_alone, self.worker_id, self.incarnation, self.engine.models, self.lease_s
                 )
-                for chunk in taken:
-                    await self._load(chunk)
             except Unreachable as error:
                 self._database_away(error)
                 break
-            if not taken:
-                self._are_alone_waiting = False
+            self._load(work)
+            if not work.chunks:
                 break
-            suspect = messages.request_name(taken[0].batch_id, taken[0].first_index)
-            log.warning("suspect_runs_alone", chunk=taken[0].id, request=suspect)
+            [(chunk, _)] = work.chunks
+            suspect = messages.request_name(chunk.batch_id, chunk.first_index)
+            log.warning("suspect_runs_alone", chunk=chunk.id, request=suspect)
             while self._ready:
                 self._start(self._ready.popleft())
             await self._empty()
@@ -231,32 +230,28 @@ class Runner:
 
     async def _claim(self, limit: int) -> bool:
         """Takes chunks and loads their requests. False: there are none, or Postgres is away."""
+        held = len(self._suspects & self._unstored.keys())
         mine = (self.worker_id, self.incarnation, self.engine.models)
         try:
-            few, alone = await self.database.run(chunks.suspects, self.engine.models)
-            self._are_alone_waiting = alone > 0
-            taken = await self.database.run(chunks.claim, *mine, limit, self.lease_s)
-            if few:
-                held = len(self._suspects & self._unstored.keys())
-                taken += await self.database.run(chunks.claim_suspects, *mine, held, self.lease_s)
-            for chunk in taken:
-                await self._load(chunk)
+            work = await self.database.run(chunks.take, *mine, limit, held, self.lease_s)
         except Unreachable as error:
             # A chunk that was claimed and not loaded is not renewed, so its lease ends by itself.
             self._database_away(error)
             return False
         self._database_back()
-        return bool(taken)
+        self._load(work)
+        return bool(work.chunks)
 
-    async def _load(self, chunk: Chunk) -> None:
-        requests = await self.database.run(chunks.unanswered, chunk)
-        if requests:
-            self._unstored[chunk.id] = len(requests)
-            self._ready.extend(requests)
-        if chunk.deaths:
-            self._suspects.add(chunk.id)
-        batch = messages.batch_name(chunk.batch_id)
-        log.debug("chunk_claimed", chunk=chunk.id, batch=batch, requests=len(requests))
+    def _load(self, work: Work) -> None:
+        self._are_alone_waiting = work.are_alone_waiting
+        for chunk, requests in work.chunks:
+            if requests:
+                self._unstored[chunk.id] = len(requests)
+                self._ready.extend(requests)
+            if chunk.deaths:
+                self._suspects.add(chunk.id)
+            batch = messages.batch_name(chunk.batch_id)
+            log.debug("chunk_claimed", chunk=chunk.id, batch=batch, requests=len(requests))
 
     def _start(self, request: Request) -> None:
         task = asyncio.create_task(self._run_one(request))

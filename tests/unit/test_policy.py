@@ -234,7 +234,7 @@ def test_draining_past_its_deadline_is_restarted() -> None:
 
 
 def test_a_port_that_closes_at_the_end_is_no_freeze() -> None:
-    """Without Postgres a worker that was ending, and answers no more, is given the time to end; then it is restarted."""
+    """Without Postgres a worker that was ending and answers no more is given the time to end; then it is restarted."""
     _, memory = decide(seen(health=Health.NOT_SERVING, heartbeat=beat("draining")), Memory(), LIMITS)
     decisions = run(seen(health=Health.UNAVAILABLE, database_up_s=None), 60, memory)
     assert (decisions[-1].verdict, decisions[-1].action) == (Verdict.FROZEN, Action.RESTART)
