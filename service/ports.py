@@ -16,7 +16,7 @@ MAX_METADATA_BYTES = 16 << 10
 OPTIONS = (
     # Two servers on one port would share its calls by chance.
     ("grpc.so_reuseport", 0),
-    # Clients may ping every 3 s, also between calls: that is how they notice a frozen server. Who pings more often is
+    # Clients may ping every 2.5 s, also between calls: that is how they notice a frozen server. Who pings more often is
     # cut off at the third time since anything was sent to it.
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),

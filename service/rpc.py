@@ -37,7 +37,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # With these a frozen peer is noticed within about 5 s; keepalive alone takes its 60 s default.
-    ("grpc.keepalive_time_ms", 3_000),
+    ("grpc.keepalive_time_ms", 2_500),
     ("grpc.http2.ping_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # After two pings without data gRPC would wait for a minute between them, and a frozen peer be noticed that late.

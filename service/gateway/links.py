@@ -20,7 +20,7 @@ from service.gateway.workers import Contact, Health
 SERVICE = "vllm_batch.v1.BatchService"
 # Together these are how long a blocked worker goes unnoticed.
 CHECK_INTERVAL_S = 2.0
-CHECK_TIMEOUT_S = 4.0
+CHECK_TIMEOUT_S = 3.5
 # After a link broke. The channel's own backoff comes on top.
 RETRY_INTERVAL_S = 0.2
 
