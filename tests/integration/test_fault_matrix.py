@@ -80,6 +80,8 @@ def finish(verdict: str) -> Expected:
 
 # A worker that drains ends by itself, and nobody but the watchdog starts another: at once, or when it can.
 DRAINED = Expected("CRASHED", "HOLD|RESTART", ("CRASHED",))
+# Whether the watchdog has read that it drains before Postgres went is chance. If not, it is one that answers nothing.
+DRAINED_UNHEARD = Expected("CRASHED|FROZEN", "HOLD|RESTART", ("CRASHED|FROZEN",))
 ONLY_LOADING = "a worker loads while it starts, and at no other time"
 
 # What is a text is why there is no such cell.
@@ -132,13 +134,13 @@ TABLE: dict[str, dict[str, Expected | str]] = {
         STARTING: hold("STARTING|HEALTHY|DATABASE_AWAY"),
         IDLE: hold("DATABASE_AWAY"),
         SATURATED: hold("DATABASE_AWAY"),
-        DRAINING: DRAINED,
+        DRAINING: DRAINED_UNHEARD,
     },
     "slow_postgres": {
         STARTING: hold("STARTING|HEALTHY|DATABASE_AWAY"),
         IDLE: hold("DATABASE_AWAY"),
         SATURATED: hold("DATABASE_AWAY"),
-        DRAINING: DRAINED,
+        DRAINING: DRAINED_UNHEARD,
     },
     "restart_postgres": {
         STARTING: hold("STARTING|HEALTHY|DATABASE_AWAY"),
