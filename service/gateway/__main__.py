@@ -45,9 +45,7 @@ async def serve(settings: Settings) -> None:
     presence = Presence(looking, channels, SystemClock(), settings.heartbeat_timeout_s, accepting_changed)
     limits = Limits(settings.max_open_batches, settings.max_queued_requests)
     servicer = GatewayServicer(database, limits, presence, channels)
-    keeping = Database(
-        settings.gateway_postgres_url, "gateway-housekeeping", settings.database_timeout_s, connections=1
-    )
+    keeping = Database(url, "gateway-housekeeping", settings.database_timeout_s, connections=1)
     server = await rpc.serve(
         settings,
         settings.gateway_port,
@@ -55,7 +53,7 @@ async def serve(settings: Settings) -> None:
         (SERVICE,),
         access.of(settings, SystemClock()),
     )
-    surveying = Database(settings.gateway_postgres_url, "gateway-metrics", TIMEOUT_S, connections=1)
+    surveying = Database(url, "gateway-metrics", TIMEOUT_S, connections=1)
     metrics.serve(
         settings.metrics_host, settings.gateway_metrics_port, GatewayCollector(presence, surveying, settings.lease_s)
     )

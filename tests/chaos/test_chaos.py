@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
-import grpc
 import psycopg2
 import pytest
 
@@ -106,7 +105,7 @@ def test_chaos(stack: FullStack) -> None:
             assert client.get(batch_id).state == pb.BATCH_STATE_COMPLETED
         assert len({*ids}) == BATCHES == len(list(client.list(limit=100)))
 
-    until(lambda: is_healthy(stack), "the worker to be healthy at last", PATIENCE_S)
+    until(lambda: stack.recovered(0), "the worker to be healthy at last", PATIENCE_S)
     restarts = stack.restarts()
     reasons = Counter(f"{event.reason} → {event.outcome}" for event in restarts)
     told = "".join(f"  {count} × {reason}\n" for reason, count in reasons.items())
@@ -123,10 +122,3 @@ def is_one_alone(stack: FullStack) -> bool:
     except psycopg2.Error:
         # Postgres may be on its way up.
         return True
-
-
-def is_healthy(stack: FullStack) -> bool:
-    try:
-        return stack.recovered(0)
-    except grpc.RpcError:
-        return False
