@@ -1,6 +1,6 @@
 """The other side of the benchmarks of calls: a servicer that does nothing but return the message that it was given.
 
-`python -m benchmarks.bare_servicer MESSAGE`: a `Message` as JSON. Says on which port it serves.
+`python -m benchmarks.bare_servicer`: reads a `Message` as a line of JSON; says on which port it serves.
 """
 
 import asyncio
@@ -47,10 +47,14 @@ class Message:
 @contextmanager
 def bare(message: Message) -> Iterator[str]:
     """The bare servicer in a process of its own: its address."""
-    command = [sys.executable, "-m", "benchmarks.bare_servicer", json.dumps(asdict(message))]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "benchmarks.bare_servicer"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
         try:
+            assert process.stdin is not None
             assert process.stdout is not None
+            process.stdin.write(json.dumps(asdict(message)) + "\n")
+            process.stdin.flush()
             yield f"127.0.0.1:{int(process.stdout.readline())}"
         finally:
             process.terminate()
@@ -94,4 +98,4 @@ async def _serve(message: Message) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Message(**json.loads(sys.argv[1]))))
+    asyncio.run(_serve(Message(**json.loads(sys.stdin.readline()))))

@@ -4,11 +4,13 @@ Counters and histograms are updated where the thing happens; gauges are read whe
 until then. vLLM registers its own, `vllm:...`, with the same registry, so that the worker exports both.
 """
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
+import tenacity
 from prometheus_client import REGISTRY, Counter, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -34,6 +36,8 @@ DATABASE_CALL_ERRORS = Counter(
     ["call"],
 )
 
+PORT_RETRY_S = 1.0
+
 log = logs.get("metrics")
 
 
@@ -46,18 +50,25 @@ class Scraped(Collector):
 
 
 def serve(host: str, port: int, *collectors: Scraped) -> None:
-    """Answers scrapes of `/metrics` in a thread. Port 0: no metrics. One that cannot be had is logged, and no more:
-    work goes on without metrics."""
+    """Answers scrapes of `/metrics` in a thread. Port 0: no metrics. One that cannot be had is logged, and asked for
+    again and again: work goes on without metrics, and an earlier life of this process may have it yet."""
     if not port:
         return
     for collector in collectors:
         REGISTRY.register(collector)
-    try:
-        start_http_server(port, host)
-    except OSError as error:
-        log.warning("metrics_not_served", host=host, port=port, cause=str(error))
-    else:
-        log.info("metrics_served", host=host, port=port)
+    threading.Thread(target=_serve, args=(host, port), name="metrics", daemon=True).start()
+
+
+def _serve(host: str, port: int) -> None:
+    def tell(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            log.warning("metrics_not_served", host=host, port=port, cause=str(state.outcome.exception()))
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError), wait=tenacity.wait_fixed(PORT_RETRY_S), before_sleep=tell
+    )
+    retrying(start_http_server, port, host)
+    log.info("metrics_served", host=host, port=port)
 
 
 def rpc_ended(method: str, code: str, duration_s: float) -> None:

@@ -22,6 +22,7 @@ from service.db import watchdogs
 from service.db.connection import Database, Unreachable, migrate
 from watchdog import dry_run
 from watchdog.alerts import Alerts
+from watchdog.awake import Awake
 from watchdog.guards import GROUP, Guards, limits_of
 from watchdog.metrics import WatchdogCollector
 from watchdog.record import AWAY
@@ -57,12 +58,12 @@ def check(settings: Settings) -> list[str]:
     return wrong
 
 
-def guard(settings: Settings, ending: threading.Event, changed: threading.Event) -> int:
+def guard(settings: Settings, awake: Awake, ending: threading.Event, changed: threading.Event) -> int:
     """Guards all workers until `ending` is set; `changed` wakes it. Returns the exit status."""
     database = Database(settings.postgres_url, "watchdog", settings.database_timeout_s, CONNECTIONS)
     supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
     alerts = Alerts(settings)
-    guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), changed.set, alerts)
+    guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), awake, changed.set, alerts)
     try:
         server = Server(settings, RecoveryServicer(guards, database), access.of(settings, SystemClock()))
     except RuntimeError as error:
@@ -156,13 +157,15 @@ def main(arguments: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    awake = Awake(SystemClock())
+    awake.start()
     if options.dry_run:
         database = Database(settings.postgres_url, "watchdog-dry-run", settings.database_timeout_s)
         supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
-        dry_run.watch(settings, limits_of(settings), supervisor, database, SystemClock(), ending, changed)
+        dry_run.watch(settings, limits_of(settings), supervisor, database, SystemClock(), awake, ending, changed)
         status = 0
     else:
-        status = guard(settings, ending, changed)
+        status = guard(settings, awake, ending, changed)
     sys.stderr.flush()
     # A probe or a statement that is still waiting for its deadline must not hold up the end.
     os._exit(status)

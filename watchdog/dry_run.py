@@ -9,6 +9,7 @@ from service.config import Settings
 from service.db import recoveries
 from service.db.connection import Database
 from service.db.recoveries import Event
+from watchdog.awake import Awake
 from watchdog.guards import journal_of, observer_of, workers_of
 from watchdog.observe import Observer
 from watchdog.past import past_of
@@ -27,6 +28,7 @@ def watch(
     supervisor: Supervisor,
     database: Database,
     clock: Clock,
+    awake: Awake,
     ending: threading.Event,
     woken: threading.Event,
 ) -> None:
@@ -43,7 +45,7 @@ def watch(
             names = {}
         for worker_id, name in names.items():
             if worker_id not in observers:
-                observers[worker_id] = observer_of(settings, supervisor, database, clock, name, woken.set)
+                observers[worker_id] = observer_of(settings, supervisor, database, clock, awake, name, woken.set)
             evidence = observers[worker_id].observe()
             past = past_of(_events(settings, database, clock, worker_id, name), clock.now())
             intent = Intent(str(past.intent.key), Step(past.intent.step)) if past.intent else None

@@ -294,8 +294,10 @@ class Guard:
             took_s = round(self._clock.monotonic() - began_s, 3)
             # Written down with the first step.
             self._intent = replace(self._intent, timings={**self._intent.timings, "evidence": took_s})
+        # How long the old life may take to end is a matter of why it has to, also when another watchdog began it.
+        verdict = decision.verdict if self._intent is None else Verdict(self._intent.verdict)
         try:
-            pid = self._restarter.restart(decision.verdict, self._observer.leader, self._on_step)
+            pid = self._restarter.restart(verdict, self._observer.leader, self._on_step)
         except (RestartError, SupervisorAwayError) as error:
             # The intent stays open: what is to be done next is decided by what is seen next.
             log.error("restart_failed", worker_id=self.worker_id, cause=str(error))

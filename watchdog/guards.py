@@ -15,6 +15,7 @@ from service.processes import Mark
 from watchdog import evidence_folder
 from watchdog.act import Restarter
 from watchdog.alerts import Alerts
+from watchdog.awake import Awake
 from watchdog.guard import Guard
 from watchdog.journal import Journal
 from watchdog.observe import Observer
@@ -64,6 +65,7 @@ def observer_of(
     supervisor: Supervisor,
     database: Database,
     clock: Clock,
+    awake: Awake,
     process_name: str,
     on_change: Callable[[], None],
 ) -> Observer:
@@ -78,6 +80,7 @@ def observer_of(
         probe_timeout_s=settings.probe_timeout_s,
         database_timeout_s=settings.database_timeout_s,
         clock=clock,
+        awake=awake,
         on_change=on_change,
     )
 
@@ -91,6 +94,7 @@ class Guards:
     supervisor: Supervisor
     database: Database
     clock: Clock
+    awake: Awake
     on_change: Callable[[], None]
     alerts: Alerts
     by_worker: dict[str, Guard] = field(default_factory=dict)
@@ -133,7 +137,9 @@ class Guards:
     def _guard(self, worker_id: str, process_name: str) -> Guard:
         settings, name = self.settings, f"{GROUP}:{process_name}"
         woken = threading.Event()
-        observer = observer_of(settings, self.supervisor, self.database, self.clock, process_name, woken.set)
+        observer = observer_of(
+            settings, self.supervisor, self.database, self.clock, self.awake, process_name, woken.set
+        )
         mark = Mark(settings.home, process_name)
         restarter = Restarter(
             name=name,

@@ -11,6 +11,7 @@ from service.db import heartbeats, recoveries
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
 from service.processes import Leader
+from watchdog.awake import Awake
 from watchdog.health import Probe
 from watchdog.policy import Evidence, Health, Heartbeat, Process, State
 from watchdog.record import AWAY
@@ -30,6 +31,7 @@ class Observer:
         probe_timeout_s: float,
         database_timeout_s: float,
         clock: Clock,
+        awake: Awake,
         on_change: Callable[[], None],
     ) -> None:
         """`name` as `group:process`; `address` is asked as long as the heartbeat does not name another, or always
@@ -50,6 +52,7 @@ class Observer:
         self._probe_timeout_s = probe_timeout_s
         self._database_timeout_s = database_timeout_s
         self._clock = clock
+        self._awake = awake
         self._on_change = on_change
         self._probe: Probe | None = None
         # A frozen Postgres holds up who asks it for long: not us, who have a worker to look at.
@@ -85,7 +88,8 @@ class Observer:
             if is_current and not self._has_socket:
                 self._address = beat.address
         health = self._ask() if process is not None and process.state is State.RUNNING else Health.NOT_PROBED
-        return Evidence(self._clock.monotonic(), process, health, up_s, heartbeat)
+        awake_since_s = self._awake.since_s()
+        return Evidence(self._clock.monotonic(), process, health, up_s, heartbeat, awake_since_s=awake_since_s)
 
     def close(self) -> None:
         """Ends watching."""

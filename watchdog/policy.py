@@ -116,6 +116,8 @@ class Evidence:
     heartbeat: Heartbeat | None = None
     intent: Intent | None = None
     pause_left_s: float = 0.0
+    # Since when the watchdog itself has not been held up, with the whole machine perhaps.
+    awake_since_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,8 @@ def _judge(evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
         return _Finding(Verdict.CRASHED, f"the process is gone, supervisord says {process.state}", patience_s=0)
     if process.state is State.RUNNING:
         return _judge_running(process, evidence, memory, limits)
+    if process.state is State.STOPPING and _is_to_be_finished(evidence, memory):
+        return _Finding(Verdict.INTERRUPTED, "stopping in the middle of a restart of ours", patience_s=0)
     since = _elapsed(memory.transition_since_s, evidence)
     reason = f"supervisord says {process.state} for {since:.0f} s"
     is_overdue = since > limits.transition_timeout_s
@@ -277,6 +281,12 @@ def _judge(evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
     if is_overdue and process.state is not State.STOPPING:
         return _Finding(Verdict.TRANSITION, reason, patience_s=0)
     return _Finding(Verdict.TRANSITION, reason, is_overdue=is_overdue)
+
+
+def _is_to_be_finished(evidence: Evidence, memory: Memory) -> bool:
+    """True for a stop that a watchdog ordered and did not see to its end; supervisord alone would take longer."""
+    intent = evidence.intent
+    return intent is not None and intent.step is Step.STOPPING and intent.key != memory.continued_intent
 
 
 def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
@@ -391,7 +401,8 @@ def _note_health(verdict: Verdict, time_s: float, memory: Memory, limits: Limits
 
 def _suspect(verdict: Verdict, evidence: Evidence, before: Suspicion | None) -> Suspicion:
     pid = evidence.process.pid if evidence.process else 0
-    if before is None or before.pid != pid:
+    # While the watchdog was held up the worker may have been too: it gets the whole time to answer afterwards.
+    if before is None or before.pid != pid or before.sick_since_s < evidence.awake_since_s:
         return Suspicion(pid, verdict, evidence.time_s, evidence.time_s, 1)
     if before.verdict is not verdict:
         return Suspicion(pid, verdict, before.sick_since_s, evidence.time_s, 1)

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import psutil
+import tenacity
 
 from service import access, config, logs, metrics, processes, rpc, tracing
 from service.clock import SystemClock
@@ -32,8 +33,9 @@ from service.worker.service import WorkerServicer
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 SERVICE = "vllm_batch.v1.BatchService"
-# How long an earlier life of this worker may take to let go of its identity.
-IDENTITY_TIMEOUT_S = 60.0
+# How long an earlier life of this worker may take to end after its drain: to let go of the port and the identity.
+ENDING_TIMEOUT_S = 30.0
+PORT_RETRY_S = 0.2
 # What ends anyway is not waited for longer.
 CLOSE_TIMEOUT_S = 5.0
 
@@ -67,17 +69,14 @@ async def work(settings: Settings) -> int:
         Sizes(settings.max_requests_per_batch, settings.max_line_bytes, settings.max_batch_bytes),
         Limits(settings.max_open_batches, settings.max_queued_requests),
     )
-    server = await rpc.serve(
-        settings,
-        settings.worker_port,
-        lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
-            WorkerServicer(intake, life, lambda: thread.call_soon(runner.work_arrived)), grpc_server
-        ),
-        (SERVICE,),
-        # Not limited: what comes from many clients comes through one gateway, which counts it for each.
-        access.of(settings, SystemClock(), is_limited=False),
-        socket=settings.probe_address(process_name()) if settings.probe_sockets else "",
-    )
+    servicer = WorkerServicer(intake, life, lambda: thread.call_soon(runner.work_arrived))
+    stopping = asyncio.create_task(stop.wait())
+    opening = asyncio.create_task(_serve(settings, servicer))
+    if not await _until(stopping, opening):
+        opening.cancel()
+        thread.stop(CLOSE_TIMEOUT_S)
+        return 0
+    server = opening.result()
 
     pulse = Pulse(
         life,
@@ -118,10 +117,9 @@ async def work(settings: Settings) -> int:
         asyncio.run_coroutine_threadsafe(_set_health(server, is_ready), loop)
 
     life.on_change = phase_changed
-    stopping = asyncio.create_task(stop.wait())
     pulsing: asyncio.Task[None] | None = None
     try:
-        preparing = asyncio.create_task(_prepare_database(served, heart))
+        preparing = asyncio.create_task(_prepare_database(served, heart, settings.drain_timeout_s + ENDING_TIMEOUT_S))
         if not await _until(stopping, preparing):
             preparing.cancel()
             return 0
@@ -161,13 +159,42 @@ async def work(settings: Settings) -> int:
         log.info("worker_ended", processes_left=[process.pid for process in left])
 
 
+async def _serve(settings: Settings, servicer: WorkerServicer) -> rpc.Server:
+    """Serves as soon as the port can be had. An earlier life may have it until it has drained: a supervisord that was
+    killed is followed by one that starts a worker at once. Raises RuntimeError when that takes too long."""
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            log.warning("waiting_for_port", port=settings.worker_port, cause=str(state.outcome.exception()))
+
+    async def serve() -> rpc.Server:
+        return await rpc.serve(
+            settings,
+            settings.worker_port,
+            lambda server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, server),
+            (SERVICE,),
+            # Not limited: what comes from many clients comes through one gateway, which counts it for each.
+            access.of(settings, SystemClock(), is_limited=False),
+            socket=settings.probe_address(process_name()) if settings.probe_sockets else "",
+        )
+
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(RuntimeError),
+        wait=tenacity.wait_fixed(PORT_RETRY_S),
+        stop=tenacity.stop_after_delay(settings.drain_timeout_s + ENDING_TIMEOUT_S),
+        before_sleep=tell,
+        reraise=True,
+    )
+    return await retrying(serve)
+
+
 async def _set_health(server: rpc.Server, is_ready: bool) -> None:
     for name in ("", SERVICE):
         await server.set_health(name, is_ready)
 
 
-async def _prepare_database(database: Database, heart: Heart) -> None:
-    """Waits for Postgres, brings the schema up to date, and takes the worker's identity."""
+async def _prepare_database(database: Database, heart: Heart, timeout_s: float) -> None:
+    """Waits for Postgres, brings the schema up to date, and takes the worker's identity, within `timeout_s` of that."""
     is_waiting = False
     while True:
         try:
@@ -179,8 +206,8 @@ async def _prepare_database(database: Database, heart: Heart) -> None:
             is_waiting = True
             await asyncio.sleep(1)
     heart.start()
-    if not await asyncio.to_thread(heart.wait_for_lock, IDENTITY_TIMEOUT_S):
-        raise SystemExit(f"another process has been worker {heart.life.worker_id!r} for {IDENTITY_TIMEOUT_S:.0f} s")
+    if not await asyncio.to_thread(heart.wait_for_lock, timeout_s):
+        raise SystemExit(f"another process has been worker {heart.life.worker_id!r} for {timeout_s:.0f} s")
 
 
 def _sweep(settings: Settings) -> None:
@@ -195,7 +222,7 @@ def _sweep(settings: Settings) -> None:
         processes.end(left, CLOSE_TIMEOUT_S, (signal.SIGKILL,))
 
 
-async def _until(stopping: "asyncio.Task[bool]", work: "asyncio.Future[None]") -> bool:
+async def _until(stopping: "asyncio.Task[bool]", work: "asyncio.Future[Any]") -> bool:
     """Waits for `work` and raises what it raises. False: told to stop first; it goes on."""
     both: set[asyncio.Future[Any]] = {work, stopping}
     await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)

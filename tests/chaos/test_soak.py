@@ -187,5 +187,5 @@ def test_soak(stack: FullStack) -> None:
 def check_untouched(stack: FullStack, worker: int, seed: int) -> None:
     """No restart is begun, and the worker is the one of the beginning."""
     begun = stack.sql("SELECT verdict, reason, evidence FROM recovery_events WHERE kind IN ('restart', 'gave_up')")
-    assert not begun, (seed, begun)
+    assert not begun, (seed, begun, stack.logs())
     assert stack.pid("worker") == worker

@@ -213,7 +213,7 @@ IN_CI = {
     ("cut_connections", STARTING),
     ("shift_clock", SATURATED),
     ("remove_socket", IDLE),
-    ("kill_supervisord", IDLE),
+    ("kill_supervisord", DRAINING),
     ("kill_watchdog_before_start", SATURATED),
     ("redeploy_worker", SATURATED),
     ("stop_worker", STARTING),

@@ -167,7 +167,7 @@ def test_metrics_without_a_database(stack: Stack, tmp_path: Path) -> None:
 
 
 def test_taken_port_does_not_keep_it_from_working(stack: Stack) -> None:
-    """A second stack on the same metrics port serves without metrics, and says so."""
+    """A second stack on the same metrics port serves without metrics, and says so; with them once it is free."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -176,3 +176,5 @@ def test_taken_port_does_not_keep_it_from_working(stack: Stack) -> None:
         gateway = stack.gateway(gateway_metrics_port=taken)
         stack.wait_until_accepting()
         assert gateway.events("metrics_not_served")[0]["port"] == taken
+    until(lambda: gateway.events("metrics_served"), "metrics to be served")
+    assert len(gateway.events("metrics_not_served")) == 1

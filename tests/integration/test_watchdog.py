@@ -34,6 +34,7 @@ from tests.waiting import until
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog.alerts import Alerts
+from watchdog.awake import Awake
 from watchdog.guard import Snapshot
 from watchdog.guards import Guards, limits_of
 from watchdog.policy import Action, State, Verdict
@@ -126,7 +127,8 @@ class Host:
         )
         database = database or self.database
         alerts = Alerts(self.settings)
-        guards = Guards(self.settings, limits, self.supervisor, database, SystemClock(), lambda: None, alerts)
+        clock = SystemClock()
+        guards = Guards(self.settings, limits, self.supervisor, database, clock, Awake(clock), lambda: None, alerts)
         self.guards.append(guards)
         guards.discover()
         return guards
@@ -427,15 +429,20 @@ class Watchdog:
         self.process.wait(10)
 
 
-def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(host: Host) -> None:
-    """SIGKILL of the watchdog while the worker it restarts is stopping leaves nothing half done."""
+@pytest.mark.parametrize("ends", [True, False], ids=["it stops", "it is still stopping"])
+def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(host: Host, ends: bool) -> None:
+    """SIGKILL of the watchdog while the worker it restarts is stopping leaves nothing half done.
+
+    One that does not stop is killed by the successor, long before supervisord would.
+    """
     watchdog = Watchdog(host, BATCH_STOP_TIMEOUT_S="30")
     pid = watchdog.until(pb.VERDICT_HEALTHY).pid
     os.kill(pid, signal.SIGSTOP)
     until(lambda: host.supervisor.info("worker:worker").state is State.STOPPING, "the watchdog to stop the worker")
     watchdog.kill()
-    os.kill(pid, signal.SIGCONT)
-    until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
+    if ends:
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
     assert [event.outcome for event in host.restarts()] == ["open"]
 
     status = Watchdog(host).until(pb.VERDICT_HEALTHY)

@@ -11,6 +11,7 @@ import pytest
 from service.db.connection import Database
 from service.db.heartbeats import Beat, SeenBeat
 from tests.waiting import until
+from watchdog.awake import Awake
 from watchdog.observe import Observer
 from watchdog.policy import Health, State
 from watchdog.supervisor import ProcessInfo, RefusedError, Supervisor, SupervisorAwayError
@@ -65,6 +66,7 @@ def parts() -> tuple[Observer, FakeSupervisor, FakeDatabase, FakeClock]:
         probe_timeout_s=1,
         database_timeout_s=60,
         clock=clock,
+        awake=Awake(clock),
         on_change=lambda: None,
     )
     return observer, supervisor, database, clock

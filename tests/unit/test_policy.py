@@ -72,6 +72,7 @@ HOLDS = [
     ("supervisord unreachable", seen(None, Health.SERVING, FRESH), Verdict.SUPERVISOR_AWAY),
     ("paused", seen(Process(State.EXITED), pause_left_s=5), Verdict.PAUSED),
     ("stopped by an operator", in_state(State.STOPPED), Verdict.OPERATOR_STOP),
+    ("stopping by an operator while our restart loads", in_state(State.STOPPING, Step.LOADING), Verdict.TRANSITION),
     ("stopped by an operator while our restart loads", in_state(State.STOPPED, Step.LOADING), Verdict.OPERATOR_STOP),
     ("starting", seen(health=Health.UNAVAILABLE, heartbeat=beat("starting")), Verdict.STARTING),
     ("loading", seen(health=Health.NOT_SERVING, heartbeat=beat("loading")), Verdict.STARTING),
@@ -103,6 +104,7 @@ AT_ONCE = [
     ("fatal", in_state(State.FATAL), Verdict.CRASHED, False),
     ("restarted by us, died while loading", in_state(State.EXITED, Step.LOADING), Verdict.CRASHED, False),
     ("watchdog died before stop", in_state(State.EXITED, Step.STOPPING), Verdict.CRASHED, True),
+    ("watchdog died during stop", in_state(State.STOPPING, Step.STOPPING), Verdict.INTERRUPTED, True),
     ("watchdog died after stop", in_state(State.STOPPED, Step.STOPPING), Verdict.INTERRUPTED, True),
     ("watchdog died before start", in_state(State.STOPPED, Step.STARTING), Verdict.INTERRUPTED, True),
 ]
@@ -249,6 +251,17 @@ def test_transition_past_its_deadline_is_finished(state: State) -> None:
     assert sum(d.check_in_s for d in decisions) >= LIMITS.transition_timeout_s
 
 
+def test_suspicion_from_before_the_watchdog_was_held_up_does_not_count() -> None:
+    """A machine that stood still for a while is no reason to restart whoever had no time to answer since."""
+    lost = seen(health=Health.SERVING, heartbeat=STALE)
+    first, memory = decide(lost, Memory(), LIMITS)
+    after = replace(lost, time_s=lost.time_s + 100, awake_since_s=lost.time_s + 100)
+    decisions = run(after, 60, memory)
+    assert first.action is Action.CONFIRM
+    assert decisions[-1].action is Action.RESTART
+    assert sum(decision.check_in_s for decision in decisions[:-1]) >= LIMITS.heartbeat_confirm_s
+
+
 def test_transition_through_several_states_counts_from_the_first() -> None:
     """A program that supervisord keeps trying to start does not start the deadline anew each time."""
     memory, time_s, action = Memory(), 0.0, Action.HOLD
@@ -262,6 +275,15 @@ def test_transition_through_several_states_counts_from_the_first() -> None:
 def test_stopping_is_left_to_supervisord() -> None:
     """A stop that takes long may be an operator's: it is never turned into a restart."""
     assert {d.action for d in run(in_state(State.STOPPING), 4 * LIMITS.transition_timeout_s)} == {Action.HOLD}
+
+
+def test_stop_of_ours_is_taken_up_once() -> None:
+    """A worker that cannot be killed is left to supervisord, rather than costing the whole budget."""
+    stopping, memory = in_state(State.STOPPING, Step.STOPPING), Memory()
+    first, memory = decide(stopping, memory, LIMITS)
+    second, memory = decide(stopping, memory, LIMITS)
+    assert (first.action, first.continues) == (Action.RESTART, True)
+    assert (second.verdict, second.action, memory.restarts) == (Verdict.TRANSITION, Action.HOLD, ())
 
 
 def test_interrupted_restart_is_free_once() -> None:
