@@ -1,10 +1,11 @@
 """Claim: results are streamed out at a rate that is worth the name, and memory does not grow with their number.
 
-Against: psql's `\\copy ... to` of the same columns in the same order, from the same Postgres, to /dev/null; and a bare
-grpc.aio servicer that repeats the first page, which is what gRPC in Python allows at all.
-Target: at least half its rate; at most 300 MB in client and gateway each, whatever the number.
+Against: psql's `\\copy ... to` of the same columns in the same order, from the same Postgres, to /dev/null; and for
+messages a bare grpc.aio servicer that repeats the first page, which is what gRPC in Python allows at all.
+Target: at least half its rate as lines; at most 300 MB in client and gateway each, whatever the number.
 
-From the call to the last result, read by the Python client; the results were put there by a statement.
+From the call to the last result, read by the Python client, as lines written to /dev/null, and as messages. The results
+were put there by a statement.
 """
 
 from collections.abc import Iterator
@@ -42,6 +43,17 @@ with Client(sys.argv[1]) as client:
     count = sum(1 for _ in islice(client.results("batch_1"), int(sys.argv[2])))
     print(json.dumps({"took_s": time.monotonic() - begin_s, "mb": peak_mb(), "count": count}))
 """
+READ_LINES = """
+import json, sys, time
+from benchmarks.memory import peak_mb
+from vllm_batch.client import Client
+with Client(sys.argv[1]) as client, open("/dev/null", "wb") as out:
+    begin_s, count = time.monotonic(), 0
+    for lines in client.result_lines("batch_1"):
+        out.write(lines)
+        count += lines.count(b"\\n")
+    print(json.dumps({"took_s": time.monotonic() - begin_s, "mb": peak_mb(), "count": count}))
+"""
 COPY = (
     "\\copy (SELECT r.index, q.custom_id, r.status_code, r.body, r.error_code, r.error_message, r.finish_time"
     " FROM results r JOIN requests q USING (batch_id, index) WHERE batch_id = 1 ORDER BY index) TO '/dev/null'"
@@ -56,8 +68,8 @@ def measure(results: int, rounds: int) -> Iterator[Figure]:
         psql(stack, "VACUUM requests, results")
         client_mb: list[float] = []
 
-        def read(target: str) -> float:
-            done = python(READ, target, str(results))
+        def read(target: str, how: str = READ) -> float:
+            done = python(how, target, str(results))
             assert done["count"] == results
             client_mb.append(done["mb"])
             return results / float(done["took_s"])
@@ -68,14 +80,18 @@ def measure(results: int, rounds: int) -> Iterator[Figure]:
         ):
             values = alternate(
                 rounds,
+                lines=lambda: read(stack.target, READ_LINES),
                 read=lambda: read(stack.target),
                 copy=lambda: results / timed(lambda: psql(stack, COPY)),
                 bare=lambda: read(bare_target),
             )
         gateway_mb = peak_mb(stack.pid("gateway"))
     name = f"stream of {results:,} results"
-    yield Figure(name, "results/s", values["read"], "psql \\copy", values["copy"], at_least("ratio", 0.5))
-    yield Figure(name, "results/s", values["read"], "bare servicer", values["bare"])
+    yield Figure(
+        f"{name} as lines", "results/s", values["lines"], "psql \\copy", values["copy"], at_least("ratio", 0.5)
+    )
+    yield Figure(f"{name} as messages", "results/s", values["read"], "psql \\copy", values["copy"])
+    yield Figure(f"{name} as messages", "results/s", values["read"], "bare servicer", values["bare"])
     yield Figure(f"{name}: peak of the client", "MB", client_mb, target=at_most("high", 300))
     yield Figure(f"{name}: peak of the gateway", "MB", [gateway_mb], target=at_most("high", 300))
 

@@ -16,7 +16,6 @@ from benchmarks.harness import Figure, Sizes, alternate, at_least, main, timed
 from benchmarks.run_batch import RunBatch
 from benchmarks.stacks import started
 from vllm_batch.client import Client
-from vllm_batch.output import line
 
 SIZES: Sizes = {"requests": (5_000, 500), "rounds": (5, 3)}
 
@@ -33,10 +32,9 @@ def measure(requests: int, rounds: int) -> Iterator[Figure]:
         given, made = chats.write(folder / "in.jsonl", requests), folder / "out.jsonl"
 
         def batch() -> None:
-            with given.open("rb") as file, made.open("w") as out:
+            with given.open("rb") as file, made.open("wb") as out:
                 submitted = client.submit(file)
-                for result in client.results(submitted.id, follow=True):
-                    out.write(line(result) + "\n")
+                out.writelines(client.result_lines(submitted.id, follow=True))
 
         def ours() -> float:
             took_s = timed(batch)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vllm_batch.client import DEFAULT_TARGET, Client
-from vllm_batch.output import line, state_name
+from vllm_batch.output import state_name
 
 
 def main(source: str, target_file: str, target: str) -> None:
@@ -27,9 +27,8 @@ def main(source: str, target_file: str, target: str) -> None:
 
         # output = client.files.content(batch.output_file_id).text
         # errors = client.files.content(batch.error_file_id).text
-        with Path(target_file).open("w", encoding="utf-8") as output:
-            for result in client.results(batch.id):
-                output.write(line(result) + "\n")
+        with Path(target_file).open("wb") as output:
+            output.writelines(client.result_lines(batch.id))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import grpc
 import structlog
 
 from service import logs, metrics, tracing
-from service.handlers import behaviour, make_handler
+from service.handlers import Handler, Interceptor, behaviour, make_handler
 
 log = logs.get("rpc")
 
@@ -43,17 +43,12 @@ def current() -> Call:
     return _current.get()
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
+class CallInterceptor(Interceptor):
     """The outermost: sees how a call ended for its client. Health and reflection are not counted."""
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler: Any = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or method.startswith("/grpc."):
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """The handler, counted, timed and traced."""
+        if method.startswith("/grpc."):
             return handler
         inner = behaviour(handler)
 

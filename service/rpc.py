@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,13 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import logs, ports, roles
+from service import logs, ports
 from service.access import Access
 from service.calls import CallInterceptor
 from service.config import Settings
 from service.db.connection import Unreachable, is_without_schema
 from service.errors import ApiError, Violation, database_unavailable, invalid
-from service.handlers import behaviour, make_handler
+from service.handlers import Continuation, Handler, Interceptor, behaviour, make_handler
 from service.health import NOT_SERVING, SERVING, Health
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -46,6 +47,11 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# The name of the token that the call being served has shown. Each call is a task, and thereby a context, of its own.
+_caller: ContextVar[str] = ContextVar("caller", default="")
 
 log = logs.get("rpc")
 
@@ -99,18 +105,11 @@ async def serve(
     return Server(server, health, f"{settings.advertised_host}:{bound}")
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(Interceptor):
     """Ends a call that raised with the code and details of its error; logs each call that failed by our fault."""
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or roles.is_open(method):
-            return handler
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """The handler, whose errors and those of its request's parser are told to the client."""
         inner = behaviour(handler)
         deserialize: Any = handler.request_deserializer
 
@@ -125,13 +124,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 raise request
             return _checked(request) if handler.request_streaming else request
 
-        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def unary(request: Any, context: Context) -> Any:
             try:
                 return await inner(checked(request), context)
             except Exception as error:  # noqa: BLE001 - every error ends the call with a status
                 await _abort(context, method, error)
 
-        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             try:
                 async for response in inner(checked(request), context):
                     yield response
@@ -147,54 +146,59 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-class AccessInterceptor(grpc.aio.ServerInterceptor):
+class AccessInterceptor(Interceptor):
     """Lets calls through that `access` allows. What it raises is told to the client by the ErrorInterceptor."""
 
     def __init__(self, access: Access) -> None:
+        super().__init__()
         self._access = access
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """The handler of this call; of one that is refused not even the request is read."""
         method = handler_call_details.method
-        if handler is None or roles.is_open(method):
-            return handler
-        inner = behaviour(handler)
-        caller, refusal = "", None
         try:
-            caller = self._access.caller(method, handler_call_details.invocation_metadata)
+            _caller.set(self._access.caller(method, handler_call_details.invocation_metadata))
         except ApiError as error:
-            refusal = error
+            return self._refusing(method, error)
+        return await super().intercept_service(continuation, handler_call_details)
 
-        def enter(context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            peer = context.peer()
-            self._access.count(method, caller, peer)
-            if refusal is not None:
-                log.warning("call_refused", method=method, peer=peer, reason=refusal.reason)
-                raise refusal
-            # Each call is a task of its own: what is logged in it says for whom it was.
-            structlog.contextvars.bind_contextvars(**({"caller": caller} if caller else {}))
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """The handler, for as many calls as its caller may make."""
+        inner = behaviour(handler)
 
-        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        def enter(context: Context) -> None:
+            caller = _caller.get()
+            self._access.count(method, caller, context.peer())
+            if caller:
+                # Each call is a task of its own: what is logged in it says for whom it was.
+                structlog.contextvars.bind_contextvars(caller=caller)
+
+        async def unary(request: Any, context: Context) -> Any:
             enter(context)
             return await inner(request, context)
 
-        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             enter(context)
             async for response in inner(request, context):
                 yield response
 
         return make_handler(
-            # Of a call that is refused not even the request is read.
-            handler.request_streaming or refusal is not None,
+            handler.request_streaming,
             handler.response_streaming,
             stream if handler.response_streaming else unary,
             handler.request_deserializer,
             handler.response_serializer,
         )
+
+    def _refusing(self, method: str, refusal: ApiError) -> Handler:
+        async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
+            peer = context.peer()
+            self._access.count(method, "", peer)
+            log.warning("call_refused", method=method, peer=peer, reason=refusal.reason)
+            raise refusal
+            yield
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -205,7 +209,7 @@ async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield request
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:
+async def _abort(context: Context, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, Unreachable) or is_without_schema(error):

@@ -22,6 +22,9 @@ POLL_INTERVAL_S = 0.5
 # such page, whatever the size of the batch: the memory that a client costs who reads slowly or not at all.
 PAGE = 1000
 PAGE_BYTES = 256 << 10
+# As lines a page costs no more than its bytes.
+LINES = 4 * PAGE
+LINES_BYTES = 4 * PAGE_BYTES
 
 # Making a batch of the failed requests of a large one.
 RETRY_TIMEOUT_S = 600.0
@@ -136,30 +139,23 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
     ) -> AsyncIterator[pb.StreamResultsResponse]:
         """Sends results page by page; with `follow`, until the batch is terminal and all are sent."""
         batch_id = messages.batch_id(request.batch_id)
-        in_order = request.order != pb.RESULT_ORDER_FINISHED
-        kind = "index" if in_order else "sequence"
+        order: results.Order = "sequence" if request.order == pb.RESULT_ORDER_FINISHED else "index"
         # The last index or sequence number that was sent.
-        last = messages.position(request.resume_token, kind, "resume_token")
+        last = messages.position(request.resume_token, order, "resume_token")
         if last is None:
-            last = -1 if in_order else 0
+            last = -1 if order == "index" else 0
         # Read before the results: what is terminal here has all its results there.
         batch = await self._get(batch_id)
         while True:
             if self._watch.is_ended:
                 raise ending()
-            read = results.read_in_order if in_order else results.read_finished
-            start = last + 1 if in_order else last
-            page, is_full = await self.database.run(read, batch_id, start, PAGE, PAGE_BYTES)
-            if in_order and not batch.is_terminal:
-                # A gap may be filled yet, and a token behind it would leave that out.
-                whole = _consecutive(page, start)
-                page, is_full = whole, is_full and len(whole) == len(page)
-            if page:
-                last = page[-1].index if in_order else page[-1].sequence
-                yield pb.StreamResultsResponse(
-                    results=[messages.result_message(batch_id, result) for result in page],
-                    resume_token=messages.token(kind, last),
-                )
+            # A gap in the order of the requests may be filled yet, and a token behind it would leave that out.
+            may_skip = order == "sequence" or batch.is_terminal
+            response, position, is_full = await self._read(request.format, order, batch_id, last + 1, may_skip)
+            if position is not None:
+                last = position
+                response.resume_token = messages.token(order, last)
+                yield response
             if is_full:
                 continue
             if batch.is_terminal or not request.follow:
@@ -167,6 +163,19 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 await self._get(batch_id)
                 return
             batch = await self._next(batch)
+
+    async def _read(
+        self, form: pb.ResultFormat, order: results.Order, batch_id: int, start: int, may_skip: bool
+    ) -> tuple[pb.StreamResultsResponse, int | None, bool]:
+        """A page without its token, the position of its last result, and whether there may be more behind it."""
+        if form == pb.RESULT_FORMAT_JSONL:
+            span = results.Span(start, LINES, LINES_BYTES, may_skip)
+            lines = await self.database.run(results.read_lines, order, batch_id, span)
+            return pb.StreamResultsResponse(jsonl=lines.jsonl), lines.last, lines.is_full
+        span = results.Span(start, PAGE, PAGE_BYTES, may_skip)
+        page, is_full = await self.database.run(results.read_page, order, batch_id, span)
+        found = [messages.result_message(batch_id, result) for result in page]
+        return pb.StreamResultsResponse(results=found), getattr(page[-1], order) if page else None, is_full
 
     async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
         """Returns the result of one request."""
@@ -238,11 +247,3 @@ def _conflicts() -> Iterator[None]:
         ) from None
     except (batches.DuplicateError, batches.FullError) as error:
         raise messages.creation_error(error) from None
-
-
-def _consecutive(page: list[results.StoredResult], start: int) -> list[results.StoredResult]:
-    """The results from index `start` up to the first that is not there yet."""
-    whole = 0
-    while whole < len(page) and page[whole].index == start + whole:
-        whole += 1
-    return page[:whole]

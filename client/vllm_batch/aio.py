@@ -147,10 +147,21 @@ class AsyncClient:
     ) -> AsyncGenerator[pb.StreamResultsResponse, None]:
         """The results page by page, each with the token to go on behind it, for who wants to in another process."""
         request = pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, resume_token=resume_token)
-        async with contextlib.aclosing(self._stream(lambda: self._stub.StreamResults(request))) as pages:
+        async with contextlib.aclosing(self._pages(request)) as pages:
             async for page in pages:
-                request.resume_token = page.resume_token
                 yield page
+
+    async def result_lines(
+        self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT"
+    ) -> AsyncIterator[bytes]:
+        """The same as lines of OpenAI's batch output, some whole ones at a time, to be written to a file as they are.
+
+        Several times as fast as messages.
+        """
+        request = pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, format=pb.RESULT_FORMAT_JSONL)
+        async with contextlib.aclosing(self._pages(request)) as pages:
+            async for page in pages:
+                yield page.jsonl
 
     async def result(self, batch_id: str, custom_id: str) -> pb.Result:
         """The result of one request; CallError with NOT_FOUND until it has one."""
@@ -171,6 +182,12 @@ class AsyncClient:
         """Stops a batch."""
         request = pb.CancelBatchRequest(batch_id=batch_id)
         return (await self._retry(lambda: self._stub.CancelBatch(request, timeout=CALL_TIMEOUT_S))).batch
+
+    async def _pages(self, request: pb.StreamResultsRequest) -> AsyncGenerator[pb.StreamResultsResponse, None]:
+        async with contextlib.aclosing(self._stream(lambda: self._stub.StreamResults(request))) as pages:
+            async for page in pages:
+                request.resume_token = page.resume_token
+                yield page
 
     async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
         async def attempt() -> T:

@@ -209,7 +209,7 @@ def results(client: Client, batch: str, output: Path | None, follow: bool, order
       vllm-batch results batch_1 --follow --order finished | jq .custom_id
     """
     with errors(batch):
-        _write_results(client, batch, output, follow, order, json_line if as_json else line)
+        _write_results(client, batch, output, follow, order, as_json)
 
 
 @main.command()
@@ -398,7 +398,7 @@ def _wait(
     with errors(batch_id):
         batch = _follow(client, batch_id, on_progress)
         if output is not None:
-            _write_results(client, batch_id, output, False, "input", line)
+            _write_results(client, batch_id, output)
     if as_json and on_progress is _ignore:
         print_json(batch)
     err.print(summary(batch))
@@ -447,19 +447,28 @@ def _rewindable(file: BinaryIO) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _write_results(
-    client: Client, batch_id: str, output: Path | None, follow: bool, order: str, write: Callable[[pb.Result], str]
+    client: Client,
+    batch_id: str,
+    output: Path | None,
+    follow: bool = False,
+    order: str = "input",
+    as_json: bool = False,
 ) -> None:
-    found = client.results(batch_id, follow=follow, order=f"RESULT_ORDER_{order.upper()}")
+    asked: dict[str, Any] = {"follow": follow, "order": f"RESULT_ORDER_{order.upper()}"}
+    lines = (
+        (f"{json_line(result)}\n".encode() for result in client.results(batch_id, **asked))
+        if as_json
+        else client.result_lines(batch_id, **asked)
+    )
     if output is None:
-        for result in found:
-            click.echo(write(result))
+        for some in lines:
+            click.echo(some, nl=False)
         return
     # Whole or not at all: a file that is there can be trusted.
     part = output.with_name(output.name + ".part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            for result in found:
-                file.write(write(result) + "\n")
+        with part.open("wb") as file:
+            file.writelines(lines)
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)

@@ -117,9 +117,18 @@ class Client:
     ) -> Iterator[pb.StreamResultsResponse]:
         """The results page by page, each with the token to go on behind it, for who wants to in another process."""
         request = pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, resume_token=resume_token)
-        for page in self._stream(lambda: self._stub.StreamResults(request)):
-            request.resume_token = page.resume_token
-            yield page
+        yield from self._pages(request)
+
+    def result_lines(
+        self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT"
+    ) -> Iterator[bytes]:
+        """The same as lines of OpenAI's batch output, some whole ones at a time, to be written to a file as they are.
+
+        Several times as fast as messages.
+        """
+        request = pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, format=pb.RESULT_FORMAT_JSONL)
+        for page in self._pages(request):
+            yield page.jsonl
 
     def result(self, batch_id: str, custom_id: str) -> pb.Result:
         """The result of one request; CallError with NOT_FOUND until it has one."""
@@ -150,6 +159,11 @@ class Client:
             failed = CallError(error)
             return "" if failed.code is grpc.StatusCode.INVALID_ARGUMENT else failed.message
         return ""
+
+    def _pages(self, request: pb.StreamResultsRequest) -> Iterator[pb.StreamResultsResponse]:
+        for page in self._stream(lambda: self._stub.StreamResults(request)):
+            request.resume_token = page.resume_token
+            yield page
 
     def _retry(self, call: Callable[[], T]) -> T:
         def attempt() -> T:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -48,10 +48,34 @@ class StoredResult(msgspec.Struct, frozen=True):
     finish_us: int
 
 
+# What a position in a stream of results is: of the request in its batch, or of the result among those stored.
+Order = Literal["index", "sequence"]
+
+
+class Span(NamedTuple):
+    """Which results to read: from position `start`, up to `limit` of them, of about so many bytes of bodies.
+
+    `may_skip` False: only up to the first position that has no result yet.
+    """
+
+    start: int
+    limit: int
+    bytes: int
+    may_skip: bool = True
+
+
 class Page(NamedTuple):
     """Some consecutive results, at least one if there is any. `is_full`: there may be more behind them."""
 
     results: list[StoredResult]
+    is_full: bool
+
+
+class Lines(NamedTuple):
+    """The same as text, a line each, in UTF-8; `last` is the position of the last, None when there is none."""
+
+    jsonl: bytes
+    last: int | None
     is_full: bool
 
 
@@ -146,36 +170,56 @@ r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_m
 (extract(epoch FROM r.finish_time) * 1000000)::bigint
 """
 # The page first, then its requests: joined as a whole, Postgres may read all requests from the first for each page.
-# It ends with the result that takes it over the bytes, so that one of any size makes a page.
-READ_PAGE = f"""
-SELECT r.bytes, {FIELDS}
-FROM (SELECT *, sum(octet_length(body)) OVER (ORDER BY {{column}}) AS bytes
-      FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {{column}} >= %(start)s
-            ORDER BY {{column}} LIMIT %(limit)s) s) r
+# It ends with the result that takes it over the bytes, so that one of any size makes a page. A gap in the order of the
+# requests, of one that has no result yet, shows in all positions behind it.
+PAGE = """
+FROM (SELECT *, row_number() OVER place AS place,
+             sum(octet_length(body)) OVER (place ROWS UNBOUNDED PRECEDING) AS bytes
+      FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s
+            ORDER BY {column} LIMIT %(limit)s) s
+      WINDOW place AS (ORDER BY {column})) r
 JOIN requests q USING (batch_id, index)
 WHERE coalesce(r.bytes, 0) - coalesce(octet_length(r.body), 0) < %(bytes)s
-ORDER BY r.{{column}}
+  AND (%(may_skip)s OR r.{column} = %(start)s + r.place - 1)
+"""
+READ_PAGE = f"SELECT r.bytes, {FIELDS} {PAGE} ORDER BY r.{{column}}"
+# As client/vllm_batch/output.py writes it. A body is JSON, one line of it as a rule; what custom_id and errors hold is
+# any text.
+LINE = """
+'{"id": "batch_req_' || batch_id || '_' || index || '", "custom_id": ' || to_json(q.custom_id) || ', ' ||
+CASE WHEN r.status_code IS NULL
+     THEN '"response": null, "error": {"code": ' || to_json(coalesce(r.error_code, '')) ||
+          ', "message": ' || to_json(coalesce(r.error_message, '')) || '}}'
+     ELSE '"response": {"status_code": ' || r.status_code ||
+          ', "request_id": "batch_req_' || batch_id || '_' || index || '", "body": ' ||
+          CASE WHEN strpos(r.body, E'\\n') + strpos(r.body, E'\\r') > 0 THEN translate(r.body, E'\\n\\r', '  ')
+               ELSE coalesce(r.body, 'null') END || '}, "error": null}'
+END || E'\\n'
+"""
+READ_LINES = f"""
+SELECT string_agg({LINE}, '' ORDER BY r.{{column}}), max(r.{{column}}), count(*), max(r.bytes) {PAGE}
 """
 READ_ONE = (
     f"SELECT {FIELDS} FROM results r JOIN requests q USING (batch_id, index) WHERE q.batch_id = %s AND custom_id = %s"
 )
 
 
-def read_in_order(db: peewee.PostgresqlDatabase, batch_id: int, start: int, limit: int, max_bytes: int) -> Page:
-    """Up to `limit` results from index `start`, of about `max_bytes` of bodies, in the order of the requests."""
-    return _page(db, "index", batch_id, start, limit, max_bytes)
-
-
-def read_finished(db: peewee.PostgresqlDatabase, batch_id: int, after: int, limit: int, max_bytes: int) -> Page:
-    """The same of results with a sequence number over `after`, in the order in which they were stored."""
-    return _page(db, "sequence", batch_id, after + 1, limit, max_bytes)
-
-
-def _page(db: peewee.PostgresqlDatabase, column: str, batch_id: int, start: int, limit: int, max_bytes: int) -> Page:
-    params = {"batch": batch_id, "start": start, "limit": limit, "bytes": max_bytes}
-    rows = db.execute_sql(READ_PAGE.format(column=column), params).fetchall()
-    is_full = len(rows) == limit or (bool(rows) and (rows[-1][0] or 0) >= max_bytes)
+def read_page(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> Page:
+    """Some results, in an order."""
+    rows = _read(db, READ_PAGE, order, batch_id, span)
+    is_full = len(rows) == span.limit or (bool(rows) and (rows[-1][0] or 0) >= span.bytes)
     return Page([StoredResult(*row[1:]) for row in rows], is_full)
+
+
+def read_lines(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> Lines:
+    """Some results as lines of OpenAI's batch output, in an order."""
+    [(text, last, count, size)] = _read(db, READ_LINES, order, batch_id, span)
+    return Lines((text or "").encode(), last, count == span.limit or (size or 0) >= span.bytes)
+
+
+def _read(db: peewee.PostgresqlDatabase, sql: str, order: Order, batch_id: int, span: Span) -> list[Any]:
+    rows: list[Any] = db.execute_sql(sql.replace("{column}", order), {"batch": batch_id, **span._asdict()}).fetchall()
+    return rows
 
 
 def read_one(db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str) -> StoredResult | None:

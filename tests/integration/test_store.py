@@ -1,16 +1,20 @@
 """What is stored: batches whole or not at all, leases that fence, results once, streams without gap or repeat."""
 
+import json
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
+from service import messages
 from service.db import batches, chunks, heartbeats, results
 from service.db.batches import Batch, Limits, Options
 from service.db.connection import Database, connect, end_earlier_sessions, lock_worker, migrate
 from service.db.heartbeats import Beat
-from service.db.results import Result
+from service.db.results import Result, Span
 from service.worker.intake import Offer, Rows, Sizes
 from tests.waiting import until
+from vllm_batch import output
 
 OFFER = Offer({"tiny"}, {"/v1/chat/completions"})
 SIZES = Sizes(1_000_000, 1 << 20, 1 << 30)
@@ -160,7 +164,7 @@ def test_three_deaths_find_a_killer(database: Database) -> None:
 
     [alone] = database.call(chunks.claim_alone, "w", lives[2], ["tiny"], LEASE_S)
     assert bury(database) == (0, 0, 1)
-    [killer] = database.call(results.read_in_order, batch.id, 20, 1, 1000).results
+    [killer] = database.call(results.read_page, "index", batch.id, Span(20, 1, 1000)).results
     assert (killer.index, killer.error_code) == (alone.first_index, "REQUEST_CRASHED_ENGINE")
     assert "3 times" in (killer.error_message or "")
 
@@ -226,7 +230,7 @@ def test_expiry_answers_the_rest(database: Database) -> None:
     assert done is not None
     assert (done.state, done.completed, done.failed) == ("expired", 10, 20)
     assert database.call(results.write, answers(chunk, range(10, 20)), mine) == 0
-    read = database.call(results.read_finished, batch.id, 0, 100, 1 << 20).results
+    read = database.call(results.read_page, "sequence", batch.id, Span(1, 100, 1 << 20)).results
     assert [result.sequence for result in read] == list(range(1, 31))
     assert {result.error_code for result in read[10:]} == {"batch_expired"}
 
@@ -315,7 +319,7 @@ def test_sequence_numbers_have_no_gaps(database: Database) -> None:
     database.call(results.write, answers(second, range(150, 200)), two)
     database.call(results.write, answers(first, range(100)), one)
     database.call(results.write, answers(second, range(100, 150)), two)
-    read = database.call(results.read_finished, batch.id, 0, 1000, 1 << 20).results
+    read = database.call(results.read_page, "sequence", batch.id, Span(1, 1000, 1 << 20)).results
     assert [result.sequence for result in read] == list(range(1, 201))
     assert read[0].custom_id == "c150"
 
@@ -375,12 +379,61 @@ def test_pages_of_results_end_by_number_and_by_bytes(database: Database) -> None
     sizes = [10] * 5 + [400, 10_000, 10] + [60] * 12
     given = [Result(chunk.id, batch.id, index, status_code=200, body="x" * size) for index, size in enumerate(sizes)]
     database.call(results.write, given, mine)
-    for read, start, place in ((results.read_in_order, 0, "index"), (results.read_finished, 0, "sequence")):
-        found, pages, is_full = [], [], True
+    for order, start in (("index", 0), ("sequence", 1)):
+        found, pages, is_full, lines, from_line, is_more = [], [], True, [], start, True
         while is_full:
-            page, is_full = database.call(read, batch.id, start, 4, 300)
+            page, is_full = database.call(results.read_page, order, batch.id, Span(start, 4, 300))
             found += page
             pages.append([len(result.body or "") for result in page])
-            start = getattr(page[-1], place) + (place == "index") if page else start
+            start = getattr(page[-1], order) + 1 if page else start
+        while is_more:
+            jsonl, last, is_more = database.call(results.read_lines, order, batch.id, Span(from_line, 4, 300))
+            lines.append([len(line.partition('"body": ')[2].partition("}")[0]) for line in jsonl.decode().splitlines()])
+            from_line = last + 1 if last is not None else from_line
         assert [len(result.body or "") for result in found] == sizes
-        assert pages == [[10] * 4, [10, 400], [10_000], [10, 60, 60, 60], [60] * 4, [60] * 4, [60]]
+        assert pages == lines == [[10] * 4, [10, 400], [10_000], [10, 60, 60, 60], [60] * 4, [60] * 4, [60]]
+
+
+def test_lines_are_those_of_the_client(database: Database) -> None:
+    """What Postgres writes of a result is what the client makes of its message, whatever characters are in it."""
+    names = ["plain", 'quote " and \\', "line\nbreak\r\t", "ümläut \u2028 😀", "c" * 500]
+    batch = stored(database, len(names))
+    rename = "UPDATE requests SET custom_id = %s WHERE batch_id = %s AND index = %s"
+    for index, name in enumerate(names):
+        database.call(lambda db, *values: db.execute_sql(rename, values), name, batch.id, index)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    outcomes: list[dict[str, Any]] = [
+        {"status_code": 200, "body": '{"a": "b\\n \\u00e4"}'},
+        {"status_code": 400, "body": '{\n  "pretty": [1.0,\r\n 1e400]\n}'},
+        {"error_code": "batch_expired", "error_message": 'said "no"\nat last'},
+        {"status_code": 200, "body": '{"text": "ä😀"}'},
+        {"error_code": "INTERNAL_ERROR", "error_message": ""},
+    ]
+    given = [Result(chunk.id, batch.id, index, **outcome) for index, outcome in enumerate(outcomes)]
+    database.call(results.write, given, mine)
+    page = database.call(results.read_page, "index", batch.id, Span(0, 100, 1 << 20)).results
+    made = database.call(results.read_lines, "index", batch.id, Span(0, 100, 1 << 20)).jsonl
+    assert made.endswith(b"\n")
+    lines = made.decode().removesuffix("\n").split("\n")
+    expected = [output.line(messages.result_message(batch.id, result)) for result in page]
+    assert len(lines) == len(expected) == len(names)
+    for line, other in zip(lines, expected, strict=True):
+        assert json.loads(line, parse_float=str) == json.loads(other, parse_float=str)
+
+
+def test_a_gap_in_the_order_of_the_requests_ends_a_page(database: Database) -> None:
+    """Before the batch has ended nothing behind a request without a result is read, in either form."""
+    batch = stored(database, 10)
+    mine = uuid4()
+    [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
+    database.call(results.write, answers(chunk, [2, 3, 4, 6, 7]), mine)
+    for start, skipping, whole in ((0, [2, 3, 4, 6, 7], []), (2, [2, 3, 4, 6, 7], [2, 3, 4]), (6, [6, 7], [6, 7])):
+        for may_skip, expected in ((True, skipping), (False, whole)):
+            span = Span(start, 100, 1 << 20, may_skip)
+            page, is_full = database.call(results.read_page, "index", batch.id, span)
+            lines = database.call(results.read_lines, "index", batch.id, span)
+            assert ([result.index for result in page], is_full) == (expected, False)
+            assert (len(lines.jsonl.splitlines()), lines.last, lines.is_full) == (
+                len(expected), expected[-1] if expected else None, False,
+            )  # fmt: skip

@@ -29,6 +29,12 @@ class ResultOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RESULT_ORDER_UNSPECIFIED: _ClassVar[ResultOrder]
     RESULT_ORDER_INPUT: _ClassVar[ResultOrder]
     RESULT_ORDER_FINISHED: _ClassVar[ResultOrder]
+
+class ResultFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESULT_FORMAT_UNSPECIFIED: _ClassVar[ResultFormat]
+    RESULT_FORMAT_MESSAGE: _ClassVar[ResultFormat]
+    RESULT_FORMAT_JSONL: _ClassVar[ResultFormat]
 BATCH_STATE_UNSPECIFIED: BatchState
 BATCH_STATE_VALIDATING: BatchState
 BATCH_STATE_IN_PROGRESS: BatchState
@@ -41,6 +47,9 @@ BATCH_STATE_CANCELLED: BatchState
 RESULT_ORDER_UNSPECIFIED: ResultOrder
 RESULT_ORDER_INPUT: ResultOrder
 RESULT_ORDER_FINISHED: ResultOrder
+RESULT_FORMAT_UNSPECIFIED: ResultFormat
+RESULT_FORMAT_MESSAGE: ResultFormat
+RESULT_FORMAT_JSONL: ResultFormat
 
 class BatchCounts(_message.Message):
     __slots__ = ("total", "completed", "failed")
@@ -205,24 +214,28 @@ class WatchBatchResponse(_message.Message):
     def __init__(self, batch: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
 
 class StreamResultsRequest(_message.Message):
-    __slots__ = ("batch_id", "order", "follow", "resume_token")
+    __slots__ = ("batch_id", "order", "follow", "resume_token", "format")
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
     batch_id: str
     order: ResultOrder
     follow: bool
     resume_token: str
-    def __init__(self, batch_id: _Optional[str] = ..., order: _Optional[_Union[ResultOrder, str]] = ..., follow: _Optional[bool] = ..., resume_token: _Optional[str] = ...) -> None: ...
+    format: ResultFormat
+    def __init__(self, batch_id: _Optional[str] = ..., order: _Optional[_Union[ResultOrder, str]] = ..., follow: _Optional[bool] = ..., resume_token: _Optional[str] = ..., format: _Optional[_Union[ResultFormat, str]] = ...) -> None: ...
 
 class StreamResultsResponse(_message.Message):
-    __slots__ = ("results", "resume_token")
+    __slots__ = ("results", "resume_token", "jsonl")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    JSONL_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[Result]
     resume_token: str
-    def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., resume_token: _Optional[str] = ...) -> None: ...
+    jsonl: bytes
+    def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., resume_token: _Optional[str] = ..., jsonl: _Optional[bytes] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("custom_id", "index", "id", "response", "error", "finish_time")
