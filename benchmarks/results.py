@@ -29,8 +29,9 @@ INSERT INTO batches (id, state, digest, metadata, priority, models, total, compl
 VALUES (1, 'completed', '', '{{}}', 0, '{{tiny}}', %(count)d, %(count)d, now(), now());
 INSERT INTO requests SELECT 1, i, 'c' || i, '/v1/chat/completions', repeat('x', 200)
 FROM generate_series(0, %(count)d - 1) i;
-INSERT INTO results (batch_id, index, sequence, status_code, body, incarnation)
-SELECT 1, i, i + 1, 200, '{BODY}', '00000000-0000-0000-0000-000000000000' FROM generate_series(0, %(count)d - 1) i;
+INSERT INTO results (batch_id, index, sequence, status_code, body, incarnation, custom_id)
+SELECT 1, i, i + 1, 200, '{BODY}', '00000000-0000-0000-0000-000000000000', 'c' || i
+FROM generate_series(0, %(count)d - 1) i;
 ANALYZE requests, results
 """
 READ = """

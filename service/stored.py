@@ -1,10 +1,11 @@
 """The calls of BatchService on what is stored. They go to Postgres, on the gateway and on the worker alike."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -18,13 +19,13 @@ from vllm_batch.v1 import batch_service_pb2_grpc
 
 # How often the batches that somebody watches are looked at, all in one query.
 POLL_INTERVAL_S = 0.5
-# Results read at once, at most so many and, but for a single larger one, so many bytes of bodies. A stream holds one
-# such page, whatever the size of the batch: the memory that a client costs who reads slowly or not at all.
+# Results read at once, at most so many and, but for a single larger one, so many bytes of bodies. A stream holds two
+# such pages, whatever the size of the batch: the memory that a client costs who reads slowly or not at all.
 PAGE = 1000
 PAGE_BYTES = 256 << 10
 # As lines a page costs no more than its bytes.
-LINES = 4 * PAGE
-LINES_BYTES = 4 * PAGE_BYTES
+LINES = 2 * PAGE
+LINES_BYTES = 2 * PAGE_BYTES
 
 # Making a batch of the failed requests of a large one.
 RETRY_TIMEOUT_S = 600.0
@@ -90,6 +91,15 @@ class BatchWatch:
             self._task = None
 
 
+class _Read(NamedTuple):
+    """A page without its token, the position of its last result, how many there are, and whether there may be more."""
+
+    response: pb.StreamResultsResponse
+    last: int | None
+    length: int
+    is_full: bool
+
+
 class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
     """All calls on batches that are stored already; those that create from a client's lines are in subclasses."""
 
@@ -147,35 +157,53 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         # Read before the results: what is terminal here has all its results there.
         batch = await self._get(batch_id)
         while True:
-            if self._watch.is_ended:
-                raise ending()
             # A gap in the order of the requests may be filled yet, and a token behind it would leave that out.
             may_skip = order == "sequence" or batch.is_terminal
-            response, position, is_full = await self._read(request.format, order, batch_id, last + 1, may_skip)
-            if position is not None:
-                last = position
-                response.resume_token = messages.token(order, last)
-                yield response
-            if is_full:
-                continue
+            async with contextlib.aclosing(self._pages(request.format, order, batch_id, last + 1, may_skip)) as pages:
+                async for response, last in pages:
+                    response.resume_token = messages.token(order, last)
+                    yield response
             if batch.is_terminal or not request.follow:
                 # Its rows go after it: what was read of a batch that is still there was whole.
                 await self._get(batch_id)
                 return
             batch = await self._next(batch)
 
-    async def _read(
+    async def _pages(
         self, form: pb.ResultFormat, order: results.Order, batch_id: int, start: int, may_skip: bool
-    ) -> tuple[pb.StreamResultsResponse, int | None, bool]:
-        """A page without its token, the position of its last result, and whether there may be more behind it."""
+    ) -> AsyncGenerator[tuple[pb.StreamResultsResponse, int], None]:
+        """Pages without their token, each with the position of its last result. The next is read while one is sent."""
+        most, most_bytes = (LINES, LINES_BYTES) if form == pb.RESULT_FORMAT_JSONL else (PAGE, PAGE_BYTES)
+
+        def read(start: int, limit: int) -> "asyncio.Task[_Read]":
+            return asyncio.create_task(
+                self._read(form, order, batch_id, results.Span(start, limit, most_bytes, may_skip))
+            )
+
+        reading = read(start, most)
+        try:
+            is_full = True
+            while is_full:
+                response, last, length, is_full = await reading
+                if self._watch.is_ended:
+                    raise ending()
+                if last is None:
+                    return
+                if is_full:
+                    # About as many as fit, rather than all that may: what does not fit is looked at in vain.
+                    reading = read(last + 1, min(most, length + length // 8 + 1))
+                yield response, last
+        finally:
+            reading.cancel()
+
+    async def _read(self, form: pb.ResultFormat, order: results.Order, batch_id: int, span: results.Span) -> "_Read":
         if form == pb.RESULT_FORMAT_JSONL:
-            span = results.Span(start, LINES, LINES_BYTES, may_skip)
             lines = await self.database.run(results.read_lines, order, batch_id, span)
-            return pb.StreamResultsResponse(jsonl=lines.jsonl), lines.last, lines.is_full
-        span = results.Span(start, PAGE, PAGE_BYTES, may_skip)
+            return _Read(pb.StreamResultsResponse(jsonl=lines.jsonl), lines.last, lines.length, lines.is_full)
         page, is_full = await self.database.run(results.read_page, order, batch_id, span)
         found = [messages.result_message(batch_id, result) for result in page]
-        return pb.StreamResultsResponse(results=found), getattr(page[-1], order) if page else None, is_full
+        last = getattr(page[-1], order) if page else None
+        return _Read(pb.StreamResultsResponse(results=found), last, len(page), is_full)
 
     async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
         """Returns the result of one request."""

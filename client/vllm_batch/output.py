@@ -19,9 +19,7 @@ def line(result: pb.Result) -> str:
     head = f'{{"id": {json.dumps(result.id)}, "custom_id": {json.dumps(result.custom_id)}, '
     if result.HasField("response"):
         response = f'{{"status_code": {result.response.status_code}, "request_id": {json.dumps(result.id)}, '
-        # A body is one line of JSON, or it would end the line of the output.
-        body = result.response.body_json.replace("\n", " ").replace("\r", " ")
-        return f'{head}"response": {response}"body": {body}}}, "error": null}}'
+        return f'{head}"response": {response}"body": {result.response.body_json}}}, "error": null}}'
     error = json.dumps({"code": result.error.code, "message": result.error.message})
     return f'{head}"response": null, "error": {error}}}'
 

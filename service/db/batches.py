@@ -301,11 +301,11 @@ def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
             db.execute_sql(
                 """
                 WITH rest AS (
-                    INSERT INTO results (batch_id, index, sequence, error_code, error_message, incarnation)
+                    INSERT INTO results (batch_id, index, sequence, error_code, error_message, incarnation, custom_id)
                     SELECT q.batch_id, q.index, b.completed + b.failed + row_number() OVER (ORDER BY q.index),
                            'batch_expired',
                            'This request could not be executed before the completion window expired.',
-                           '00000000-0000-0000-0000-000000000000'
+                           '00000000-0000-0000-0000-000000000000', q.custom_id
                     FROM requests q JOIN batches b ON b.id = q.batch_id
                     WHERE q.batch_id = %(id)s
                       AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = q.batch_id AND r.index = q.index)

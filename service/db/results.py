@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -16,7 +16,7 @@ from service import failpoints
 class Result:
     """The outcome of one request: a response (`status_code` and `body`) or an error (`error_code`, `error_message`).
 
-    `body` is JSON text. The token counts are those of its `usage`, for the batch's sum.
+    `body` is one line of JSON text. The token counts are those of its `usage`, for the batch's sum.
     """
 
     chunk_id: int
@@ -28,6 +28,8 @@ class Result:
     error_message: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    # Kept with the result for who reads it. None: looked up then.
+    custom_id: str | None = None
 
     @property
     def is_completed(self) -> bool:
@@ -76,6 +78,7 @@ class Lines(NamedTuple):
 
     jsonl: bytes
     last: int | None
+    length: int
     is_full: bool
 
 
@@ -85,8 +88,9 @@ class Lines(NamedTuple):
 # from being released meanwhile. `batch` locks the batch's row before sequence numbers are taken from its counts, so
 # that they are without gaps and in the order of commits: a reader who has seen number N has seen all before it.
 WRITE = """
-WITH given (chunk_id, batch_id, index, status_code, body, error_code, error_message, is_completed, prompt, completion)
-AS (VALUES %s
+WITH given (
+    chunk_id, batch_id, index, status_code, body, error_code, error_message, is_completed, prompt, completion, custom_id
+) AS (VALUES %s
 ), held AS MATERIALIZED (
     SELECT id, batch_id FROM chunks
     WHERE id IN (SELECT chunk_id FROM given) AND state = 'leased' AND incarnation = '{incarnation}'::uuid
@@ -95,10 +99,11 @@ AS (VALUES %s
     SELECT id, completed + failed AS finished FROM batches
     WHERE id IN (SELECT batch_id FROM held) AND state IN ('in_progress', 'cancelling') ORDER BY id FOR UPDATE
 ), written AS (
-    INSERT INTO results (batch_id, index, sequence, status_code, body, error_code, error_message, incarnation)
+    INSERT INTO results
+        (batch_id, index, sequence, status_code, body, error_code, error_message, incarnation, custom_id)
     SELECT g.batch_id, g.index,
            batch.finished + row_number() OVER (PARTITION BY g.batch_id ORDER BY g.index),
-           g.status_code, g.body, g.error_code, g.error_message, '{incarnation}'::uuid
+           g.status_code, g.body, g.error_code, g.error_message, '{incarnation}'::uuid, g.custom_id
     FROM given g JOIN held ON held.id = g.chunk_id JOIN batch ON batch.id = g.batch_id
     WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = g.batch_id AND r.index = g.index)
     ON CONFLICT DO NOTHING
@@ -131,7 +136,7 @@ AS (VALUES %s
 )
 SELECT batch_id, index FROM written
 """
-TEMPLATE = "(%s::bigint, %s::bigint, %s::integer, %s::integer, %s, %s, %s, %s::boolean, %s::bigint, %s::bigint)"
+TEMPLATE = "(%s::bigint, %s::bigint, %s::integer, %s::integer, %s, %s, %s, %s::boolean, %s::bigint, %s::bigint, %s)"
 
 
 def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation: UUID) -> int:
@@ -152,6 +157,7 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
             result.is_completed,
             result.prompt_tokens,
             result.completion_tokens,
+            result.custom_id,
         )
         for result in results
     ]
@@ -165,64 +171,64 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     return len(written)
 
 
-FIELDS = """
-r.index, r.sequence, q.custom_id, r.status_code, r.body, r.error_code, r.error_message,
+CUSTOM_ID = """
+coalesce(r.custom_id, (SELECT q.custom_id FROM requests q WHERE q.batch_id = r.batch_id AND q.index = r.index))
+"""
+FIELDS = f"""
+r.index, r.sequence, {CUSTOM_ID}, r.status_code, r.body, r.error_code, r.error_message,
 (extract(epoch FROM r.finish_time) * 1000000)::bigint
 """
-# The page first, then its requests: joined as a whole, Postgres may read all requests from the first for each page.
-# It ends with the result that takes it over the bytes, so that one of any size makes a page. A gap in the order of the
-# requests, of one that has no result yet, shows in all positions behind it.
+# A page ends with the result that takes it over the bytes, so that one of any size makes a page. Before the batch has
+# ended it ends at a gap in the order of the requests too: one has no result yet.
 PAGE = """
 FROM (SELECT *, row_number() OVER place AS place,
              sum(octet_length(body)) OVER (place ROWS UNBOUNDED PRECEDING) AS bytes
       FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s
             ORDER BY {column} LIMIT %(limit)s) s
       WINDOW place AS (ORDER BY {column})) r
-JOIN requests q USING (batch_id, index)
 WHERE coalesce(r.bytes, 0) - coalesce(octet_length(r.body), 0) < %(bytes)s
   AND (%(may_skip)s OR r.{column} = %(start)s + r.place - 1)
 """
-READ_PAGE = f"SELECT r.bytes, {FIELDS} {PAGE} ORDER BY r.{{column}}"
-# As client/vllm_batch/output.py writes it. A body is JSON, one line of it as a rule; what custom_id and errors hold is
-# any text.
-LINE = """
-'{"id": "batch_req_' || batch_id || '_' || index || '", "custom_id": ' || to_json(q.custom_id) || ', ' ||
-CASE WHEN r.status_code IS NULL
-     THEN '"response": null, "error": {"code": ' || to_json(coalesce(r.error_code, '')) ||
-          ', "message": ' || to_json(coalesce(r.error_message, '')) || '}}'
-     ELSE '"response": {"status_code": ' || r.status_code ||
-          ', "request_id": "batch_req_' || batch_id || '_' || index || '", "body": ' ||
-          CASE WHEN strpos(r.body, E'\\n') + strpos(r.body, E'\\r') > 0 THEN translate(r.body, E'\\n\\r', '  ')
-               ELSE coalesce(r.body, 'null') END || '}, "error": null}'
-END || E'\\n'
+READ_PAGE = "SELECT r.bytes, " + FIELDS + PAGE + "ORDER BY r.{column}"
+# As client/vllm_batch/output.py writes it. A body is one line of JSON; custom_id and errors are any text. Each || makes
+# a new text: few of them, and the long body late.
+LINE = (
+    """
+%(head)s || index || '", "custom_id": ' || to_json("""
+    + CUSTOM_ID
+    + """) ||
+CASE WHEN status_code IS NULL
+     THEN ', "response": null, "error": {"code": ' || to_json(coalesce(error_code, '')) ||
+          ', "message": ' || to_json(coalesce(error_message, '')) || E'}}\\n'
+     ELSE ', "response": {"status_code": ' || status_code || %(middle)s || index || '", "body": ' || body ||
+          E'}, "error": null}\\n'
+END
 """
-READ_LINES = f"""
-SELECT string_agg({LINE}, '' ORDER BY r.{{column}}), max(r.{{column}}), count(*), max(r.bytes) {PAGE}
-"""
-READ_ONE = (
-    f"SELECT {FIELDS} FROM results r JOIN requests q USING (batch_id, index) WHERE q.batch_id = %s AND custom_id = %s"
 )
+READ_LINES = f"SELECT string_agg({LINE}, '' ORDER BY r.{{column}}), max(r.{{column}}), count(*), max(r.bytes)" + PAGE
+READ_ONE = f"""
+SELECT {FIELDS} FROM results r
+WHERE batch_id = %(batch)s AND index = (SELECT index FROM requests WHERE batch_id = %(batch)s AND custom_id = %(name)s)
+"""
 
 
 def read_page(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> Page:
     """Some results, in an order."""
-    rows = _read(db, READ_PAGE, order, batch_id, span)
+    sql = READ_PAGE.replace("{column}", order)
+    rows = db.execute_sql(sql, {"batch": batch_id, **span._asdict()}).fetchall()
     is_full = len(rows) == span.limit or (bool(rows) and (rows[-1][0] or 0) >= span.bytes)
     return Page([StoredResult(*row[1:]) for row in rows], is_full)
 
 
 def read_lines(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> Lines:
     """Some results as lines of OpenAI's batch output, in an order."""
-    [(text, last, count, size)] = _read(db, READ_LINES, order, batch_id, span)
-    return Lines((text or "").encode(), last, count == span.limit or (size or 0) >= span.bytes)
-
-
-def _read(db: peewee.PostgresqlDatabase, sql: str, order: Order, batch_id: int, span: Span) -> list[Any]:
-    rows: list[Any] = db.execute_sql(sql.replace("{column}", order), {"batch": batch_id, **span._asdict()}).fetchall()
-    return rows
+    names = {"head": f'{{"id": "batch_req_{batch_id}_', "middle": f', "request_id": "batch_req_{batch_id}_'}
+    sql = READ_LINES.replace("{column}", order)
+    text, last, count, size = db.execute_sql(sql, {"batch": batch_id, **span._asdict(), **names}).fetchone()
+    return Lines((text or "").encode(), last, count, count == span.limit or (size or 0) >= span.bytes)
 
 
 def read_one(db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str) -> StoredResult | None:
     """The result of the request of that name; None when there is no such request, or no result yet."""
-    row = db.execute_sql(READ_ONE, (batch_id, custom_id)).fetchone()
+    row = db.execute_sql(READ_ONE, {"batch": batch_id, "name": custom_id}).fetchone()
     return StoredResult(*row) if row else None

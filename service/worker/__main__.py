@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -133,6 +134,9 @@ async def work(settings: Settings) -> int:
                 return 0
             if engine.is_dead:
                 raise EngineDeadError("the engine died of its first request")
+            # What loading left is there for good: not to be looked through for garbage again and again.
+            gc.collect()
+            gc.freeze()
             life.offer = Offer(frozenset(engine.models), engine.urls)
             pulse.begin()
             life.enter(Phase.READY)

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import uvloop
+
 T = TypeVar("T")
 
 
@@ -12,7 +14,8 @@ class EngineThread:
     """Runs coroutines of the engine and its runner. Started when made."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        # As vLLM's own server has it.
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
 

@@ -274,7 +274,7 @@ class Runner:
             name = messages.request_name(request.batch_id, request.index)
             log.error("request_failed", request=name, exc_info=error)
             message = f"{type(error).__name__} in the worker"
-            self._finished.append(_error(request.chunk_id, request.batch_id, request.index, "INTERNAL_ERROR", message))
+            self._finished.append(_error(request, "INTERNAL_ERROR", message))
         else:
             self._is_proven = True
             counts.answered(request.url, loop.time() - began_s)
@@ -325,7 +325,7 @@ class Runner:
                 return group[:place]
             except Exception as refused:  # noqa: BLE001 - becomes the result
                 message = f"its result cannot be stored: {type(refused).__name__}"
-                substitute = _error(result.chunk_id, result.batch_id, result.index, "RESULT_NOT_STORABLE", message)
+                substitute = _error(result, "RESULT_NOT_STORABLE", message)
                 await self.database.run(results.write, [substitute], self.incarnation)
         return group
 
@@ -390,8 +390,8 @@ class Runner:
         self._is_database_away = False
 
 
-def _error(chunk_id: int, batch_id: int, index: int, code: str, message: str) -> Result:
-    return Result(chunk_id, batch_id, index, error_code=code, error_message=message)
+def _error(of: Request | Result, code: str, message: str) -> Result:
+    return Result(of.chunk_id, of.batch_id, of.index, error_code=code, error_message=message, custom_id=of.custom_id)
 
 
 def _result(request: Request, answer: Answer) -> Result:
@@ -400,7 +400,9 @@ def _result(request: Request, answer: Answer) -> Result:
         request.batch_id,
         request.index,
         status_code=answer.status_code,
-        body=answer.body,
+        # One line, so that it can be one of a file; within a text JSON has no line breaks of its own.
+        body=answer.body.replace("\n", " ").replace("\r", " "),
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
+        custom_id=request.custom_id,
     )
