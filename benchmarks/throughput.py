@@ -17,7 +17,7 @@ from benchmarks.run_batch import RunBatch
 from benchmarks.stacks import started
 from vllm_batch.client import Client
 
-SIZES: Sizes = {"requests": (5_000, 500), "rounds": (5, 3)}
+SIZES: Sizes = {"requests": (5_000, 500), "rounds": (5, 1)}
 
 
 def measure(requests: int, rounds: int) -> Iterator[Figure]:
