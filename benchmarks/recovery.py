@@ -24,7 +24,7 @@ from tests.waiting import until
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
-SIZES: Sizes = {"requests": (3_000, 1_000), "rounds": (5, 1)}
+SIZES: Sizes = {"requests": (3_000, 500), "rounds": (5, 1)}
 TIMEOUT_S = 600
 PROCESSOR = "--logits-processors benchmarks.counting_processor:CountRequests"
 

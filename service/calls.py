@@ -35,6 +35,9 @@ class Call:
         return ((logs.CALL_ID_HEADER, self.id), *trace)
 
 
+# By number, as gRPC says it after an abort, and as they are set.
+_CODES: dict[Any, str] = {key: code.name for code in grpc.StatusCode for key in (code, code.value[0])}
+
 _current: ContextVar[Call] = ContextVar("call")
 
 
@@ -98,5 +101,4 @@ def _serving(method: str, context: Context) -> Iterator[None]:
 
 def _code(context: Context) -> str:
     """How the call was aborted."""
-    number: Any = context.code()
-    return next((code.name for code in grpc.StatusCode if number in (code, code.value[0])), "UNKNOWN")
+    return _CODES.get(context.code(), "UNKNOWN")

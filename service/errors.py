@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import grpc
 from google.protobuf import any_pb2
@@ -64,6 +65,7 @@ class ApiError(Exception):
             packed[-1].Pack(detail)
         return status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
 
+    @cached_property
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The status, and the delay once more in the key that gRPC's own retry policy reads (gRFC A6)."""
         metadata: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", self.status().SerializeToString())]

@@ -1,8 +1,8 @@
 """Structured logs: one JSON object a line, the event's stable name under `event`."""
 
 import logging
+import secrets
 import sys
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,7 +56,7 @@ def identify(**fields: str) -> None:
 def call_id(metadata: Iterable[tuple[str, Any]]) -> str:
     """The id of a call: the client's, or a new one."""
     given = next((value for key, value in metadata if key == CALL_ID_HEADER), "")
-    return given[:MAX_CALL_ID] or uuid.uuid4().hex
+    return given[:MAX_CALL_ID] or secrets.token_hex(16)
 
 
 def get(name: str) -> structlog.typing.FilteringBoundLogger:

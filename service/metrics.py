@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import cache
 
 import tenacity
 from prometheus_client import REGISTRY, Counter, Histogram, start_http_server
@@ -73,9 +74,16 @@ def _serve(host: str, port: int) -> None:
 
 def rpc_ended(method: str, code: str, duration_s: float) -> None:
     """Counts a call; `method` as `/package.Service/Method`, of which the last part is told."""
+    count, duration = _of_rpc(method, code)
+    count.inc()
+    duration.observe(duration_s)
+
+
+# As many as there are methods of ours and codes of gRPC: what no method has is not counted.
+@cache
+def _of_rpc(method: str, code: str) -> tuple[Counter, Histogram]:
     name = method.rpartition("/")[2]
-    RPCS.labels(name, code).inc()
-    RPC_DURATION.labels(name).observe(duration_s)
+    return RPCS.labels(name, code), RPC_DURATION.labels(name)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class AccessInterceptor(grpc.ServerInterceptor):
                     log.warning("call_refused", method=method, peer=context.peer(), reason=refusal.reason)
                     raise refusal
             except ApiError as error:
-                context.set_trailing_metadata(error.trailing_metadata())
+                context.set_trailing_metadata(error.trailing_metadata)
                 context.abort(error.code, error.message)
 
         if refusal is not None:

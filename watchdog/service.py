@@ -57,7 +57,7 @@ def _with_errors(
         except Exception as error:
             log.exception("call_failed", method=method.__name__)
             failure = ApiError(grpc.StatusCode.INTERNAL, f"{method.__name__} failed: {type(error).__name__}")
-        context.set_trailing_metadata(failure.trailing_metadata())
+        context.set_trailing_metadata(failure.trailing_metadata)
         context.abort(failure.code, failure.message)
         raise AssertionError("abort raises")
 

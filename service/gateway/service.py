@@ -47,6 +47,8 @@ class GatewayServicer(StoredServicer):
     async def CreateBatch(self, request: pb.CreateBatchRequest, context: Context) -> pb.CreateBatchResponse:
         """Forwards to a live worker that serves the models named; also when another was lost meanwhile."""
         models = wanted.of_inline(request)
+        # Refused before anything is done for it.
+        self._presence.live(models)
         request.options.request_id = request.options.request_id or str(uuid.uuid4())
 
         async def create(seen: SeenBeat) -> pb.CreateBatchResponse:

@@ -27,7 +27,7 @@ class Failure(grpc.RpcError):
         return self.error.message
 
     def trailing_metadata(self) -> object:
-        return self.error.trailing_metadata()
+        return self.error.trailing_metadata
 
 
 def sync(call: Callable[[], str], rules: dict[str, object]) -> str:

@@ -190,7 +190,7 @@ def test_a_worker_that_does_not_answer() -> None:
 def test_errors_carry_their_details() -> None:
     """The trailers of an error hold google.rpc details and the delay for gRPC's own retries."""
     error = refusal(known(seen(age_s=72)))
-    trailers = dict(error.trailing_metadata())
+    trailers = dict(error.trailing_metadata)
     assert trailers["grpc-retry-pushback-ms"] == "15000"
     assert [detail.TypeName() for detail in error.status().details] == ["google.rpc.ErrorInfo", "google.rpc.RetryInfo"]
 
