@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from service.worker.__main__ import main
+from service.worker.work import main
 
 
 def block(*_: object) -> None:
