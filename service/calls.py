@@ -14,7 +14,7 @@ import grpc
 import structlog
 
 from service import logs, metrics, tracing
-from service.handlers import Handler, Interceptor, behaviour, make_handler
+from service.handlers import Handler, behaviour, make_handler
 
 log = logs.get("rpc")
 
@@ -46,31 +46,31 @@ def current() -> Call:
     return _current.get()
 
 
-class CallInterceptor(Interceptor):
-    """The outermost: sees how a call ended for its client. Health and reflection are not counted."""
+def counted(method: str, handler: Handler) -> Handler:
+    """The handler with an id, a count, a duration and a span for each call, but for reflection.
 
-    def wrap(self, method: str, handler: Handler) -> Handler:
-        """The handler, counted, timed and traced."""
-        if method.startswith("/grpc."):
-            return handler
-        inner = behaviour(handler)
+    To be the outermost: it sees how a call ended for its client.
+    """
+    if method.startswith("/grpc."):
+        return handler
+    inner = behaviour(handler)
 
-        async def unary(request: Any, context: Context) -> Any:
-            with _serving(method, context):
-                return await inner(request, context)
+    async def unary(request: Any, context: Context) -> Any:
+        with _serving(method, context):
+            return await inner(request, context)
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            with _serving(method, context):
-                async for response in inner(request, context):
-                    yield response
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        with _serving(method, context):
+            async for response in inner(request, context):
+                yield response
 
-        return make_handler(
-            handler.request_streaming,
-            handler.response_streaming,
-            stream if handler.response_streaming else unary,
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+    return make_handler(
+        handler.request_streaming,
+        handler.response_streaming,
+        stream if handler.response_streaming else unary,
+        handler.request_deserializer,
+        handler.response_serializer,
+    )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +12,13 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import logs, ports
+from service import logs, ports, roles
 from service.access import Access
-from service.calls import CallInterceptor
+from service.calls import counted
 from service.config import Settings
 from service.db.connection import Unreachable, is_without_schema
 from service.errors import ApiError, Violation, database_unavailable, invalid
-from service.handlers import Continuation, Handler, Interceptor, behaviour, make_handler
+from service.handlers import Handler, behaviour, make_handler
 from service.health import NOT_SERVING, SERVING, Health
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -89,9 +89,7 @@ async def serve(
     served too, for its owner alone, always without TLS.
     Raises RuntimeError when the port cannot be had.
     """
-    # The first is the outermost.
-    interceptors = [CallInterceptor(), ErrorInterceptor(), AccessInterceptor(access)]
-    server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[Interceptor(access)], options=SERVER_OPTIONS)
     health = Health(("", *service_names))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add_services(server)
@@ -105,100 +103,113 @@ async def serve(
     return Server(server, health, f"{settings.advertised_host}:{bound}")
 
 
-class ErrorInterceptor(Interceptor):
-    """Ends a call that raised with the code and details of its error; logs each call that failed by our fault."""
+class Interceptor(grpc.aio.ServerInterceptor):
+    """What is around every call but those of health: rights and rate, errors, and what is known of each call.
 
-    def wrap(self, method: str, handler: Handler) -> Handler:
-        """The handler, whose errors and those of its request's parser are told to the client."""
-        inner = behaviour(handler)
-        deserialize: Any = handler.request_deserializer
-
-        def parse(data: bytes) -> Any:
-            try:
-                return deserialize(data)
-            except Exception:  # noqa: BLE001 - told to the client; gRPC would call it our fault
-                return invalid([Violation("message", f"is not what {method} takes")])
-
-        def checked(request: Any) -> Any:
-            if isinstance(request, ApiError):
-                raise request
-            return _checked(request) if handler.request_streaming else request
-
-        async def unary(request: Any, context: Context) -> Any:
-            try:
-                return await inner(checked(request), context)
-            except Exception as error:  # noqa: BLE001 - every error ends the call with a status
-                await _abort(context, method, error)
-
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            try:
-                async for response in inner(checked(request), context):
-                    yield response
-            except Exception as error:  # noqa: BLE001 - every error ends the call with a status
-                await _abort(context, method, error)
-
-        return make_handler(
-            handler.request_streaming,
-            handler.response_streaming,
-            stream if handler.response_streaming else unary,
-            parse,
-            handler.response_serializer,
-        )
-
-
-class AccessInterceptor(Interceptor):
-    """Lets calls through that `access` allows. What it raises is told to the client by the ErrorInterceptor."""
+    One for all of it, since gRPC goes through each interceptor at each call.
+    """
 
     def __init__(self, access: Access) -> None:
-        super().__init__()
         self._access = access
+        self._wrapped: dict[str, Handler] = {}
 
-    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
         """The handler of this call; of one that is refused not even the request is read."""
-        method = handler_call_details.method
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None or roles.is_open(method):
+            return handler
         try:
             _caller.set(self._access.caller(method, handler_call_details.invocation_metadata))
-        except ApiError as error:
-            return self._refusing(method, error)
-        return await super().intercept_service(continuation, handler_call_details)
+        except ApiError as refusal:
+            return counted(method, _told(method, _refusing(self._access, method, refusal)))
+        if method not in self._wrapped:
+            self._wrapped[method] = counted(method, _told(method, _limited(self._access, method, handler)))
+        return self._wrapped[method]
 
-    def wrap(self, method: str, handler: Handler) -> Handler:
-        """The handler, for as many calls as its caller may make."""
-        inner = behaviour(handler)
 
-        def enter(context: Context) -> None:
-            caller = _caller.get()
-            self._access.count(method, caller, context.peer())
-            if caller:
-                # Each call is a task of its own: what is logged in it says for whom it was.
-                structlog.contextvars.bind_contextvars(caller=caller)
+def _told(method: str, handler: Handler) -> Handler:
+    """The handler, whose errors end the call with their code and details, as do those of its request's parser.
 
-        async def unary(request: Any, context: Context) -> Any:
-            enter(context)
-            return await inner(request, context)
+    Those that are our fault are logged.
+    """
+    inner = behaviour(handler)
+    deserialize: Any = handler.request_deserializer
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            enter(context)
-            async for response in inner(request, context):
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except Exception:  # noqa: BLE001 - told to the client; gRPC would call it our fault
+            return invalid([Violation("message", f"is not what {method} takes")])
+
+    def checked(request: Any) -> Any:
+        if isinstance(request, ApiError):
+            raise request
+        return _checked(request) if handler.request_streaming else request
+
+    async def unary(request: Any, context: Context) -> Any:
+        try:
+            return await inner(checked(request), context)
+        except Exception as error:  # noqa: BLE001 - every error ends the call with a status
+            await _abort(context, method, error)
+
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async for response in inner(checked(request), context):
                 yield response
+        except Exception as error:  # noqa: BLE001 - every error ends the call with a status
+            await _abort(context, method, error)
 
-        return make_handler(
-            handler.request_streaming,
-            handler.response_streaming,
-            stream if handler.response_streaming else unary,
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+    return make_handler(
+        handler.request_streaming,
+        handler.response_streaming,
+        stream if handler.response_streaming else unary,
+        parse,
+        handler.response_serializer,
+    )
 
-    def _refusing(self, method: str, refusal: ApiError) -> Handler:
-        async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
-            peer = context.peer()
-            self._access.count(method, "", peer)
-            log.warning("call_refused", method=method, peer=peer, reason=refusal.reason)
-            raise refusal
-            yield
 
-        return grpc.stream_stream_rpc_method_handler(refuse)
+def _limited(access: Access, method: str, handler: Handler) -> Handler:
+    """The handler, for as many calls as its caller may make."""
+    inner = behaviour(handler)
+
+    def enter(context: Context) -> None:
+        caller = _caller.get()
+        access.count(method, caller, context.peer())
+        if caller:
+            # Each call is a task of its own: what is logged in it says for whom it was.
+            structlog.contextvars.bind_contextvars(caller=caller)
+
+    async def unary(request: Any, context: Context) -> Any:
+        enter(context)
+        return await inner(request, context)
+
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        enter(context)
+        async for response in inner(request, context):
+            yield response
+
+    return make_handler(
+        handler.request_streaming,
+        handler.response_streaming,
+        stream if handler.response_streaming else unary,
+        handler.request_deserializer,
+        handler.response_serializer,
+    )
+
+
+def _refusing(access: Access, method: str, refusal: ApiError) -> Handler:
+    async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
+        peer = context.peer()
+        access.count(method, "", peer)
+        log.warning("call_refused", method=method, peer=peer, reason=refusal.reason)
+        raise refusal
+        yield
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -195,6 +195,8 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 yield response, last
         finally:
             reading.cancel()
+            # What it failed of, if it did, concerns nobody any more.
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def _read(self, form: pb.ResultFormat, order: results.Order, batch_id: int, span: results.Span) -> "_Read":
         if form == pb.RESULT_FORMAT_JSONL:

@@ -22,9 +22,21 @@ LOOK_INTERVAL_S = 1.0
 # A worker whose health changes writes that into its heartbeat at the same time.
 LOOK_AGAIN_S = 0.1
 
+# With no worker there, however many call: they are told the same for this long, unless something is heard meanwhile.
+REFUSAL_S = 0.2
+
 T = TypeVar("T")
 
 log = logs.get("presence")
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What a batch naming `models` was refused with."""
+
+    models: Set[str]
+    until_s: float
+    error: ApiError
 
 
 @dataclass
@@ -41,6 +53,7 @@ class Presence:
     on_change: Callable[[bool], Awaitable[None]]
     freshness: Freshness = field(default_factory=Freshness)
     _links: Links = field(init=False)
+    _refused: "_Refused | None" = None
     _is_accepting: bool | None = None
     _is_schema_there: bool = False
     _judge_now: asyncio.Event = field(default_factory=asyncio.Event)
@@ -51,7 +64,15 @@ class Presence:
 
     def live(self, models: Set[str]) -> Sequence[SeenBeat]:
         """The workers for a batch naming `models`, best first. Raises UNAVAILABLE with the reason."""
-        return live(self._now(), self.clock.monotonic(), self.timeout_s, models)
+        now_s = self.clock.monotonic()
+        refused = self._refused
+        if refused is not None and refused.models == models and now_s < refused.until_s:
+            raise refused.error.with_traceback(None)
+        try:
+            return live(self._now(), now_s, self.timeout_s, models)
+        except ApiError as error:
+            self._refused = _Refused(models, now_s + REFUSAL_S, error)
+            raise
 
     def unreachable(self, seen: SeenBeat, cause: str, request_id: str) -> ApiError:
         """UNAVAILABLE for a worker that was chosen and does not answer."""
@@ -73,6 +94,7 @@ class Presence:
         return replace(self.freshness, contacts=self._links.contacts)
 
     def _contact_changed(self) -> None:
+        self._refused = None
         self._judge_now.set()
         self._look_now.set()
 
@@ -100,6 +122,7 @@ class Presence:
                 log.info("database_back")
             _tell_news(self.freshness.beats, beats)
             self.freshness = Freshness(beats, self.clock.monotonic(), given_up, timings, dogs)
+            self._refused = None
             await self._links.keep({seen.beat.address for seen in beats if seen.age_s <= self.timeout_s})
 
     async def _judge(self) -> None:
