@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import psycopg2
 
 from service import processes
 from service.processes import Mark
+from tests.ports import free_port
 from vllm_batch.channel import open_channel
 from vllm_batch.client import Client
 from vllm_batch.v1 import recovery_service_pb2 as rpb
@@ -31,11 +31,7 @@ class FullStack:
     """A home of its own, on ports of its own."""
 
     def __init__(self, home: Path, settings: dict[str, str]) -> None:
-        with ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for one in sockets:
-                one.bind(("127.0.0.1", 0))
-            gateway, worker, watchdog = (one.getsockname()[1] for one in sockets)
+        gateway, worker, watchdog = (free_port() for _ in range(3))
         self.home = home
         # What supervisorctl does, without a process of its own for each call.
         self.supervisor = Supervisor(f"unix://{home}/run/supervisor.sock", timeout_s=30)

@@ -21,7 +21,6 @@ from service.gateway.service import GatewayServicer
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 SERVICE = "vllm_batch.v1.BatchService"
-SWITCH_INTERVAL_S = 0.0005
 # How long calls that are under way may take to end: uploads, mostly. Within the wait of those who stop us.
 GRACE_S = 15.0
 
@@ -90,8 +89,6 @@ def main(arguments: Sequence[str]) -> int:
     processes.allow_many_files()
     logs.configure("gateway", settings.log_level)
     tracing.configure("gateway", settings.otlp_endpoint)
-    # Threads that ask Postgres come back to a loop that is busy: after 5 ms, unless told otherwise.
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     asyncio.run(serve(settings))
     tracing.close()
     return 0

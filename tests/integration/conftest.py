@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import pytest
 from service import processes
 from service.db.connection import Database, migrate
 from service.processes import Mark
+from tests.ports import free_port
 from tests.waiting import until
 from vllm_batch.client import Client
 
@@ -204,16 +204,6 @@ class Stack:
             if server.process.poll() is None:
                 server.kill()
         assert not processes.end(processes.marked(Mark(self.folder)), 10, (signal.SIGKILL,))
-
-
-def free_port() -> int:
-    """A port that nobody listens on now, and none of the defaults: the ports of one stack must differ."""
-    while True:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-        if port not in (*range(50051, 50054), *range(50061, 50064)):
-            return port
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.integration.conftest import Server, Stack, free_port
+from tests.integration.conftest import Server, Stack
 from tests.integration.test_front_door import line, lines, refused
+from tests.ports import free_port
 from tests.waiting import until
 from vllm_batch.client import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb

@@ -16,8 +16,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from tests.integration.conftest import Stack, free_port
+from tests.integration.conftest import Stack
 from tests.integration.test_front_door import lines
+from tests.ports import free_port
 from tests.stacks import ROOT, full_stack
 from tests.waiting import until
 from vllm_batch.client import CallError, Client

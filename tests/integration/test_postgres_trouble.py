@@ -10,8 +10,9 @@ import psycopg2
 import pytest
 
 from service.db.connection import Database, migrate
-from tests.integration.conftest import PostgresServer, Stack, free_port
+from tests.integration.conftest import PostgresServer, Stack
 from tests.integration.test_front_door import lines, refused
+from tests.ports import free_port
 from tests.waiting import until
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb

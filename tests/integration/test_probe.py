@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.conftest import ROOT, free_port
+from tests.integration.conftest import ROOT
+from tests.ports import free_port
 from tests.waiting import until
 from watchdog.health import Probe
 from watchdog.policy import Health

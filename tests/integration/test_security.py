@@ -25,8 +25,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service import rpc, tokens
 from service.roles import Role
 from tests.certificates import Authority, replace
-from tests.integration.conftest import Server, Stack, free_port, new_database
+from tests.integration.conftest import Server, Stack, new_database
 from tests.integration.test_front_door import finished, lines, refused
+from tests.ports import free_port
 from tests.waiting import until
 from vllm_batch.channel import open_aio_channel, open_channel
 from vllm_batch.client import CallError, Client

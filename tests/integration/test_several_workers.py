@@ -6,9 +6,10 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from tests.integration.conftest import Server, Stack, free_port
+from tests.integration.conftest import Server, Stack
 from tests.integration.test_front_door import count, finished, line, lines, refused
 from tests.integration.test_health import inline
+from tests.ports import free_port
 from tests.waiting import until
 from vllm_batch.client import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb

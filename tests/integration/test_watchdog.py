@@ -27,9 +27,10 @@ from service.config import Settings
 from service.db import heartbeats, recoveries, watchdogs
 from service.db.connection import Database
 from service.db.recoveries import Event
-from tests.integration.conftest import ROOT, free_port
+from tests.integration.conftest import ROOT
 from tests.integration.sentry_receiver import Receiver, receiving
 from tests.integration.standin_worker import is_alive
+from tests.ports import free_port
 from tests.waiting import until
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
