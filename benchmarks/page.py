@@ -11,7 +11,7 @@ from benchmarks.harness import ROOT, result_file, table
 
 HEAD = """# What it costs, measured
 
-{kind}Made by `python -m benchmarks.run --all`; each claim is measured beside its alternative in one run, in turns, by a
+{kind}Made by `python -m benchmarks.run`; each claim is measured beside its alternative in one run, in turns, by a
 command of its own, which writes every value to `var/benchmarks/`. Figures are medians, lowest and highest in
 parentheses. What the machine did beside it is in the load average below each: over 1 or 2, the rates are too low.
 """
