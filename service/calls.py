@@ -14,7 +14,7 @@ import grpc
 import structlog
 
 from service import logs, metrics, tracing
-from service.handlers import Handler, behaviour, make_handler
+from service.handlers import Handler, behaviour, replace
 
 log = logs.get("rpc")
 
@@ -64,13 +64,7 @@ def counted(method: str, handler: Handler) -> Handler:
             async for response in inner(request, context):
                 yield response
 
-    return make_handler(
-        handler.request_streaming,
-        handler.response_streaming,
-        stream if handler.response_streaming else unary,
-        handler.request_deserializer,
-        handler.response_serializer,
-    )
+    return replace(handler, unary, stream)
 
 
 @contextmanager
@@ -90,15 +84,10 @@ def _serving(method: str, context: Context) -> Iterator[None]:
             code = grpc.StatusCode.CANCELLED.name
             raise
         except BaseException:
-            code = _code(context)
+            code = _CODES.get(context.code(), "UNKNOWN")
             raise
         finally:
             duration_s = time.perf_counter() - began_s
             metrics.rpc_ended(method, code, duration_s)
             span.note({"rpc.system": "grpc", "rpc.status": code, "call_id": call_id})
             log.debug("call_ended", method=method, code=code, duration_s=round(duration_s, 4))
-
-
-def _code(context: Context) -> str:
-    """How the call was aborted."""
-    return _CODES.get(context.code(), "UNKNOWN")

@@ -26,3 +26,14 @@ def make_handler(
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[request_streaming, response_streaming]
     return make(function, request_deserializer=deserializer, response_serializer=serializer)
+
+
+def replace(handler: Handler, unary: Any, stream: Any, deserializer: Any = None) -> Handler:
+    """The same handler with another function: `unary` or `stream`, by what it answers with."""
+    return make_handler(
+        handler.request_streaming,
+        handler.response_streaming,
+        stream if handler.response_streaming else unary,
+        deserializer or handler.request_deserializer,
+        handler.response_serializer,
+    )

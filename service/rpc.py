@@ -18,7 +18,7 @@ from service.calls import counted
 from service.config import Settings
 from service.db.connection import Unreachable, is_without_schema
 from service.errors import ApiError, Violation, database_unavailable, invalid
-from service.handlers import Handler, behaviour, make_handler
+from service.handlers import Handler, behaviour, replace
 from service.health import NOT_SERVING, SERVING, Health
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -163,13 +163,7 @@ def _told(method: str, handler: Handler) -> Handler:
         except Exception as error:  # noqa: BLE001 - every error ends the call with a status
             await _abort(context, method, error)
 
-    return make_handler(
-        handler.request_streaming,
-        handler.response_streaming,
-        stream if handler.response_streaming else unary,
-        parse,
-        handler.response_serializer,
-    )
+    return replace(handler, unary, stream, parse)
 
 
 def _limited(access: Access, method: str, handler: Handler) -> Handler:
@@ -192,13 +186,7 @@ def _limited(access: Access, method: str, handler: Handler) -> Handler:
         async for response in inner(request, context):
             yield response
 
-    return make_handler(
-        handler.request_streaming,
-        handler.response_streaming,
-        stream if handler.response_streaming else unary,
-        handler.request_deserializer,
-        handler.response_serializer,
-    )
+    return replace(handler, unary, stream)
 
 
 def _refusing(access: Access, method: str, refusal: ApiError) -> Handler:
