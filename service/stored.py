@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -19,13 +20,12 @@ from vllm_batch.v1 import batch_service_pb2_grpc
 
 # How often the batches that somebody watches are looked at, all in one query.
 POLL_INTERVAL_S = 0.5
-# Results read at once, at most so many and, but for a single larger one, so many bytes of bodies. A stream holds two
-# such pages, whatever the size of the batch: the memory that a client costs who reads slowly or not at all.
-PAGE = 1000
-PAGE_BYTES = 256 << 10
-# As lines a page costs no more than its bytes.
-LINES = 2 * PAGE
-LINES_BYTES = 2 * PAGE_BYTES
+# Results are read in pages of about so many bytes; one that is larger is a page by itself.
+PAGE_BYTES = 384 << 10
+LINES_BYTES = 512 << 10
+# Pages that are read at once, while another is sent. A stream holds no more, whatever the size of the batch: the memory
+# that a client costs who reads slowly or not at all.
+AHEAD = 2
 
 # Making a batch of the failed requests of a large one.
 RETRY_TIMEOUT_S = 600.0
@@ -33,6 +33,8 @@ RETRY_TIMEOUT_S = 600.0
 log = logs.get("batches")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+# Lines, or what messages are made of.
+_Page: TypeAlias = bytes | list[results.StoredResult]
 
 
 @dataclass
@@ -89,15 +91,6 @@ class BatchWatch:
                         future.set_result(batch)
         finally:
             self._task = None
-
-
-class _Read(NamedTuple):
-    """A page without its token, the position of its last result, how many there are, and whether there may be more."""
-
-    response: pb.StreamResultsResponse
-    last: int | None
-    length: int
-    is_full: bool
 
 
 class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
@@ -159,8 +152,11 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         while True:
             # A gap in the order of the requests may be filled yet, and a token behind it would leave that out.
             may_skip = order == "sequence" or batch.is_terminal
-            async with contextlib.aclosing(self._pages(request.format, order, batch_id, last + 1, may_skip)) as pages:
+            read = self._pages(request.format, order, batch_id, last + 1, may_skip)
+            async with contextlib.aclosing(read) as pages:
                 async for response, last in pages:
+                    if self._watch.is_ended:
+                        raise ending()
                     response.resume_token = messages.token(order, last)
                     yield response
             if batch.is_terminal or not request.follow:
@@ -171,41 +167,28 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
 
     async def _pages(
         self, form: pb.ResultFormat, order: results.Order, batch_id: int, start: int, may_skip: bool
-    ) -> AsyncGenerator[tuple[pb.StreamResultsResponse, int], None]:
-        """Pages without their token, each with the position of its last result. The next is read while one is sent."""
-        most, most_bytes = (LINES, LINES_BYTES) if form == pb.RESULT_FORMAT_JSONL else (PAGE, PAGE_BYTES)
-
-        def read(start: int, limit: int) -> "asyncio.Task[_Read]":
-            return asyncio.create_task(
-                self._read(form, order, batch_id, results.Span(start, limit, most_bytes, may_skip))
-            )
-
-        reading = read(start, most)
+    ) -> AsyncGenerator[tuple[pb.StreamResultsResponse, int]]:
+        """Pages without their token, each with the position of its last result."""
+        as_lines = form == pb.RESULT_FORMAT_JSONL
+        read: Callable[..., _Page] = results.read_lines if as_lines else results.read_page
+        size = LINES_BYTES if as_lines else PAGE_BYTES
+        reading: deque[tuple[asyncio.Future[_Page], int]] = deque()
         try:
-            is_full = True
-            while is_full:
-                response, last, length, is_full = await reading
-                if self._watch.is_ended:
-                    raise ending()
-                if last is None:
-                    return
-                if is_full:
-                    # About as many as fit, rather than all that may: what does not fit is looked at in vain.
-                    reading = read(last + 1, min(most, length + length // 8 + 1))
-                yield response, last
+            while spans := await self.database.run(results.divide, order, batch_id, start, size, may_skip):
+                for span in spans:
+                    reading.append((self.database.run(read, order, batch_id, span), span.last))
+                    if len(reading) > AHEAD:
+                        page, last = reading.popleft()
+                        yield _response(batch_id, await page), last
+                start = spans[-1].last + 1
+            while reading:
+                page, last = reading.popleft()
+                yield _response(batch_id, await page), last
         finally:
-            reading.cancel()
-            # What it failed of, if it did, concerns nobody any more.
-            await asyncio.gather(reading, return_exceptions=True)
-
-    async def _read(self, form: pb.ResultFormat, order: results.Order, batch_id: int, span: results.Span) -> "_Read":
-        if form == pb.RESULT_FORMAT_JSONL:
-            lines = await self.database.run(results.read_lines, order, batch_id, span)
-            return _Read(pb.StreamResultsResponse(jsonl=lines.jsonl), lines.last, lines.length, lines.is_full)
-        page, is_full = await self.database.run(results.read_page, order, batch_id, span)
-        found = [messages.result_message(batch_id, result) for result in page]
-        last = getattr(page[-1], order) if page else None
-        return _Read(pb.StreamResultsResponse(results=found), last, len(page), is_full)
+            for page, _ in reading:
+                page.cancel()
+            # What they failed of, if they did, concerns nobody any more.
+            await asyncio.gather(*(page for page, _ in reading), return_exceptions=True)
 
     async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
         """Returns the result of one request."""
@@ -262,6 +245,12 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         if batch is None:
             raise not_found(f"batch {messages.batch_name(seen.id)!r}")
         return batch
+
+
+def _response(batch_id: int, page: _Page) -> pb.StreamResultsResponse:
+    if isinstance(page, bytes):
+        return pb.StreamResultsResponse(jsonl=page)
+    return pb.StreamResultsResponse(results=[messages.result_message(batch_id, result) for result in page])
 
 
 @contextmanager

@@ -100,12 +100,15 @@ class Database:
         ):
             return function(self._pool, *args, **kwargs)
 
-    async def run(
+    def run(
         self, function: Callable[Concatenate[peewee.PostgresqlDatabase, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Runs `function(connection, ...)` in a thread. Raises one of `Unreachable` when Postgres is away."""
+    ) -> asyncio.Future[T]:
+        """`function(connection, ...)` in a thread, begun at once, to be awaited.
+
+        Raises one of `Unreachable` when Postgres is away.
+        """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: self.call(function, *args, **kwargs))
+        return loop.run_in_executor(self._threads, lambda: self.call(function, *args, **kwargs))
 
     def close(self) -> None:
         """Closes all connections. Calls that are under way end first."""

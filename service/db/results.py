@@ -7,6 +7,7 @@ from uuid import UUID
 
 import msgspec
 import peewee
+from psycopg2.extensions import BYTES, register_type
 from psycopg2.extras import execute_values
 
 from service import failpoints
@@ -50,36 +51,20 @@ class StoredResult(msgspec.Struct, frozen=True):
     finish_us: int
 
 
+# So many results are divided into pages at once.
+STRETCH = 5_000
+# What a line has besides its body or error and its name, about.
+AROUND = 150
+
 # What a position in a stream of results is: of the request in its batch, or of the result among those stored.
 Order = Literal["index", "sequence"]
 
 
 class Span(NamedTuple):
-    """Which results to read: from position `start`, up to `limit` of them, of about so many bytes of bodies.
+    """The results from position `first` to `last`."""
 
-    `may_skip` False: only up to the first position that has no result yet.
-    """
-
-    start: int
-    limit: int
-    bytes: int
-    may_skip: bool = True
-
-
-class Page(NamedTuple):
-    """Some consecutive results, at least one if there is any. `is_full`: there may be more behind them."""
-
-    results: list[StoredResult]
-    is_full: bool
-
-
-class Lines(NamedTuple):
-    """The same as text, a line each, in UTF-8; `last` is the position of the last, None when there is none."""
-
-    jsonl: bytes
-    last: int | None
-    length: int
-    is_full: bool
+    first: int
+    last: int
 
 
 # One statement, thus one transaction: the results, the batch's counts and end, and the chunk's, or nothing.
@@ -178,18 +163,22 @@ FIELDS = f"""
 r.index, r.sequence, {CUSTOM_ID}, r.status_code, r.body, r.error_code, r.error_message,
 (extract(epoch FROM r.finish_time) * 1000000)::bigint
 """
-# A page ends with the result that takes it over the bytes, so that one of any size makes a page. Before the batch has
-# ended it ends at a gap in the order of the requests too: one has no result yet.
-PAGE = """
-FROM (SELECT *, row_number() OVER place AS place,
-             sum(octet_length(body)) OVER (place ROWS UNBOUNDED PRECEDING) AS bytes
-      FROM (SELECT * FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s
-            ORDER BY {column} LIMIT %(limit)s) s
-      WINDOW place AS (ORDER BY {column})) r
-WHERE coalesce(r.bytes, 0) - coalesce(octet_length(r.body), 0) < %(bytes)s
-  AND (%(may_skip)s OR r.{column} = %(start)s + r.place - 1)
+# The last position of each page, that begins where the one before has ended. Of the results the sizes alone are looked
+# at. A page ends with the result that takes it over its bytes, so that one of any size makes a page.
+DIVIDE = """
+SELECT max(position) FROM (
+    SELECT {column} AS position, (sum(size) OVER place - size) / %(bytes)s AS page, row_number() OVER place AS place
+    FROM (SELECT {column}, {around} + coalesce(octet_length(body), octet_length(error_message), 0)
+                           + coalesce(octet_length(custom_id), 0) AS size
+          FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s ORDER BY {column} LIMIT {stretch}) s
+    WINDOW place AS (ORDER BY {column} ROWS UNBOUNDED PRECEDING)) s
+WHERE %(may_skip)s OR position = %(start)s + place - 1
+GROUP BY page ORDER BY page
 """
-READ_PAGE = "SELECT r.bytes, " + FIELDS + PAGE + "ORDER BY r.{column}"
+PAGE = """
+FROM results r WHERE batch_id = %(batch)s AND {column} BETWEEN %(first)s AND %(last)s ORDER BY {column}
+"""
+READ_PAGE = "SELECT " + FIELDS + PAGE
 # As client/vllm_batch/output.py writes it. A body is one line of JSON; custom_id and errors are any text. Each || makes
 # a new text: few of them, and the long body late.
 LINE = (
@@ -205,27 +194,42 @@ CASE WHEN status_code IS NULL
 END
 """
 )
-READ_LINES = f"SELECT string_agg({LINE}, '' ORDER BY r.{{column}}), max(r.{{column}}), count(*), max(r.bytes)" + PAGE
+# A row each: put together by Postgres, as one long text, they cost it half as much again.
+READ_LINES = f"SELECT {LINE}" + PAGE
 READ_ONE = f"""
 SELECT {FIELDS} FROM results r
 WHERE batch_id = %(batch)s AND index = (SELECT index FROM requests WHERE batch_id = %(batch)s AND custom_id = %(name)s)
 """
 
 
-def read_page(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> Page:
-    """Some results, in an order."""
+def divide(
+    db: peewee.PostgresqlDatabase, order: Order, batch_id: int, start: int, size: int, may_skip: bool
+) -> list[Span]:
+    """The pages of results from position `start` on, of about `size` bytes each: of the next few thousand; none when
+    there are no results.
+
+    `may_skip` False: only up to the first position that has no result yet.
+    """
+    sql = DIVIDE.replace("{column}", order).replace("{around}", str(AROUND)).replace("{stretch}", str(STRETCH))
+    names = {"batch": batch_id, "start": start, "bytes": size, "may_skip": may_skip}
+    lasts = [last for (last,) in db.execute_sql(sql, names).fetchall()]
+    return list(map(Span, [start, *(last + 1 for last in lasts)], lasts))
+
+
+def read_page(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> list[StoredResult]:
+    """The results of a page."""
     sql = READ_PAGE.replace("{column}", order)
-    rows = db.execute_sql(sql, {"batch": batch_id, **span._asdict()}).fetchall()
-    is_full = len(rows) == span.limit or (bool(rows) and (rows[-1][0] or 0) >= span.bytes)
-    return Page([StoredResult(*row[1:]) for row in rows], is_full)
+    return [StoredResult(*row) for row in db.execute_sql(sql, {"batch": batch_id, **span._asdict()}).fetchall()]
 
 
-def read_lines(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> Lines:
-    """Some results as lines of OpenAI's batch output, in an order."""
+def read_lines(db: peewee.PostgresqlDatabase, order: Order, batch_id: int, span: Span) -> bytes:
+    """The same as lines of OpenAI's batch output, in UTF-8."""
     names = {"head": f'{{"id": "batch_req_{batch_id}_', "middle": f', "request_id": "batch_req_{batch_id}_'}
-    sql = READ_LINES.replace("{column}", order)
-    text, last, count, size = db.execute_sql(sql, {"batch": batch_id, **span._asdict(), **names}).fetchone()
-    return Lines((text or "").encode(), last, count, count == span.limit or (size or 0) >= span.bytes)
+    with db.cursor() as cursor:
+        # As they come.
+        register_type(BYTES, cursor)
+        cursor.execute(READ_LINES.replace("{column}", order), {"batch": batch_id, **span._asdict(), **names})
+        return b"".join([line for (line,) in cursor.fetchall()])
 
 
 def read_one(db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str) -> StoredResult | None:

@@ -164,7 +164,7 @@ def test_three_deaths_find_a_killer(database: Database) -> None:
 
     [alone] = database.call(chunks.claim_alone, "w", lives[2], ["tiny"], LEASE_S)
     assert bury(database) == (0, 0, 1)
-    [killer] = database.call(results.read_page, "index", batch.id, Span(20, 1, 1000)).results
+    [killer] = database.call(results.read_page, "index", batch.id, Span(20, 20))
     assert (killer.index, killer.error_code) == (alone.first_index, "REQUEST_CRASHED_ENGINE")
     assert "3 times" in (killer.error_message or "")
 
@@ -230,7 +230,7 @@ def test_expiry_answers_the_rest(database: Database) -> None:
     assert done is not None
     assert (done.state, done.completed, done.failed) == ("expired", 10, 20)
     assert database.call(results.write, answers(chunk, range(10, 20)), mine) == 0
-    read = database.call(results.read_page, "sequence", batch.id, Span(1, 100, 1 << 20)).results
+    read = database.call(results.read_page, "sequence", batch.id, Span(1, 100))
     assert [result.sequence for result in read] == list(range(1, 31))
     assert {result.error_code for result in read[10:]} == {"batch_expired"}
 
@@ -319,7 +319,7 @@ def test_sequence_numbers_have_no_gaps(database: Database) -> None:
     database.call(results.write, answers(second, range(150, 200)), two)
     database.call(results.write, answers(first, range(100)), one)
     database.call(results.write, answers(second, range(100, 150)), two)
-    read = database.call(results.read_page, "sequence", batch.id, Span(1, 1000, 1 << 20)).results
+    read = database.call(results.read_page, "sequence", batch.id, Span(1, 1000))
     assert [result.sequence for result in read] == list(range(1, 201))
     assert read[0].custom_id == "c150"
 
@@ -371,27 +371,34 @@ def test_a_session_of_ones_own_does_not_lock_one_out(database_url: str) -> None:
     other.close()
 
 
-def test_pages_of_results_end_by_number_and_by_bytes(database: Database) -> None:
-    """A reader gets every result once, in pages that are bounded, however large one of them is."""
+def test_results_are_divided_into_pages_by_bytes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader gets every result once, in pages that are bounded, however large one is, and whether body or error."""
+    monkeypatch.setattr(results, "AROUND", 8)
+    monkeypatch.setattr(results, "STRETCH", 9)
     batch = stored(database, 20)
     mine = uuid4()
     [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
     sizes = [10] * 5 + [400, 10_000, 10] + [60] * 12
-    given = [Result(chunk.id, batch.id, index, status_code=200, body="x" * size) for index, size in enumerate(sizes)]
+    given = [
+        Result(chunk.id, batch.id, index, status_code=200, body="x" * size, custom_id="c1")
+        if index % 2
+        else Result(chunk.id, batch.id, index, error_code="E", error_message="x" * size, custom_id="c1")
+        for index, size in enumerate(sizes)
+    ]
     database.call(results.write, given, mine)
     for order, start in (("index", 0), ("sequence", 1)):
-        found, pages, is_full, lines, from_line, is_more = [], [], True, [], start, True
-        while is_full:
-            page, is_full = database.call(results.read_page, order, batch.id, Span(start, 4, 300))
-            found += page
-            pages.append([len(result.body or "") for result in page])
-            start = getattr(page[-1], order) + 1 if page else start
-        while is_more:
-            jsonl, last, _, is_more = database.call(results.read_lines, order, batch.id, Span(from_line, 4, 300))
-            lines.append([len(line.partition('"body": ')[2].partition("}")[0]) for line in jsonl.decode().splitlines()])
-            from_line = last + 1 if last is not None else from_line
-        assert [len(result.body or "") for result in found] == sizes
-        assert pages == lines == [[10] * 4, [10, 400], [10_000], [10, 60, 60, 60], [60] * 4, [60] * 4, [60]]
+        pages, lines = [], []
+        while spans := database.call(results.divide, order, batch.id, start, 300, True):
+            for span in spans:
+                assert span.first == start
+                page = database.call(results.read_page, order, batch.id, span)
+                assert [getattr(result, order) for result in page] == list(range(span.first, span.last + 1))
+                pages.append([len(result.body or result.error_message or "") for result in page])
+                jsonl = database.call(results.read_lines, order, batch.id, span)
+                lines.append([line.count(b"x") for line in jsonl.splitlines()])
+                start = span.last + 1
+        # Of nine each time, and with ten bytes around them: 5 * 20 + 410 are more than 300, and so on.
+        assert pages == lines == [[10] * 5 + [400], [10_000], [10, 60], [60] * 5, [60] * 4, [60] * 2]
 
 
 def test_lines_are_those_of_the_client(database: Database) -> None:
@@ -412,8 +419,8 @@ def test_lines_are_those_of_the_client(database: Database) -> None:
     ]
     given = [Result(chunk.id, batch.id, index, **outcome) for index, outcome in enumerate(outcomes)]
     database.call(results.write, given, mine)
-    page = database.call(results.read_page, "index", batch.id, Span(0, 100, 1 << 20)).results
-    made = database.call(results.read_lines, "index", batch.id, Span(0, 100, 1 << 20)).jsonl
+    page = database.call(results.read_page, "index", batch.id, Span(0, 100))
+    made = database.call(results.read_lines, "index", batch.id, Span(0, 100))
     assert made.endswith(b"\n")
     lines = made.decode().removesuffix("\n").split("\n")
     expected = [output.line(messages.result_message(batch.id, result)) for result in page]
@@ -423,17 +430,15 @@ def test_lines_are_those_of_the_client(database: Database) -> None:
 
 
 def test_a_gap_in_the_order_of_the_requests_ends_a_page(database: Database) -> None:
-    """Before the batch has ended nothing behind a request without a result is read, in either form."""
+    """Before the batch has ended nothing behind a request without a result is read."""
     batch = stored(database, 10)
     mine = uuid4()
     [chunk] = database.call(chunks.claim, "w", mine, ["tiny"], 1, LEASE_S)
     database.call(results.write, answers(chunk, [2, 3, 4, 6, 7]), mine)
     for start, skipping, whole in ((0, [2, 3, 4, 6, 7], []), (2, [2, 3, 4, 6, 7], [2, 3, 4]), (6, [6, 7], [6, 7])):
         for may_skip, expected in ((True, skipping), (False, whole)):
-            span = Span(start, 100, 1 << 20, may_skip)
-            page, is_full = database.call(results.read_page, "index", batch.id, span)
-            lines = database.call(results.read_lines, "index", batch.id, span)
-            assert ([result.index for result in page], is_full) == (expected, False)
-            assert (len(lines.jsonl.splitlines()), lines.last, lines.is_full) == (
-                len(expected), expected[-1] if expected else None, False,
-            )  # fmt: skip
+            spans = database.call(results.divide, "index", batch.id, start, 1 << 20, may_skip)
+            read = [
+                result.index for span in spans for result in database.call(results.read_page, "index", batch.id, span)
+            ]
+            assert read == expected
