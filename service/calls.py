@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,6 @@ import grpc
 import structlog
 
 from service import logs, metrics, tracing
-from service.handlers import Handler, behaviour, replace
 
 log = logs.get("rpc")
 
@@ -46,48 +43,37 @@ def current() -> Call:
     return _current.get()
 
 
-def counted(method: str, handler: Handler) -> Handler:
-    """The handler with an id, a count, a duration and a span for each call, but for reflection.
+class Serving:
+    """A call while it is served, for `with`: its id, its span, and when it ends its count and its duration.
 
-    To be the outermost: it sees how a call ended for its client.
+    A class, as a generator takes several times as long, and this is around every call.
     """
-    if method.startswith("/grpc."):
-        return handler
-    inner = behaviour(handler)
 
-    async def unary(request: Any, context: Context) -> Any:
-        with _serving(method, context):
-            return await inner(request, context)
+    __slots__ = ("_began_s", "_call_id", "_context", "_method", "_span")
 
-    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        with _serving(method, context):
-            async for response in inner(request, context):
-                yield response
+    def __init__(self, method: str, context: Context) -> None:
+        self._method = method
+        self._context = context
 
-    return replace(handler, unary, stream)
+    def __enter__(self) -> None:
+        metadata: Any = dict(self._context.invocation_metadata() or ())
+        self._call_id = logs.call_id(metadata)
+        self._began_s = time.perf_counter()
+        # Never reset: each call has a task, and thereby a context, of its own.
+        structlog.contextvars.bind_contextvars(call_id=self._call_id)
+        parent = tracing.valid(metadata.get(tracing.HEADER))
+        self._span = tracing.span(self._method[1:], parent, is_server=True)
+        _current.set(Call(self._call_id, self._span.traceparent))
 
-
-@contextmanager
-def _serving(method: str, context: Context) -> Iterator[None]:
-    metadata: Any = context.invocation_metadata() or ()
-    call_id = logs.call_id(metadata)
-    parent = tracing.valid(dict(metadata).get(tracing.HEADER))
-    began_s = time.perf_counter()
-    code = grpc.StatusCode.OK.name
-    # Never reset: each call has a task, and thereby a context, of its own.
-    structlog.contextvars.bind_contextvars(call_id=call_id)
-    with tracing.span(method[1:], parent, is_server=True) as span:
-        _current.set(Call(call_id, span.traceparent))
-        try:
-            yield
-        except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED.name
-            raise
-        except BaseException:
-            code = _CODES.get(context.code(), "UNKNOWN")
-            raise
-        finally:
-            duration_s = time.perf_counter() - began_s
-            metrics.rpc_ended(method, code, duration_s)
-            span.note({"rpc.system": "grpc", "rpc.status": code, "call_id": call_id})
-            log.debug("call_ended", method=method, code=code, duration_s=round(duration_s, 4))
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        duration_s = time.perf_counter() - self._began_s
+        if kind is None:
+            code = "OK"
+        elif issubclass(kind, (asyncio.CancelledError, GeneratorExit)):
+            code = "CANCELLED"
+        else:
+            code = _CODES.get(self._context.code(), "UNKNOWN")
+        metrics.rpc_ended(self._method, code, duration_s)
+        self._span.note({"rpc.system": "grpc", "rpc.status": code, "call_id": self._call_id})
+        self._span.__exit__(kind, *error)
+        log.debug("call_ended", method=self._method, code=code, duration_s=round(duration_s, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service import logs, ports, roles
+from service import calls, logs, ports, roles
 from service.access import Access
-from service.calls import counted
 from service.config import Settings
 from service.db.connection import Unreachable, is_without_schema
 from service.errors import ApiError, Violation, database_unavailable, invalid
@@ -125,75 +125,62 @@ class Interceptor(grpc.aio.ServerInterceptor):
         try:
             _caller.set(self._access.caller(method, handler_call_details.invocation_metadata))
         except ApiError as refusal:
-            return counted(method, _told(method, _refusing(self._access, method, refusal)))
+            return _served(self._access, method, _refusing(method, refusal))
         if method not in self._wrapped:
-            self._wrapped[method] = counted(method, _told(method, _limited(self._access, method, handler)))
+            self._wrapped[method] = _served(self._access, method, handler)
         return self._wrapped[method]
 
 
-def _told(method: str, handler: Handler) -> Handler:
-    """The handler, whose errors end the call with their code and details, as do those of its request's parser.
+def _served(access: Access, method: str, handler: Handler) -> Handler:
+    """The handler, for as many calls as its caller may make, each counted and in the logs, but for reflection.
 
-    Those that are our fault are logged.
+    Its errors end the call with their code and details, as do those of its request's parser. Those that are our fault
+    are logged.
     """
     inner = behaviour(handler)
     deserialize: Any = handler.request_deserializer
+    is_counted = not method.startswith("/grpc.")
+
+    def serving(context: Context) -> contextlib.AbstractContextManager[None]:
+        return calls.Serving(method, context) if is_counted else contextlib.nullcontext()
 
     def parse(data: bytes) -> Any:
         try:
-            return deserialize(data)
+            return deserialize(data) if deserialize else data
         except Exception:  # noqa: BLE001 - told to the client; gRPC would call it our fault
             return invalid([Violation("message", f"is not what {method} takes")])
 
-    def checked(request: Any) -> Any:
-        if isinstance(request, ApiError):
-            raise request
-        return _checked(request) if handler.request_streaming else request
-
-    async def unary(request: Any, context: Context) -> Any:
-        try:
-            return await inner(checked(request), context)
-        except Exception as error:  # noqa: BLE001 - every error ends the call with a status
-            await _abort(context, method, error)
-
-    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        try:
-            async for response in inner(checked(request), context):
-                yield response
-        except Exception as error:  # noqa: BLE001 - every error ends the call with a status
-            await _abort(context, method, error)
-
-    return replace(handler, unary, stream, parse)
-
-
-def _limited(access: Access, method: str, handler: Handler) -> Handler:
-    """The handler, for as many calls as its caller may make."""
-    inner = behaviour(handler)
-
-    def enter(context: Context) -> None:
+    def enter(request: Any, context: Context) -> Any:
         caller = _caller.get()
         access.count(method, caller, context.peer())
         if caller:
             # Each call is a task of its own: what is logged in it says for whom it was.
             structlog.contextvars.bind_contextvars(caller=caller)
+        if isinstance(request, ApiError):
+            raise request
+        return _checked(request) if handler.request_streaming else request
 
     async def unary(request: Any, context: Context) -> Any:
-        enter(context)
-        return await inner(request, context)
+        with serving(context):
+            try:
+                return await inner(enter(request, context), context)
+            except Exception as error:  # noqa: BLE001 - every error ends the call with a status
+                await _abort(context, method, error)
 
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        enter(context)
-        async for response in inner(request, context):
-            yield response
+        with serving(context):
+            try:
+                async for response in inner(enter(request, context), context):
+                    yield response
+            except Exception as error:  # noqa: BLE001 - every error ends the call with a status
+                await _abort(context, method, error)
 
-    return replace(handler, unary, stream)
+    return replace(handler, unary, stream, parse)
 
 
-def _refusing(access: Access, method: str, refusal: ApiError) -> Handler:
+def _refusing(method: str, refusal: ApiError) -> Handler:
     async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
-        peer = context.peer()
-        access.count(method, "", peer)
-        log.warning("call_refused", method=method, peer=peer, reason=refusal.reason)
+        log.warning("call_refused", method=method, peer=context.peer(), reason=refusal.reason)
         raise refusal
         yield
 

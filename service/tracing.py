@@ -6,10 +6,9 @@ Without OTEL_EXPORTER_OTLP_ENDPOINT nothing of OpenTelemetry is imported, and a 
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from service import logs
 
@@ -61,7 +60,10 @@ def valid(traceparent: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Span:
-    """What a piece of work is in its trace. `traceparent` is for what is called from within it; None: not traced."""
+    """What a piece of work is in its trace, for `with`: what raises marks it as failed.
+
+    `traceparent` is for what is called from within it; None: not traced.
+    """
 
     traceparent: str | None
     _recorded: Any = None
@@ -71,16 +73,26 @@ class Span:
         if self._recorded is not None:
             self._recorded.set_attributes(attributes)
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextmanager
-def span(name: str, parent: str | None, *, is_server: bool = False) -> Iterator[Span]:
-    """A span around a piece of work, in the trace of `parent`. What raises marks it as failed.
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._recorded is None:
+            return
+        if kind is not None:
+            from opentelemetry.trace import StatusCode
+
+            self._recorded.set_status(StatusCode.ERROR, kind.__name__)
+        self._recorded.end()
+
+
+def span(name: str, parent: str | None, *, is_server: bool = False) -> Span:
+    """A span around a piece of work, in the trace of `parent`.
 
     Only a server begins a trace; other work belongs to one or is not traced.
     """
     if _provider is None or not (parent or is_server):
-        yield Span(parent)
-        return
+        return Span(parent)
     from opentelemetry import trace
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -92,10 +104,4 @@ def span(name: str, parent: str | None, *, is_server: bool = False) -> Iterator[
     recorded = _provider.get_tracer("vllm_batch").start_span(name, context, kind)
     carrier: dict[str, str] = {}
     propagator.inject(carrier, trace.set_span_in_context(recorded, Context()))
-    try:
-        yield Span(carrier.get(HEADER), recorded)
-    except BaseException as error:
-        recorded.set_status(trace.StatusCode.ERROR, type(error).__name__)
-        raise
-    finally:
-        recorded.end()
+    return Span(carrier.get(HEADER), recorded)

@@ -31,7 +31,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         def call(request: Any, context: Any) -> Any:
             began_s = time.perf_counter()
             code = "OK"
-            with structlog.contextvars.bound_contextvars(call_id=logs.call_id(context.invocation_metadata())):
+            with structlog.contextvars.bound_contextvars(call_id=logs.call_id(dict(context.invocation_metadata()))):
                 try:
                     return inner(request, context)
                 except BaseException:
