@@ -6,8 +6,9 @@ Target: for a refused CreateBatch at least 0.8 of its rate; for GetBatch, which 
 16 calls at a time on one channel. The refusal is that of a gateway whose worker was stopped.
 
 Where the time goes: of a refused call the bare servicer takes about 280 µs of a processor, nearly all of it in gRPC;
-what makes ours one that is known and counted (id, count, duration, trace, rights, rate, details of the error) adds about
-55. GetBatch goes to Postgres through a thread, which has to wait for Python's one lock with all others.
+what makes ours one that is known and counted (id, count, duration, trace, rights, rate, details of the error) adds 60
+to 80, so that the ratio is close to the target, from run to run on either side of it. GetBatch goes to Postgres through
+a thread, which has to wait for Python's one lock with all others.
 """
 
 import asyncio

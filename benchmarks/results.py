@@ -7,9 +7,9 @@ Target: at least half its rate as lines; at most 300 MB in client and gateway ea
 From the call to the last result, read by the Python client, as lines written to /dev/null, and as messages. The results
 were put there by a statement.
 
-Where the time goes: `\copy` takes 1.4 µs of Postgres for a result as it is stored. Lines take 2.2: JSON is made of it,
-in pages, so that a stream can be begun again anywhere and holds no transaction. Two pages are read at once while a third
-is sent; of the gateway and the client a result takes 1.4 and 0.9 µs.
+Where the time goes: `\\copy` takes 1.4 µs of Postgres for a result as it is stored. Lines take 2.2: JSON is made of it,
+in pages, so that a stream can be begun again anywhere and holds no transaction. Two pages are read at once while a
+third is sent; of the gateway and the client a result takes 1.4 and 0.9 µs.
 """
 
 from collections.abc import Iterator

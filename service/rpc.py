@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -49,9 +47,6 @@ CHANNEL_OPTIONS = (
 )
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-# The name of the token that the call being served has shown. Each call is a task, and thereby a context, of its own.
-_caller: ContextVar[str] = ContextVar("caller", default="")
 
 log = logs.get("rpc")
 
@@ -122,8 +117,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler, method = await continuation(handler_call_details), handler_call_details.method
         if handler is None or roles.is_open(method):
             return handler
+        metadata: Any = handler_call_details.invocation_metadata or ()
+        call = calls.begin(method, metadata)
         try:
-            _caller.set(self._access.caller(method, handler_call_details.invocation_metadata))
+            call.caller = self._access.caller(method, metadata)
         except ApiError as refusal:
             return _served(self._access, method, _refusing(method, refusal))
         if method not in self._wrapped:
@@ -142,7 +139,7 @@ def _served(access: Access, method: str, handler: Handler) -> Handler:
     is_counted = not method.startswith("/grpc.")
 
     def serving(context: Context) -> contextlib.AbstractContextManager[None]:
-        return calls.Serving(method, context) if is_counted else contextlib.nullcontext()
+        return calls.current().served(context) if is_counted else contextlib.nullcontext()
 
     def parse(data: bytes) -> Any:
         try:
@@ -151,11 +148,7 @@ def _served(access: Access, method: str, handler: Handler) -> Handler:
             return invalid([Violation("message", f"is not what {method} takes")])
 
     def enter(request: Any, context: Context) -> Any:
-        caller = _caller.get()
-        access.count(method, caller, context.peer())
-        if caller:
-            # Each call is a task of its own: what is logged in it says for whom it was.
-            structlog.contextvars.bind_contextvars(caller=caller)
+        access.count(method, calls.current().caller, context.peer())
         if isinstance(request, ApiError):
             raise request
         return _checked(request) if handler.request_streaming else request
