@@ -21,7 +21,7 @@ from vllm_batch.v1 import batch_service_pb2_grpc
 # How often the batches that somebody watches are looked at, all in one query.
 POLL_INTERVAL_S = 0.5
 # Results are read in pages of about so many bytes; one that is larger is a page by itself.
-PAGE_BYTES = 384 << 10
+PAGE_BYTES = 192 << 10
 LINES_BYTES = 512 << 10
 # Pages that are read at once, while another is sent. A stream holds no more, whatever the size of the batch: the memory
 # that a client costs who reads slowly or not at all.
@@ -173,17 +173,21 @@ class StoredServicer(batch_service_pb2_grpc.BatchServiceServicer):
         read: Callable[..., _Page] = results.read_lines if as_lines else results.read_page
         size = LINES_BYTES if as_lines else PAGE_BYTES
         reading: deque[tuple[asyncio.Future[_Page], int]] = deque()
+
+        async def first() -> tuple[pb.StreamResultsResponse, int]:
+            # Here, so that nothing keeps what a message was made of while that is sent.
+            page, last = reading.popleft()
+            return _response(batch_id, await page), last
+
         try:
             while spans := await self.database.run(results.divide, order, batch_id, start, size, may_skip):
                 for span in spans:
                     reading.append((self.database.run(read, order, batch_id, span), span.last))
                     if len(reading) > AHEAD:
-                        page, last = reading.popleft()
-                        yield _response(batch_id, await page), last
+                        yield await first()
                 start = spans[-1].last + 1
             while reading:
-                page, last = reading.popleft()
-                yield _response(batch_id, await page), last
+                yield await first()
         finally:
             for page, _ in reading:
                 page.cancel()
