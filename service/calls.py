@@ -67,9 +67,8 @@ class Call:
         else:
             code = _CODES.get(self._context.code(), "UNKNOWN")
         metrics.rpc_ended(self._method, code, duration_s)
-        if self._span.is_recorded:
-            self._span.note({"rpc.system": "grpc", "rpc.status": code, "call_id": self.id})
-            self._span.__exit__(kind, *error)
+        self._span.note({"rpc.system": "grpc", "rpc.status": code, "call_id": self.id})
+        self._span.__exit__(kind, *error)
         log.debug("call_ended", method=self._method, code=code, duration_s=round(duration_s, 4))
 
 

@@ -68,11 +68,6 @@ class Span:
     traceparent: str | None
     _recorded: Any = None
 
-    @property
-    def is_recorded(self) -> bool:
-        """False: what is told to it goes nowhere."""
-        return self._recorded is not None
-
     def note(self, attributes: Mapping[str, str | int]) -> None:
         """Adds attributes."""
         if self._recorded is not None:

@@ -168,9 +168,9 @@ r.index, r.sequence, {CUSTOM_ID}, r.status_code, r.body, r.error_code, r.error_m
 DIVIDE = """
 SELECT max(position) FROM (
     SELECT {column} AS position, (sum(size) OVER place - size) / %(bytes)s AS page, row_number() OVER place AS place
-    FROM (SELECT {column}, {around} + coalesce(octet_length(body), octet_length(error_message), 0)
+    FROM (SELECT {column}, %(around)s + coalesce(octet_length(body), octet_length(error_message), 0)
                            + coalesce(octet_length(custom_id), 0) AS size
-          FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s ORDER BY {column} LIMIT {stretch}) s
+          FROM results WHERE batch_id = %(batch)s AND {column} >= %(start)s ORDER BY {column} LIMIT %(stretch)s) s
     WINDOW place AS (ORDER BY {column} ROWS UNBOUNDED PRECEDING)) s
 WHERE %(may_skip)s OR position = %(start)s + place - 1
 GROUP BY page ORDER BY page
@@ -210,9 +210,9 @@ def divide(
 
     `may_skip` False: only up to the first position that has no result yet.
     """
-    sql = DIVIDE.replace("{column}", order).replace("{around}", str(AROUND)).replace("{stretch}", str(STRETCH))
     names = {"batch": batch_id, "start": start, "bytes": size, "may_skip": may_skip}
-    lasts = [last for (last,) in db.execute_sql(sql, names).fetchall()]
+    names |= {"around": AROUND, "stretch": STRETCH}
+    lasts = [last for (last,) in db.execute_sql(DIVIDE.replace("{column}", order), names).fetchall()]
     return list(map(Span, [start, *(last + 1 for last in lasts)], lasts))
 
 
