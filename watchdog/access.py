@@ -11,7 +11,7 @@ import structlog
 from service import logs, roles
 from service.access import Access
 from service.errors import ApiError
-from service.handlers import behaviour, make_handler
+from service.handlers import behaviour, replace
 
 log = logs.get("recovery")
 
@@ -60,6 +60,4 @@ class AccessInterceptor(grpc.ServerInterceptor):
             with structlog.contextvars.bound_contextvars(**({"caller": caller} if caller else {})):
                 return inner(request, context)
 
-        return make_handler(
-            False, handler.response_streaming, call, handler.request_deserializer, handler.response_serializer
-        )
+        return replace(handler, call, call)

@@ -10,7 +10,7 @@ import grpc
 import structlog
 
 from service import logs, metrics
-from service.handlers import behaviour, make_handler
+from service.handlers import behaviour, replace
 
 
 class CallInterceptor(grpc.ServerInterceptor):
@@ -41,10 +41,4 @@ class CallInterceptor(grpc.ServerInterceptor):
                     metrics.rpc_ended(method, code, time.perf_counter() - began_s)
 
         # Of ours none streams; one that was refused does, but never gets to it.
-        return make_handler(
-            handler.request_streaming,
-            handler.response_streaming,
-            call,
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+        return replace(handler, call, call)
