@@ -1,6 +1,6 @@
-"""Runs benchmarks one after another and makes the page of what came of them: `python -m benchmarks.run --all`.
+"""Runs benchmarks one after another and generates the page of their results: `python -m benchmarks.run --all`.
 
-`python -m benchmarks.run upload claim` runs these two; without names only the page is made anew. `--quick` takes less
+`python -m benchmarks.run upload claim` runs these two; without names it only regenerates the page. `--quick` takes less
 than 5 minutes for all and leaves docs/ alone.
 """
 
@@ -8,28 +8,34 @@ import argparse
 import subprocess
 import sys
 
-from benchmarks import page
-from tests.stacks import ROOT
+from benchmarks.lib import page
+from tests.support.stacks import ROOT
 
-# The quickest first, so that what is wrong is seen soon.
+# The quickest first, so that problems show soon.
 CLAIMS = (
     "idle",
     "calls",
     "claim",
+    "turns",
     "storage",
     "workers",
+    "sharing",
     "pipeline",
     "poison",
+    "estimate",
+    "webhooks",
     "upload",
+    "prefixes",
     "results",
     "detection",
+    "failover",
     "throughput",
     "recovery",
 )
 
 
 def main() -> int:
-    """0 when all that was asked for could be measured, whatever came of it."""
+    """Returns 0 if every requested benchmark could be measured, whatever its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CLAIMS))
     parser.add_argument("--all", action="store_true", help="all of them")
@@ -40,8 +46,8 @@ def main() -> int:
         parser.error(f"no such benchmark: {', '.join(unknown)}")
     failed = []
     for name in CLAIMS if options.all else options.names:
-        # Each in a process of its own: nothing of one is left for the next.
-        command = [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if options.quick else [])]
+        # Each in a process of its own, so that nothing is left over for the next.
+        command = [sys.executable, "-m", f"benchmarks.claims.{name}", *(["--quick"] if options.quick else [])]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             failed.append(name)
     sys.stdout.write(f"{page.write(CLAIMS, options.quick)}\n")

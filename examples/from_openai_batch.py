@@ -6,12 +6,12 @@
 import sys
 from pathlib import Path
 
-from vllm_batch.client import DEFAULT_TARGET, Client
+from vllm_batch import DEFAULT_TARGET, Client
 from vllm_batch.output import state_name
 
 
 def main(source: str, target_file: str, target: str) -> None:
-    """From a file of requests to a file of results."""
+    """Turns a file of requests into a file of results."""
     # client = OpenAI()
     with Client(target) as client:
         # file = client.files.create(file=open(source, "rb"), purpose="batch")

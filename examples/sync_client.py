@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_batch.client import DEFAULT_TARGET, CallError, Client
+from vllm_batch import DEFAULT_TARGET, CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 CITIES = ["Lisbon", "Oslo", "Quito"]
@@ -20,12 +20,12 @@ def requests() -> Iterator[dict[str, Any]]:
 
 
 def show(batch: pb.Batch) -> None:
-    """How far it is."""
+    """Prints the progress."""
     print(f"{batch.id}: {batch.counts.completed + batch.counts.failed} of {batch.counts.total}", file=sys.stderr)
 
 
 def main(target: str) -> int:
-    """The exit status."""
+    """Returns the exit status."""
     with Client(target, on_retry=lambda error, delay_s: print(f"{error}; again in {delay_s} s")) as client:
         try:
             batch = client.submit_lines(requests(), metadata={"example": "sync"})

@@ -1,6 +1,6 @@
-"""Writes docs/api.md, the contract for people, from the comments of the proto. `scripts/gen-proto.sh` calls it.
+"""Writes docs/api.md from the comments in the proto files. Called by `scripts/gen-proto.sh`.
 
-`python scripts/api_docs.py DESCRIPTORS OUTPUT`, the first from protoc with --include_source_info.
+`python scripts/api_docs.py DESCRIPTORS OUTPUT`; protoc writes DESCRIPTORS with --include_source_info.
 """
 
 import sys
@@ -16,7 +16,7 @@ from google.protobuf.descriptor_pb2 import (
     ServiceDescriptorProto,
 )
 
-# Numbers of fields in descriptor.proto: a comment is found by the path of such numbers to what it is about.
+# Field numbers in descriptor.proto: a path of them locates what a comment describes.
 MESSAGE, ENUM, SERVICE, METHOD, FIELD, VALUE = 4, 5, 6, 2, 2, 2
 HEAD = """# The contract
 
@@ -26,22 +26,22 @@ and the shell see [client.md](client.md), for errors [troubleshooting.md](troubl
 
 
 class Comments:
-    """The comments of one file by path."""
+    """The comments of one file, by path."""
 
     def __init__(self, file: FileDescriptorProto) -> None:
         self._texts = {tuple(place.path): place.leading_comments for place in file.source_code_info.location}
 
     def lines(self, *path: int) -> list[str]:
-        """As written, without the space after the slashes."""
+        """Returns the comment's lines as written, without the space after the slashes."""
         return [line.removeprefix(" ").rstrip() for line in self._texts.get(path, "").rstrip("\n").split("\n")]
 
     def cell(self, *path: int) -> str:
-        """In one line, for a table."""
+        """Returns the comment on one line, for a table."""
         return " ".join(self.lines(*path)).replace("|", "\\|").strip()
 
 
 def paragraphs(lines: list[str]) -> Iterator[str]:
-    """Prose as it is; what is indented, as a table of errors, as code."""
+    """Yields prose as it is, and indented text, such as a table of errors, as code."""
     in_code = False
     for line in lines:
         if line.startswith("  ") != in_code and line:
@@ -53,7 +53,7 @@ def paragraphs(lines: list[str]) -> Iterator[str]:
 
 
 def service(comments: Comments, number: int, found: ServiceDescriptorProto) -> Iterator[str]:
-    """A service: its comment, and a heading for each call."""
+    """Yields a service: its comment, and a section for each call."""
     yield f"## {found.name}\n"
     yield from paragraphs(comments.lines(SERVICE, number))
     for place, method in enumerate(found.method):
@@ -65,7 +65,7 @@ def service(comments: Comments, number: int, found: ServiceDescriptorProto) -> I
 
 
 def message(comments: Comments, number: int, found: DescriptorProto) -> Iterator[str]:
-    """A message: its comment and a table of its fields."""
+    """Yields a message: its comment and a table of its fields."""
     yield f"\n### {found.name}\n"
     yield from comments.lines(MESSAGE, number)
     if found.field:
@@ -78,7 +78,7 @@ def message(comments: Comments, number: int, found: DescriptorProto) -> Iterator
 
 
 def type_name(owner: DescriptorProto, field: FieldDescriptorProto) -> str:
-    """A field's type as the proto writes it, with a link where it is described here."""
+    """Returns a field's type as in the proto, with a link if this page describes it."""
     for nested in owner.nested_type:
         if nested.options.map_entry and field.type_name.endswith(f".{nested.name}"):
             key, value = (type_name(nested, part) for part in nested.field)
@@ -94,7 +94,7 @@ def type_name(owner: DescriptorProto, field: FieldDescriptorProto) -> str:
 
 
 def enum(comments: Comments, number: int, found: EnumDescriptorProto) -> Iterator[str]:
-    """An enum: its comment and a table of its values."""
+    """Yields an enum: its comment and a table of its values."""
     yield f"\n### {found.name}\n"
     yield from comments.lines(ENUM, number)
     yield "\n| value | number | |\n| --- | --- | --- |"
@@ -103,7 +103,7 @@ def enum(comments: Comments, number: int, found: EnumDescriptorProto) -> Iterato
 
 
 def page(files: Iterable[FileDescriptorProto]) -> Iterator[str]:
-    """The whole page: for each file its services, then its messages and enums."""
+    """Yields the page: for each file its services, then its messages and enums."""
     yield HEAD
     for file in files:
         comments = Comments(file)

@@ -1,4 +1,4 @@
-"""The demo: a batch on real vLLM whose worker is killed in the middle. Called by scripts/demo.sh."""
+"""The demo: a batch on real vLLM, whose worker is killed halfway. Called by scripts/demo.sh."""
 
 import os
 import shutil
@@ -18,14 +18,14 @@ import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_batch.client import CallError, Client
+from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "chat-200.jsonl"
-# The worker dies when this many are done.
+# The worker is killed once this many requests are done.
 KILL_AT = 30
 RECOVERY_TIMEOUT_S = 300.0
 BATCH_TIMEOUT_S = 600.0
@@ -34,16 +34,16 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class DemoError(Exception):
-    """Something was not as promised."""
+    """A promise was not kept."""
 
 
 def say(text: str) -> None:
-    """One line about what is going on."""
+    """Prints one line of progress."""
     console.print(f"demo: {text}", markup=False)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Returns free ports."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -52,7 +52,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(home: Path, ports: list[int]) -> dict[str, str]:
-    """A stack of its own: nothing of the user's settings, database or ports."""
+    """Returns the environment of a separate stack, with none of the user's settings, database or ports."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BATCH_")}
     for name in ("DATABASE_URL", "SENTRY_DSN"):
         kept.pop(name, None)
@@ -65,15 +65,15 @@ def environment(home: Path, ports: list[int]) -> dict[str, str]:
         "BATCH_GATEWAY_METRICS_PORT": "0",
         "BATCH_WORKER_METRICS_PORT": "0",
         "BATCH_WATCHDOG_METRICS_PORT": "0",
-        # So small a model would be done before anybody can see it: a few requests at a time.
+        # With more requests at a time, so small a model would be done before it can be killed.
         "BATCH_WINDOW": "24",
     }
 
 
 def worker_pid(home: Path) -> int:
-    """The worker's process, as supervisord knows it."""
+    """Returns the worker's pid according to supervisord."""
     shown = subprocess.run(
-        [str(ROOT / ".venv/bin/supervisorctl"), "-c", str(home / "supervisord.conf"), "pid", "worker"],
+        [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(home / "supervisord.conf"), "pid", "worker"],
         capture_output=True,
         text=True,
         timeout=30,
@@ -83,14 +83,14 @@ def worker_pid(home: Path) -> int:
 
 
 class Recovery:
-    """Tells what the watchdog sees and does, as it happens, until the worker is healthy again."""
+    """Prints what the watchdog sees and does until the worker is healthy again."""
 
     def __init__(self, target: str) -> None:
         self.is_over = threading.Event()
         self.event: rpb.RecoveryEvent | None = None
         self.took_s = 0.0
         self._begin = time.monotonic()
-        self._channel = grpc.insecure_channel(target)
+        self._channel = grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)])
         self._stub = recovery_service_pb2_grpc.RecoveryServiceStub(self._channel)
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -117,7 +117,7 @@ class Recovery:
             time.sleep(0.2)
 
     def wait(self) -> rpb.RecoveryEvent:
-        """The restart, once the worker is healthy again. Raises DemoError."""
+        """Returns the restart once the worker is healthy again. Raises DemoError."""
         self.is_over.wait(RECOVERY_TIMEOUT_S)
         self._channel.close()
         if self.event is None or not self.is_over.is_set():
@@ -126,17 +126,21 @@ class Recovery:
 
 
 def run(home: Path, ports: list[int], env: dict[str, str]) -> str:
-    """The demo itself. Returns its last line. Raises DemoError."""
-    say(f"starting the stack in {home} (vLLM on this machine's CPU or GPU takes its time to load)")
-    started = subprocess.run([str(ROOT / "scripts/start-all.sh")], env=env, timeout=1200)
+    """Runs the demo. Returns its last line. Raises DemoError."""
+    say(f"starting the stack in {home} (loading vLLM takes a while)")
+    # Progress goes to stdout; the last line on stderr becomes the demo's last line.
+    command = [str(ROOT / "scripts/start-all.sh")]
+    started = subprocess.run(command, env=env, timeout=1200, stderr=subprocess.PIPE, text=True)
     if started.returncode != 0:
-        raise DemoError("the stack did not start")
+        *before, last = started.stderr.strip().splitlines() or [""]
+        print("\n".join(before), file=sys.stderr)
+        raise DemoError(f"the stack did not start: {last.removeprefix('start: FAILED: ')}")
     with Client(f"127.0.0.1:{ports[0]}", on_retry=lambda error, _: say(f"gateway says: {error.message}")) as client:
         asked = [line for line in EXAMPLE.read_text().splitlines() if line]
         say(f"submitting {EXAMPLE.relative_to(ROOT)}: {len(asked)} requests")
         with EXAMPLE.open("rb") as file:
             batch = client.submit(file)
-        say(f"{batch.id} is stored; waiting until {KILL_AT} of its requests are done, then the worker gets a SIGKILL")
+        say(f"{batch.id} is stored; the worker gets a SIGKILL once {KILL_AT} requests are done")
         recovery = follow(client, batch.id, home, f"127.0.0.1:{ports[2]}")
         event = recovery.wait()
         took = ", ".join(f"{timing.phase} {timing.duration.ToMilliseconds() / 1000:.1f} s" for timing in event.timings)
@@ -147,7 +151,7 @@ def run(home: Path, ports: list[int], env: dict[str, str]) -> str:
 
 
 def follow(client: Client, batch_id: str, home: Path, watchdog: str) -> Recovery:
-    """Watches the batch to its end, and kills the worker on the way."""
+    """Watches the batch until it ends and kills the worker on the way."""
     recovery: Recovery | None = None
     shown_at = time.monotonic()
     begin = time.monotonic()
@@ -182,7 +186,7 @@ def follow(client: Client, batch_id: str, home: Path, watchdog: str) -> Recovery
 
 
 def judge(asked: list[str], results: Counter[str], batch: pb.Batch, recovery: Recovery) -> str:
-    """The last line, when it is true. Raises DemoError."""
+    """Returns the last line if every promise held. Raises DemoError."""
     import json
 
     wanted = {json.loads(line)["custom_id"] for line in asked}
@@ -205,12 +209,12 @@ def stop(env: dict[str, str]) -> None:
 
 
 def end_by_signal(number: int, _: object) -> NoReturn:
-    """So that the cleaning up takes place."""
+    """Raises SystemExit, so that `finally` cleans up."""
     raise SystemExit(128 + number)
 
 
 def main() -> int:
-    """0 only if every promise held."""
+    """Returns 0 only if every promise held."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end_by_signal)
     # The user's TLS and token belong to another stack.
@@ -228,7 +232,7 @@ def main() -> int:
     except KeyboardInterrupt:
         last_line = "interrupted"
     finally:
-        # A second Ctrl-C must not keep the stack running.
+        # A second Ctrl-C must not interrupt the cleanup.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         stop(env)

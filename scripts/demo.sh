@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a clone to a healed batch: sets up, starts a stack of its own, runs the example, kills the worker in the middle,
-# shows the recovery, checks every result, stops everything. Arguments: none.
+# From a clone to a recovered batch: sets up, starts a separate stack, runs the example, kills the worker halfway, shows
+# the recovery, checks every result and stops everything. Takes no arguments.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerates from proto/ the stubs under client/vllm_batch/v1 and docs/api.md. With a folder as argument: into that folder.
+# Regenerates client/vllm_batch/v1 (stubs) and docs/api.md from proto/. Arguments: other folders for stubs and api.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-client}

@@ -1,10 +1,8 @@
-# Sourced by the other scripts: where things are, how to speak, which supervisord.conf belongs to this BATCH_HOME.
+# Sourced by the other scripts: paths, messages, and the supervisord.conf of this BATCH_HOME.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 python=$root/.venv/bin/python
-export BATCH_HOME=${BATCH_HOME:-$root/var}
-[[ $BATCH_HOME = /* ]] || BATCH_HOME=$PWD/$BATCH_HOME
 
 say() { printf '%s\n' "$*"; }
 fail() {
@@ -12,27 +10,36 @@ fail() {
   exit 1
 }
 
-# The shipped one for var/; any other home has its own, which differs in its paths alone.
-supervisord_conf() {
-  if [[ $BATCH_HOME -ef $root/var || $BATCH_HOME = "$root/var" ]]; then
-    printf '%s\n' "conf/supervisord.conf"
-  else
-    printf '%s\n' "$BATCH_HOME/supervisord.conf"
-  fi
+# Sets BATCH_HOME, from the environment or .env, and conf: the supervisord.conf that belongs to it.
+know_home() {
+  local told
+  told=$("$python" -m scripts.settings home) || exit
+  { IFS= read -r BATCH_HOME && IFS= read -r conf; } <<<"$told"
+  export BATCH_HOME
 }
 
+# No path is written into the copy: supervisord would interpret blanks, quotes and % in it.
 write_supervisord_conf() {
-  mkdir -p "$BATCH_HOME/run" "$BATCH_HOME/log"
-  chmod 0700 "$BATCH_HOME/log"
-  local conf
-  conf=$(supervisord_conf)
-  [[ $conf = conf/supervisord.conf ]] && return
-  sed -e "s|%(here)s/../var|%(here)s|g" -e "s|%(here)s/\.\./\.venv|$root/.venv|g" -e "s|^directory=.*|directory=$root|" \
-    conf/supervisord.conf >"$conf.new"
+  mkdir -p "$BATCH_HOME/run" "$BATCH_HOME/log" && [[ -w $BATCH_HOME ]] ||
+    fail "BATCH_HOME=$BATCH_HOME must be writable for uid $EUID; in a container, mount a volume there"
+  chmod 0700 "$BATCH_HOME/run" "$BATCH_HOME/log"
+  [[ $conf = "$root/conf/supervisord.conf" ]] && return
+  sed -e "s|%(here)s/../var|%(here)s|g" conf/supervisord.conf >"$conf.new"
   mv "$conf.new" "$conf"
 }
 
-supervisorctl() { "$root/.venv/bin/supervisorctl" -c "$(supervisord_conf)" "$@"; }
+# Not the programs in .venv/bin: the path in their first line cannot have every character.
+supervisorctl() { "$python" -m supervisor.supervisorctl -c "$conf" "$@"; }
 
 # True while supervisord answers.
 is_up() { supervisorctl pid >/dev/null 2>&1; }
+
+# The torch version that vLLM was built for.
+torch_version() { sed -n 's/^ *torch==\([0-9.]*\)\.\*$/\1.0/p' setup.cfg; }
+
+# pip's arguments for finding the CPU build of torch, which is not on PyPI: none if a configured index has it, else
+# PyTorch's own index.
+torch_index() {
+  "$python" -m pip --disable-pip-version-check --no-input install --dry-run --no-deps "torch==$(torch_version)+cpu" \
+    >/dev/null 2>&1 || printf '%s\n' "--extra-index-url https://download.pytorch.org/whl/cpu"
+}

@@ -1,20 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv and installs what is missing: the server, vLLM (the CPU build unless there is an NVIDIA GPU), the tools.
-# A second run installs nothing. Needs Python 3.11 or newer; neither root nor a Postgres.
+# Creates .venv and installs the server, vLLM (the CPU build unless there is an NVIDIA GPU) and the tools in the versions
+# of conf/requirements-*.txt. A second run installs nothing. Needs Python 3.11 to 3.13 and a few system libraries
+# (prerequisites.py): as root it installs them with apt; otherwise it says what to install before downloading anything.
+# ENGINE=cpu or ENGINE=cuda chooses the build, for an image that is made on a machine without the GPU.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
-
-engine=cpu
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then engine=cuda; fi
-
-# What was installed, told by what asks for it. Written last, so that a broken run is done again.
-stamp=.venv/.installed
-wanted=$(cat setup.cfg scripts/setup.sh <(echo "$engine") | sha256sum | cut -d' ' -f1)
-[[ -f $stamp && $(<"$stamp") = "$wanted" ]] && exit 0
-
-exec 9>"$root/.setup.lock"
-flock 9
-[[ -f $stamp && $(<"$stamp") = "$wanted" ]] && exit 0
 
 find_python() {
   local candidate
@@ -25,11 +15,19 @@ find_python() {
   return 1
 }
 
-# Runs a command with its output in a log; says every 10 s that it goes on, and shows the end of the log if it fails.
+can_apt() { ((EUID == 0)) && command -v apt-get >/dev/null; }
+
+apt_install() {
+  apt-get update
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+}
+
+# Runs a command, logging its output; reports progress every 10 s, and prints the end of the log if the command fails.
 log=.venv/setup.log
 step() {
-  local what=$1 start=$SECONDS pid
+  local what=$1 start=$SECONDS pid doing
   shift
+  mkdir -p .venv
   say "setup: $what"
   "$@" >>"$log" 2>&1 &
   pid=$!
@@ -37,34 +35,57 @@ step() {
     sleep 0.2
     if ((SECONDS - start >= 10 && (SECONDS - start) % 10 == 0)) && [[ ${last:-} != "$SECONDS" ]]; then
       last=$SECONDS
-      say "setup: $what, $((SECONDS - start)) s: $(tail -n 1 "$log" | cut -c1-100)"
+      doing=$(tail -n 1 "$log")
+      say "setup: $what, $((SECONDS - start)) s: ${doing:0:100}"
     fi
   done
-  wait "$pid" || { tail -n 20 "$log" >&2; fail "setup: failed: $what (whole log: $log)"; }
+  wait "$pid" || { tail -n 20 "$log" >&2; fail "setup: FAILED: $what (full log: $log)"; }
 }
 
-found=$(find_python) || fail "setup: needs Python 3.11, 3.12 or 3.13; on Debian: apt install python3 python3-venv"
-mkdir -p .venv
-if [[ ! -x $python ]] || ! "$python" -m pip --version >/dev/null 2>&1; then
-  step "making .venv with $("$found" --version)" "$found" -m venv --clear .venv ||
-    fail "setup: $found cannot make virtual environments; on Debian: apt install python3-venv"
-  mkdir -p .venv
+if "$python" -c '' 2>/dev/null; then
+  found=$python
+elif ! found=$(find_python); then
+  can_apt && step "installing Python" apt_install python3 python3-venv
+  found=$(find_python) || fail "setup: Python 3.11, 3.12 or 3.13 not found; on Debian: apt-get install -y python3 python3-venv"
+fi
+engine=${ENGINE:-$("$found" -m scripts.prerequisites --engine)}
+[[ $engine = cpu || $engine = cuda ]] || fail "setup: ENGINE must be cpu or cuda"
+
+# Identifies what is installed by its inputs. Written last, so that an interrupted run is repeated.
+stamp=.venv/.installed
+wanted=$(cat setup.cfg scripts/setup.sh "conf/requirements-$engine.txt" <(echo "$engine") | sha256sum | cut -d' ' -f1)
+[[ -f $stamp && $(<"$stamp") = "$wanted" ]] && exit 0
+
+exec 9>"$root/.setup.lock"
+flock 9
+[[ -f $stamp && $(<"$stamp") = "$wanted" ]] && exit 0
+
+if can_apt; then
+  read -ra packages <<<"$("$found" -m scripts.prerequisites --packages)"
+  ((${#packages[@]})) && step "installing ${packages[*]}" apt_install "${packages[@]}"
+fi
+"$found" -m scripts.prerequisites || exit 1
+
+if ! "$python" -m pip --version >/dev/null 2>&1; then
+  [[ $found != "$python" ]] || found=$(find_python) || fail "setup: .venv has no pip, and no Python was found to recreate it; on Debian: apt-get install -y python3 python3-venv"
+  rm -rf .venv
+  step "creating .venv with $("$found" --version)" "$found" -m venv .venv
 fi
 
-pip=("$python" -m pip --disable-pip-version-check --no-input install)
+# Exact versions with hashes: no dependency resolution, nothing that is not in the file.
+pip=("$python" -m pip --disable-pip-version-check --no-input)
+locked=("${pip[@]}" install --no-deps --only-binary :all: --requirement "conf/requirements-$engine.txt")
 if [[ $engine = cpu ]]; then
-  torch=$(sed -n 's/^ *torch==\([0-9.]*\)\.\*$/\1/p' setup.cfg)
-  # The CPU build of torch is not on PyPI: where pip is not told of one already, it is PyTorch's own index.
-  if ! "${pip[@]}" --dry-run --no-deps "torch==$torch.0+cpu" >/dev/null 2>&1; then
-    pip+=(--extra-index-url https://download.pytorch.org/whl/cpu)
-  fi
-  step "installing the server and vLLM for CPU (3.5 GB, about 2 minutes on a fast line)" \
-    "${pip[@]}" -e ".[server,tracing,dev,cpu]" "torch==$torch.0+cpu"
-  # Pulled in as CUDA builds that do not load beside the CPU build of torch; text models need none of them.
-  step "removing torchvision, torchaudio, torchcodec" \
-    "$python" -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+  step "installing the server's libraries and vLLM for CPU (3 GB, about 2 minutes on a fast connection)" "${locked[@]}"
+  read -ra index <<<"$(torch_index)"
+  step "installing torch for CPU" "${pip[@]}" install --no-deps ${index[@]+"${index[@]}"} "torch==$(torch_version)+cpu"
+  # Earlier versions of this script left CUDA builds that do not load beside the CPU build of torch.
+  step "removing torchvision, torchaudio, torchcodec" "${pip[@]}" uninstall -y torchvision torchaudio torchcodec
 else
-  step "installing the server and vLLM for CUDA" "${pip[@]}" -e ".[server,tracing,dev,cuda]"
+  step "installing the server's libraries and vLLM for CUDA" "${locked[@]}"
 fi
+step "installing this checkout" "${pip[@]}" install --no-deps --no-build-isolation --editable .
+# The CUDA build does not load without the driver, which a container gets from its host.
+[[ ${ENGINE:-} = cuda ]] || step "loading vLLM's extension" "$python" -m scripts.prerequisites --load
 printf '%s\n' "$wanted" >"$stamp"
 say "setup: done"

@@ -1,18 +1,29 @@
 #!/usr/bin/env bash
-# Starts everything, or what is missing of it; waits until new work would be accepted; says how to use it.
+# Starts whatever of BATCH_PROGRAMS is not running, waits until new work is accepted (on a host without gateway or worker:
+# until its own programs work), and shows how to use it.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 scripts/setup.sh
 "$python" -m service.gateway --check
-
-conf=$(supervisord_conf)
+know_home
 if is_up; then
   say "start: supervisord is running"
+  postgres=$("$python" -m scripts.settings postgres)
+  programs=" $("$python" -m scripts.settings programs) "
   while read -r name state _; do
-    [[ $name = postgres && -n ${DATABASE_URL:-} ]] && continue
-    case $state in STOPPED | EXITED | FATAL) say "start: starting $name" && supervisorctl start "$name" >/dev/null ;; esac
+    [[ $name = postgres && $postgres = external ]] && continue
+    # Of several processes the name is group:process.
+    [[ $name = postgres || $programs = *" ${name%%:*} "* ]] || continue
+    case $state in
+      STOPPED | EXITED | FATAL)
+        say "start: starting $name"
+        # If it does not start, the wait below says why.
+        supervisorctl start "$name" >/dev/null || true
+        ;;
+    esac
   done < <(supervisorctl status || true)
 else
+  scripts/doctor.sh --quick --wrong || fail "start: nothing was started; fix the problems above (scripts/doctor.sh shows all checks)"
   say "start: starting supervisord ($conf, state in $BATCH_HOME)"
   scripts/supervisord.sh
 fi

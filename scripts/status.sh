@@ -1,19 +1,14 @@
 #!/usr/bin/env bash
-# Processes, verdict, heartbeat, last recovery and batches of this BATCH_HOME, on one screen. Status 0: it can be used.
+# Shows processes, verdict, heartbeat, last recovery and batches of this BATCH_HOME. Exits with 0 if it can be used. On a
+# host without a gateway: what its watchdog says, unless BATCH_TARGET names another host's gateway.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
-[[ -x $python ]] || fail "nothing is set up: scripts/start-all.sh"
+[[ -x $python ]] || fail "not installed yet: run scripts/start-all.sh"
+know_home
 if is_up; then
   supervisorctl status || true
 else
-  say "supervisord is not running: scripts/start-all.sh"
+  say "supervisord is not running; start it with scripts/start-all.sh"
 fi
-# With the TLS and token of this stack's settings, which may be in .env alone.
-exec "$python" -c '
-import os, sys
-from service import config
-s = config.load()
-os.environ.update(s.client_environment)
-gateway, watchdog = (f"{s.own_host}:{port}" for port in (s.gateway_port, s.watchdog_port))
-command = sys.argv[1]
-os.execv(command, [command, "--target", gateway, "status", "--watchdog-target", watchdog])' "$root/.venv/bin/vllm-batch"
+# With TLS and token from this stack's settings, which may be only in .env.
+exec "$python" -m scripts.status "$root/.venv/bin/vllm-batch"

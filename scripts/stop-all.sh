@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Stops everything of this BATCH_HOME, the engine's processes included. The worker finishes what it has in the engine.
+# Stops everything of this BATCH_HOME, engine processes included. The worker first finishes the requests in its engine.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 [[ -x $python ]] || exit 0
+know_home
 
 if is_up; then
   pid=$(supervisorctl pid)
-  # First, or it would take the rest for failures.
-  for name in watchdog worker gateway postgres; do
+  # The watchdog first: it would take the other stops for failures.
+  for name in watchdog http worker gateway postgres; do
     say "stop: $name"
     supervisorctl stop "$name" >/dev/null 2>&1 || true
   done

@@ -2,9 +2,19 @@
 # Runs supervisord for this BATCH_HOME; used by start-all.sh and the systemd unit. Arguments go to supervisord.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
+know_home
 write_supervisord_conf
-BATCH_EMBEDDED_POSTGRES=$("$python" -c '
-from service import config
-print("false" if config.load().database_url else "true")')
+postgres=$("$python" -m scripts.settings postgres)
+[[ $postgres = embedded ]] && BATCH_EMBEDDED_POSTGRES=true || BATCH_EMBEDDED_POSTGRES=false
+if [[ $postgres = embedded ]] && ! id -un >/dev/null 2>&1; then
+  fail "the embedded Postgres needs a user with a name, which uid $EUID does not have: set DATABASE_URL"
+fi
 export BATCH_EMBEDDED_POSTGRES
-exec "$root/.venv/bin/supervisord" -c "$(supervisord_conf)" "$@"
+programs=$("$python" -m scripts.settings programs)
+for program in gateway http worker watchdog; do
+  [[ " $programs " = *" $program "* ]] && starts=true || starts=false
+  export "BATCH_START_${program^^}=$starts"
+done
+# supervisord expands these paths twice, so each % needs another.
+export BATCH_PROGRAM_LOGS=${BATCH_HOME//%/%%}/log
+exec "$python" -m supervisor.supervisord -c "$conf" "$@"

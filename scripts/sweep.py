@@ -1,4 +1,4 @@
-"""Ends every process of this BATCH_HOME that supervisord did not: known by what it inherited, never by name."""
+"""Ends processes of this BATCH_HOME that supervisord left, identified by their environment, never by name."""
 
 import os
 import sys
@@ -10,14 +10,14 @@ from service import processes
 
 
 def main() -> int:
-    """0 when nothing is left."""
-    # Not from the settings: stopping works with wrong ones too.
+    """Returns 0 when no process is left, else 1."""
+    # From the environment: stopping must work with invalid settings too.
     left = processes.marked(processes.Mark(Path(os.environ["BATCH_HOME"])))
     for process in left:
-        print(f"stop: ending {process.pid} ({process.name()}), which was left behind", flush=True)
+        print(f"stop: ending leftover process {process.pid} ({process.name()})", flush=True)
     still = processes.end(left, timeout_s=10)
     for process in still:
-        print(f"stop: {process.pid} does not end", file=sys.stderr)
+        print(f"stop: process {process.pid} does not end, even by SIGKILL", file=sys.stderr)
     return 1 if still else 0
 
 

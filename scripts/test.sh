@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that CI runs, with a summary. With arguments: pytest with these, as `scripts/test.sh tests/unit -k policy`.
+# Runs everything that CI runs, with a summary. Arguments go to pytest instead: `scripts/test.sh tests/unit -k policy`.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh || exit 1
@@ -16,15 +16,41 @@ check() {
   summary+=("$(printf '%-12s %-7s %4d s' "$name" "$result" $((SECONDS - start)))")
 }
 
+# bash -n checks only its first argument.
+parse() {
+  local script
+  for script; do bash -n "$script" || return; done
+}
+
+# Tests alone need these. They come while other stages run; where they cannot be had, what needs them is skipped.
+install_for_tests() {
+  local missing=()
+  PATH=$PATH:/usr/sbin command -v pgbouncer >/dev/null || missing+=(pgbouncer)
+  command -v chromium >/dev/null || missing+=(chromium)
+  ((${#missing[@]} && EUID == 0)) && command -v apt-get >/dev/null || return 0
+  apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
+}
+install_for_tests >.venv/apt.log 2>&1 &
+installing=$!
+
+# Whole stacks wait about as much as they compute, so one more at a time than CI has cores. The longest begin first.
+stacks() {
+  wait "$installing" || tail -n 20 .venv/apt.log
+  "$bin/python" -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder tests/chaos tests/browser tests/fleet \
+    tests/integration
+}
+
 check format "$bin/ruff" format --check .
 check lint "$bin/ruff" check .
 check types "$bin/mypy"
-check scripts bash -n scripts/*.sh .ci/run
-check unit "$bin/python" -m pytest -q tests/unit
-# More of them than cores: they wait for processes most of the time.
-check integration "$bin/python" -m pytest -q -n 3 --dist loadscope tests/integration
-check chaos "$bin/python" -m pytest -q -s tests/chaos
-check vllm "$bin/python" -m pytest -q tests/e2e
+check scripts parse scripts/*.sh .ci/run
+check proto "$bin/buf" lint
+check unit "$bin/python" -m pytest -q -n 2 --cov --cov-report= tests/unit
+check stacks stacks
+# Two engines fit into memory beside each other, but not on a GPU, which each takes nearly whole.
+engines=(-n 2 --dist loadscope)
+[[ $("$bin/python" -m scripts.prerequisites --engine) = cpu ]] || engines=()
+check vllm "$bin/python" -m pytest -q ${engines[@]+"${engines[@]}"} tests/e2e
 check demo scripts/demo.sh
 
 printf '\n== summary\n'

@@ -1,4 +1,4 @@
-"""Time, as something that is passed in."""
+"""Time as a dependency, so that tests can control it."""
 
 import time
 from datetime import UTC, datetime
@@ -6,17 +6,17 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What the program may know about time."""
+    """A source of time."""
 
     def monotonic(self) -> float:
-        """Seconds that only go forward."""
+        """Seconds that never go backwards, from an arbitrary origin."""
 
     def now(self) -> datetime:
-        """The time of day, with its zone (UTC)."""
+        """The current time, timezone-aware (UTC)."""
 
 
 class SystemClock:
-    """The machine's own clocks."""
+    """The system's clocks."""
 
     def monotonic(self) -> float:
         return time.monotonic()

@@ -1,4 +1,4 @@
-"""Errors that a client is told about: a gRPC code it can act on, with google.rpc details."""
+"""Errors that end a call: a gRPC code that the client can act on, with google.rpc details."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ SHUTTING_DOWN = "SHUTTING_DOWN"
 
 @dataclass(frozen=True)
 class Violation:
-    """One wrong field of a request. `field` as `line 3: custom_id`."""
+    """One invalid field of a request. `field` is a path such as `line 3: custom_id`."""
 
     field: str
     description: str
@@ -31,7 +31,7 @@ class Violation:
 class ApiError(Exception):
     """Ends an RPC with this code and these details.
 
-    `retry_delay_s` is an honest guess of when it is worth calling again; None: calling again changes nothing.
+    `retry_delay_s` estimates when a retry may succeed; None: retrying does not help.
     """
 
     code: grpc.StatusCode
@@ -67,7 +67,7 @@ class ApiError(Exception):
 
     @cached_property
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """The status, and the delay once more in the key that gRPC's own retry policy reads (gRFC A6)."""
+        """The status, and the delay again under the key that gRPC's own retry policy reads (gRFC A6)."""
         metadata: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", self.status().SerializeToString())]
         if self.retry_delay_s is not None:
             metadata.append(("grpc-retry-pushback-ms", str(round(self.retry_delay_s * 1000))))
@@ -75,25 +75,25 @@ class ApiError(Exception):
 
 
 def invalid(violations: Sequence[Violation]) -> ApiError:
-    """INVALID_ARGUMENT that names each wrong field; the message holds the first few."""
+    """INVALID_ARGUMENT with all violations; the message shows the first three."""
     shown = "; ".join(f"{v.field}: {v.description}" for v in violations[:3])
     more = f"; and {len(violations) - 3} more" if len(violations) > 3 else ""
     return ApiError(grpc.StatusCode.INVALID_ARGUMENT, shown + more, violations=tuple(violations))
 
 
 def not_found(what: str) -> ApiError:
-    """NOT_FOUND for a named thing."""
+    """NOT_FOUND: `what` does not exist."""
     return ApiError(grpc.StatusCode.NOT_FOUND, f"{what} does not exist")
 
 
 def database_unavailable(cause: str) -> ApiError:
-    """UNAVAILABLE because Postgres does not answer."""
+    """UNAVAILABLE: Postgres does not answer."""
     return ApiError(
         grpc.StatusCode.UNAVAILABLE, f"database unavailable: {cause}", DATABASE_UNAVAILABLE, retry_delay_s=5
     )
 
 
 def ending() -> ApiError:
-    """UNAVAILABLE for a stream whose server is about to end: it may be begun again elsewhere, or soon."""
-    message = "the server is shutting down: call again"
+    """UNAVAILABLE for a stream whose server is shutting down; the client can reopen it elsewhere, or soon."""
+    message = "the server is shutting down; call again"
     return ApiError(grpc.StatusCode.UNAVAILABLE, message, SHUTTING_DOWN, retry_delay_s=1)

@@ -1,4 +1,4 @@
-"""Failpoints: named places at which a test has the process killed, as by a power cut. Armed by BATCH_FAILPOINT."""
+"""Failpoints: named places where a test kills the process, as a power cut would. Armed by BATCH_FAILPOINT."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ _left = int(_count or 1)
 
 
 def hit(name: str) -> None:
-    """Kills this process if `BATCH_FAILPOINT` is `name`, or at the N-th time if it is `name:N`."""
+    """Kills this process if `BATCH_FAILPOINT` is `name`, or on the Nth hit if it is `name:N`."""
     global _left
     if name != _armed:
         return

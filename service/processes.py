@@ -1,5 +1,6 @@
-"""Processes of this machine: dying with the parent, finding those that are provably ours, ending them."""
+"""Processes on this machine: dying with the parent, finding the ones that are provably ours, ending them."""
 
+import asyncio
 import ctypes
 import os
 import resource
@@ -17,31 +18,39 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
-    """Has the kernel send this process `signal_number` when its parent dies: supervisord may be killed.
+    """Has the kernel send this process `signal_number` when its parent dies, as when supervisord is killed.
 
-    Forgotten by a change of user and by a child of fork, kept over exec (prctl(2)). Raises OSError.
+    Survives exec, but not fork or a change of user (prctl(2)). Raises OSError.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
+def told_to_end() -> asyncio.Event:
+    """An event that SIGTERM or SIGINT sets. Call it in the main thread's event loop."""
+    event = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, event.set)
+    return event
+
+
 def allow_many_files() -> None:
-    """Lets this process have as many open files as it may: each client is one, and the usual limit is 1024."""
+    """Raises this process's limit of open files to the hard limit: each client takes one, and 1024 is usual."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What makes a process ours: variables that it inherited. `home` is the absolute BATCH_HOME."""
+    """Identifies our processes by the variables they inherited. `home` is the absolute BATCH_HOME."""
 
     home: Path
-    # supervisord's name of the program; None for every process of the home.
+    # The program's name in supervisord; None: every process of the home.
     process_name: str | None = None
 
     def is_on(self, environ: dict[str, str]) -> bool:
-        """True for the environment of a process of ours."""
+        """True if `environ` is the environment of one of our processes."""
         home = environ.get("BATCH_HOME")
         return (
             home is not None
@@ -53,45 +62,51 @@ class Mark:
 
 @dataclass(frozen=True)
 class Leader:
-    """A program's first process, whose pid is its group's number too. Pids come again: the start tells them apart."""
+    """A program's first process, whose pid is also its process group's id. Pids are reused; `start_ticks` is not."""
 
     pid: int
     start_ticks: int
 
     @property
     def age_s(self) -> float:
-        """How long ago it started, untouched by changes of the wall clock."""
+        """Seconds since it started, unaffected by changes of the wall clock."""
         return (now_ticks() - self.start_ticks) / TICKS_PER_S
 
 
 def now_ticks() -> int:
-    """The time since boot, in the unit of `Leader.start_ticks`."""
+    """Time since boot, in the unit of `Leader.start_ticks`."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S)
 
 
 def leader(pid: int) -> Leader | None:
-    """The process with this pid as it is now; None when there is none."""
+    """The process that has this pid now; None if there is none."""
     start_ticks = _start_ticks(pid)
     return None if start_ticks is None else Leader(pid, start_ticks)
 
 
+def is_running(leader: Leader) -> bool:
+    """True if this very process exists and has not ended: not a zombie, and not another that got its pid."""
+    state, start_ticks = _stat(leader.pid)
+    return start_ticks == leader.start_ticks and state not in "ZX"
+
+
 def is_in_group(pid: int, group: int) -> bool:
-    """True when the process exists and is in the process group."""
+    """True if the process exists and belongs to the process group."""
     with suppress(ProcessLookupError):
         return os.getpgid(pid) == group
     return False
 
 
 def marked(mark: Mark) -> list[psutil.Process]:
-    """All processes with the mark, this one and its ancestors apart. A psutil.Process knows when its pid was reused."""
+    """All processes with the mark except this one and its ancestors. A psutil.Process detects a reused pid."""
     return [process for process in _others() if mark.is_on(_environ(process))]
 
 
 def left_over(mark: Mark, dead: Leader | None, before_ticks: int) -> list[psutil.Process]:
-    """What is still alive of a program that has ended, started before the given time. This process is never in it.
+    """Processes left by a program that has ended, if started before `before_ticks`; never this process.
 
-    That is all with the mark; and of the `dead` leader's group those whose environment cannot be read because they
-    wrote their title over it, as vLLM's do without SPT_NOENV.
+    These are all processes with the mark, and members of the `dead` leader's group whose environment is unreadable
+    because they overwrote it with their title, as vLLM's do without SPT_NOENV.
     """
     found = []
     for process in _others():
@@ -109,15 +124,15 @@ def end(
     timeout_s: float,
     signals: Sequence[int] = (signal.SIGTERM, signal.SIGKILL),
 ) -> list[psutil.Process]:
-    """Sends each signal in turn and waits up to `timeout_s` after each. Returns what is still alive."""
+    """Sends each signal in turn and waits up to `timeout_s` after each. Returns the processes still alive."""
     alive = list(processes)
     for number in signals:
         for process in alive:
-            # psutil compares the start time first: a pid that was reused is left alone.
+            # psutil compares the start time first, so a reused pid is left alone.
             with suppress(psutil.Error):
                 process.send_signal(number)
         deadline = time.monotonic() + timeout_s
-        # A zombie whose parent does not wait for it is dead enough, but not for psutil.
+        # A zombie that its parent does not reap counts as dead here, but not for psutil.
         while (alive := [process for process in alive if is_alive(process)]) and time.monotonic() < deadline:
             psutil.wait_procs(alive, timeout=min(0.1, timeout_s))
         if not alive:
@@ -126,7 +141,7 @@ def end(
 
 
 def _others() -> Iterator[psutil.Process]:
-    """All processes without this one and its ancestors."""
+    """All processes except this one and its ancestors."""
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     return (process for process in psutil.process_iter() if process.pid not in spared)
 
@@ -138,22 +153,29 @@ def _environ(process: psutil.Process) -> dict[str, str]:
 
 
 def _is_member(pid: int, start_ticks: int, dead: Leader) -> bool:
-    # A number is not given to a new process while a group of that number lives. If there is another process of that
-    # number now, or the member is older, then the group is another one.
+    # The kernel does not reuse a pid while a process group has it as its id. If another process has that pid now, or
+    # the member is older than the leader, the group is a different one.
     return is_in_group(pid, dead.pid) and start_ticks >= dead.start_ticks and leader(dead.pid) in (None, dead)
 
 
 def _start_ticks(pid: int) -> int | None:
+    return _stat(pid)[1]
+
+
+def _stat(pid: int) -> tuple[str, int | None]:
+    """The state and the start time of a process; no time if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return None
-    # The name, in parentheses, may hold anything; what follows is separated by spaces, starttime is field 22 (proc(5)).
-    return int(stat.rpartition(")")[2].split()[19])
+        return "", None
+    # The name, in parentheses, may contain anything; spaces separate the rest: state is field 3, starttime field 22
+    # (proc(5)).
+    fields = stat.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """False for a zombie too, which runs no more and waits for its parent only."""
+    """False also for a zombie, which has ended and only waits to be reaped."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

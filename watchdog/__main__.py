@@ -1,120 +1,241 @@
-"""The watchdog process: `python -m watchdog`.
+"""The watchdog process: `python -m watchdog`; `HELP` below is what users read."""
 
-`--check` says whether it could work, and ends. `--dry-run` logs what it would do, and does nothing: beside another
-watchdog, to see what other settings would lead to, or on a host where nothing may be touched.
-
-Exit status of `--check`: 0 all is well; 1 Postgres or supervisord does not answer; 2 the settings are wrong.
-"""
-
-import argparse
+import asyncio
 import os
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from typing import Any
 
-from service import access, config, logs, metrics, processes
+from service import config, machine, processes, programs
 from service.clock import SystemClock
 from service.config import Settings
-from service.db import watchdogs
-from service.db.connection import Database, Unreachable, migrate
+from service.db import schema, sessions
+from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseUnfitError, first_line
+from service.db.connection import Database, migrate
+from service.rpc import access
+from service.rpc import server as rpc_server
+from service.rpc.services import RECOVERY_SERVICE
+from service.telemetry import logs, metrics
+from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog import dry_run
+from watchdog.act import gpu
 from watchdog.alerts import Alerts
-from watchdog.awake import Awake
-from watchdog.guards import GROUP, Guards, limits_of
+from watchdog.board import INTERVAL_S as BOARD_INTERVAL_S
+from watchdog.board import Board
+from watchdog.host import Host
 from watchdog.metrics import WatchdogCollector
-from watchdog.record import AWAY
-from watchdog.service import RecoveryServicer, Server
+from watchdog.neighbours import Neighbours
+from watchdog.observe.stall_detector import StallDetector
+from watchdog.self_report import Report
+from watchdog.servicer import RecoveryServicer
 from watchdog.supervisor import Supervisor, SupervisorAwayError
+from watchdog.wiring import GATEWAY_GROUP, GROUP, GuardFactory, gateways_of, limits_of, workers_of
 
 SUPERVISOR_TIMEOUT_S = 5.0
-# How often supervisord is asked for workers, and Postgres until it has answered.
 DISCOVER_INTERVAL_S = 5.0
 SCHEMA_RETRY_S = 1.0
-# More than one for each thread that may ask at once: calls, and a guard per worker.
-CONNECTIONS = 16
+# Other hosts are looked at once in so many heartbeats.
+LOOK_BEATS = 3
+# To Postgres, at most.
+CONNECTIONS = 2
+# How long open calls, and then each thread, may take to finish at shutdown.
+GRACE_S = 0.5
 END_TIMEOUT_S = 0.5
+# How long it may take to tell the others that this watchdog was stopped.
+SAY_TIMEOUT_S = 2.0
+
+HELP = """\
+Settings are read from the environment and from .env; conf/example.env lists them all. The main ones:
+  BATCH_MAX_RESTARTS_PER_HOUR  restart budget of each worker and gateway (10)
+  BATCH_HEARTBEAT_TIMEOUT_S    age from which a heartbeat counts as lost (60)
+  BATCH_CHECK_INTERVAL_S       longest time between two checks (30); changes trigger one at once
+  BATCH_WATCHDOG_PORT          port of the RecoveryService API (50053)
+  SENTRY_DSN                   where alerts go; none are sent by default
+
+supervisord starts the watchdog (scripts/start-all.sh). The log is JSON lines on stderr.
+Exit status: 0 stopped as asked, or --check found no problem; 1 the port cannot be opened, this version is too old
+for the database, or --check could not use Postgres or supervisord; 2 invalid settings.
+"""
 
 log = logs.get("watchdog")
 
 
 def check(settings: Settings) -> list[str]:
-    """What keeps the watchdog from working, one line each."""
+    """Returns what would keep the watchdog from working, one line each."""
     wrong = []
     try:
-        if not Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S).processes(GROUP):
-            wrong.append(f"supervisord at {settings.supervisor_url} has no process in the group {GROUP!r}")
+        groups = [group for group in (GROUP, GATEWAY_GROUP) if group in settings.runs]
+        supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
+        for group in (group for group in groups if not supervisor.processes(group)):
+            wrong.append(f"supervisord at {settings.supervisor_url} has no process in group {group!r}")
     except SupervisorAwayError as error:
-        wrong.append(f"supervisord at {settings.supervisor_url} does not answer: {error}")
-    database = Database(settings.postgres_url, "watchdog-check", settings.database_timeout_s, connections=1)
+        wrong.append(f"supervisord at {settings.supervisor_url} is not available: {error}")
+    database = Database(
+        settings.postgres_url, "watchdog-check", settings.database_timeout_s, 1, settings.synchronous_commit
+    )
     try:
-        database.call(lambda db: db.execute_sql("SELECT 1"))
-    except Unreachable as error:
-        wrong.append(f"Postgres does not answer: {str(error).strip()}")
+        database.call(sessions.check)
+        database.call(schema.check_version)
+    except DatabaseUnfitError as error:
+        wrong.append(f"Postgres cannot be used: {error}")
+    except DATABASE_ERRORS as error:
+        wrong.append(f"Postgres does not answer: {first_line(error)}")
     finally:
         database.close()
     return wrong
 
 
-def guard(settings: Settings, awake: Awake, ending: threading.Event, changed: threading.Event) -> int:
-    """Guards all workers until `ending` is set; `changed` wakes it. Returns the exit status."""
+async def guard(settings: Settings, stalls: StallDetector) -> int:
+    """Guards every worker and gateway in a thread of its own and serves RecoveryService until told to stop.
+
+    Returns the exit status.
+    """
+    loop, stop = asyncio.get_running_loop(), processes.told_to_end()
     database = Database(settings.postgres_url, "watchdog", settings.database_timeout_s, CONNECTIONS)
+    # One, so that clients' reads never hold up the guards.
+    reading = database.apart(1)
     supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
-    alerts = Alerts(settings)
-    guards = Guards(settings, limits_of(settings), supervisor, database, SystemClock(), awake, changed.set, alerts)
+    if why := _too_old(database):
+        # Before any guard acts: what it cannot read it would take for failures.
+        log.error("start_failed", cause=why)
+        return 1
+    alerts, changed, too_old = Alerts(settings), asyncio.Event(), asyncio.Event()
+
+    def on_change() -> None:
+        loop.call_soon_threadsafe(changed.set)
+
+    def on_too_old() -> None:
+        loop.call_soon_threadsafe(too_old.set)
+
+    factory = GuardFactory(
+        settings, limits_of(settings), supervisor, database, SystemClock(), stalls, on_change, alerts
+    )
+    workers = Host(supervisor, factory.make, workers_of if "worker" in settings.runs else _none)
+    gateways = Host(
+        supervisor,
+        lambda name: factory.make(name, GATEWAY_GROUP),
+        gateways_of if "gateway" in settings.runs else _none,
+    )
+    neighbours = Neighbours(
+        database,
+        socket.gethostname(),
+        machine.settle(settings.home).machine,
+        Report(supervisor, (workers, gateways), settings.max_restarts_per_hour, gpu.devices),
+        settings.heartbeat_timeout_s,
+        settings.host_forgotten_s,
+        SystemClock(),
+        alerts,
+        on_too_old,
+    )
+    servicer = RecoveryServicer(workers, gateways, reading, settings.max_restarts_per_hour)
+    board = Board(database, workers, gateways, settings.max_restarts_per_hour)
     try:
-        server = Server(settings, RecoveryServicer(guards, database), access.of(settings, SystemClock()))
+        server = await rpc_server.serve(
+            settings,
+            settings.watchdog_port,
+            lambda grpc_server: recovery_service_pb2_grpc.add_RecoveryServiceServicer_to_server(servicer, grpc_server),
+            (RECOVERY_SERVICE,),
+            access.of(settings, SystemClock()),
+        )
     except RuntimeError as error:
         log.error("port_not_free", port=settings.watchdog_port, cause=str(error))
         return 1
-    log.info("watchdog_started", port=server.port)
-    metrics.serve(settings.metrics_host, settings.watchdog_metrics_port, WatchdogCollector(guards, settings.home))
+    log.info("watchdog_started", address=server.address)
+    collector = WatchdogCollector((workers, gateways), settings.home, neighbours)
+    metrics.serve(settings.metrics_host, settings.watchdog_metrics_port, collector)
+    ending = threading.Event()
     threads = [
         threading.Thread(target=_bring_schema, args=(database, ending), name="schema", daemon=True),
         *(
             threading.Thread(target=_repeat, args=(name, task, interval_s, ending, alerts), name=name, daemon=True)
             for name, task, interval_s in (
-                ("discover", guards.discover, DISCOVER_INTERVAL_S),
-                ("heartbeat", lambda: _beat(database), settings.heartbeat_interval_s),
+                ("discover", workers.discover, DISCOVER_INTERVAL_S),
+                ("discover-gateways", gateways.discover, DISCOVER_INTERVAL_S),
+                ("heartbeat", neighbours.beat, settings.heartbeat_interval_s),
+                ("neighbours", neighbours.look, LOOK_BEATS * settings.heartbeat_interval_s),
+                ("board", board.look, BOARD_INTERVAL_S),
             )
         ),
     ]
     for thread in threads:
         thread.start()
-    while not ending.is_set():
-        server.set_serving(not guards.has_given_up())
-        changed.wait()
-        changed.clear()
-    server.stop()
+    telling = asyncio.create_task(_tell_health(server, (workers, gateways), changed))
+    await _first(telling, asyncio.create_task(stop.wait()), asyncio.create_task(too_old.wait()))
+    telling.cancel()
+    await server.end(GRACE_S)
+    ending.set()
     for thread in threads:
         thread.join(END_TIMEOUT_S)
-    guards.stop()
+    for host in (workers, gateways):
+        host.stop()
+    # Postgres may be away, and nobody waits for that.
+    saying = threading.Thread(target=neighbours.end, name="end", daemon=True)
+    saying.start()
+    saying.join(SAY_TIMEOUT_S)
     alerts.close()
     log.info("watchdog_ended")
+    return 1 if too_old.is_set() else 0
+
+
+async def look_on(settings: Settings, stalls: StallDetector) -> int:
+    """Logs what the watchdog would decide until told to stop. Returns the exit status."""
+    stop = processes.told_to_end()
+    database = Database(settings.postgres_url, "watchdog-dry-run", settings.database_timeout_s, CONNECTIONS)
+    supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
+    watching = asyncio.to_thread(
+        dry_run.watch, settings, limits_of(settings), supervisor, database, SystemClock(), stalls
+    )
+    await _first(asyncio.create_task(watching), asyncio.create_task(stop.wait()))
     return 0
 
 
+async def _first(*tasks: asyncio.Task[Any]) -> None:
+    """Waits for the first task to finish and raises its exception, if any."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+def _too_old(database: Database) -> str:
+    """Returns why this version must not work with the schema; empty if it may, and while Postgres is away."""
+    try:
+        database.call(schema.check_version)
+    except schema.TooOldError as error:
+        return str(error)
+    except DATABASE_ERRORS:
+        pass
+    return ""
+
+
+async def _tell_health(server: rpc_server.Server, hosts: tuple[Host, ...], changed: asyncio.Event) -> None:
+    """Keeps the health status current: NOT_SERVING once a guard has given up."""
+    while True:
+        changed.clear()
+        for name in ("", RECOVERY_SERVICE):
+            await server.set_health(name, not any(host.has_given_up() for host in hosts))
+        await changed.wait()
+
+
 def _bring_schema(database: Database, ending: threading.Event) -> None:
-    """Brings the schema up to date as soon as Postgres is there; until then the guards take it for away."""
-    is_waiting = False
+    """Migrates the schema as soon as Postgres answers; until then the guards treat Postgres as away."""
+    availability = AvailabilityLog(log)
     while not ending.is_set():
         try:
             database.call(migrate)
-        except Unreachable as error:
-            if not is_waiting:
-                log.warning("waiting_for_database", cause=str(error).strip())
-            is_waiting = True
+        except DATABASE_ERRORS as error:
+            availability.away(error)
         except Exception:
             log.exception("schema_failed")
         else:
+            availability.back()
             return
         ending.wait(SCHEMA_RETRY_S)
 
 
 def _repeat(name: str, task: Callable[[], None], interval_s: float, ending: threading.Event, alerts: Alerts) -> None:
-    """Does a task over and over, also after it failed by a fault of ours."""
+    """Runs a task periodically. A failure is logged and, if it is the first in a row, alerted."""
     has_failed = False
     while not ending.is_set():
         try:
@@ -128,20 +249,21 @@ def _repeat(name: str, task: Callable[[], None], interval_s: float, ending: thre
         ending.wait(interval_s)
 
 
-def _beat(database: Database) -> None:
-    """Has Postgres say when this watchdog was seen last, for when it is gone."""
-    # With Postgres away nobody could read it either: who needs to know that, the guards tell.
-    with suppress(*AWAY):
-        database.call(watchdogs.write, socket.gethostname(), os.getpid())
+def _none(supervisor: Supervisor) -> dict[str, str]:
+    """The processes of a program that this host does not run."""
+    return {}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Checks the settings, then guards."""
-    parser = argparse.ArgumentParser(prog="python -m watchdog", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="say whether it could work, and end")
-    parser.add_argument("--dry-run", action="store_true", help="log what it would do, and do nothing")
+    """Runs the command line. Returns the exit status."""
+    description = "Watches this host's workers and gateway, restarts what fails and serves the RecoveryService API."
+    parser = programs.parser("watchdog", description, HELP)
+    parser.add_argument("--check", action="store_true", help="check settings, Postgres and supervisord, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="log decisions without acting; safe beside a running watchdog"
+    )
     options = parser.parse_args(arguments)
-    settings = config.load()
+    settings = config.load(is_check=options.check)
     if options.check:
         wrong = check(settings)
         sys.stderr.write("".join(f"{line}\n" for line in wrong))
@@ -149,25 +271,17 @@ def main(arguments: Sequence[str]) -> int:
     if not options.dry_run:
         processes.die_with_parent()
     logs.configure("watchdog", settings.log_level)
-    ending, changed = threading.Event(), threading.Event()
-
-    def end(_: int, __: object) -> None:
-        ending.set()
-        changed.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    awake = Awake(SystemClock())
-    awake.start()
-    if options.dry_run:
-        database = Database(settings.postgres_url, "watchdog-dry-run", settings.database_timeout_s)
-        supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
-        dry_run.watch(settings, limits_of(settings), supervisor, database, SystemClock(), awake, ending, changed)
-        status = 0
-    else:
-        status = guard(settings, awake, ending, changed)
+    stalls = StallDetector(SystemClock())
+    stalls.start()
+    # Not closed: that would wait for the threads that are still running.
+    runner = asyncio.Runner()
+    try:
+        status = runner.run((look_on if options.dry_run else guard)(settings, stalls))
+    except Exception as error:
+        log.exception("program_failed", cause=repr(error))
+        status = 1
     sys.stderr.flush()
-    # A probe or a statement that is still waiting for its deadline must not hold up the end.
+    # Exit even if a probe or a statement is still waiting for its deadline.
     os._exit(status)
 
 

@@ -1,4 +1,4 @@
-"""What a person is told through Sentry: once for each thing that happened, grouped by its cause. No DSN, no traffic."""
+"""Alerts through Sentry: one per incident, grouped by cause. Without a DSN nothing is sent."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +13,14 @@ SHUTDOWN_TIMEOUT_S = 2.0
 
 
 class Alerts:
-    """Sends events. `told` must hold nothing secret and no prompts: evidence of signals, reasons, timings."""
+    """Sends Sentry events. Pass only evidence, reasons and timings in `told`: no secrets, no prompts."""
 
     def __init__(self, settings: Settings) -> None:
         dsn = settings.sentry_dsn.get_secret_value() if settings.sentry_dsn else None
         self._client = sentry_sdk.Client(
             dsn=dsn,
             environment=settings.environment,
-            # Only what is said here goes out: no request bodies, local variables, log lines, or arguments.
+            # Send only what `tell` passes: no request bodies, local variables, log lines or arguments.
             default_integrations=False,
             auto_enabling_integrations=False,
             include_local_variables=False,
@@ -31,7 +31,7 @@ class Alerts:
         self._scope = sentry_sdk.Scope(client=self._client)
 
     def tell(self, kind: str, cause: str, worker_id: str, level: str, message: str, told: Mapping[str, Any]) -> None:
-        """One event, grouped by its kind and cause (a verdict); never waits for the network."""
+        """Queues one event, grouped by kind and cause (a verdict), without waiting for the network."""
         with sentry_sdk.new_scope() as scope:
             scope.set_client(self._client)
             scope.fingerprint = [kind, cause]
@@ -42,7 +42,7 @@ class Alerts:
             scope.capture_message(message, level=level)  # type: ignore[arg-type]
 
     def fault(self, where: str, error: Exception) -> None:
-        """A fault of the watchdog itself. Its text stays in the log: it may hold anything."""
+        """Reports a bug in the watchdog, without the exception's text, which may contain anything; the log has it."""
         frames = [
             f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in extract_tb(error.__traceback__)
         ]
@@ -50,5 +50,5 @@ class Alerts:
         self.tell("watchdog_error", name, where, "error", f"{where} failed: {name}", {"frames": frames})
 
     def close(self) -> None:
-        """Sends what is waiting, for a short while."""
+        """Sends queued events, for at most SHUTDOWN_TIMEOUT_S."""
         self._client.close(timeout=SHUTDOWN_TIMEOUT_S)

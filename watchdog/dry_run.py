@@ -1,25 +1,46 @@
-"""What the watchdog would do, in the log alone: no orders to supervisord, no rows, no files, no alerts, no port."""
+"""Dry run: only logs what the watchdog would do. No orders to supervisord, no rows, no files, no alerts, no port."""
 
 import threading
-from dataclasses import replace
 
-from service import logs
+from service import machine
 from service.clock import Clock
 from service.config import Settings
 from service.db import recoveries
+from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database
 from service.db.recoveries import Event
-from watchdog.awake import Awake
-from watchdog.guards import journal_of, observer_of, workers_of
-from watchdog.observe import Observer
-from watchdog.past import past_of
-from watchdog.policy import Action, Decision, Intent, Limits, Memory, Step, decide
-from watchdog.record import AWAY, past_since
+from service.machine import Place
+from service.telemetry import logs
+from watchdog.judge import judge, recall
+from watchdog.observe.observer import Observer
+from watchdog.observe.stall_detector import StallDetector
+from watchdog.policy import Action, Decision, Evidence, Limits, Memory
+from watchdog.record.audit_log import counted_since
+from watchdog.record.history import History, history_of
 from watchdog.supervisor import Supervisor, SupervisorAwayError
+from watchdog.wiring import GATEWAY_GROUP, GROUP, gateways_of, journal_of, observer_of, workers_of
 
 LOOK_INTERVAL_S = 0.5
 
 log = logs.get("dry_run")
+
+
+class Bystander:
+    """Decides as the guard of one worker would, given that only others act."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._memory = Memory()
+        self._known: History | None = None
+
+    def decide(self, evidence: Evidence, history: History) -> Decision:
+        """Returns what a guard would decide on this evidence and history."""
+        memory = recall(self._memory, self._known, history, evidence.time_s, self._limits, is_more_known=True)
+        _, decision, after = judge(evidence, history, history.intent, memory, self._limits)
+        # We make no restart, so do not count it.
+        self._memory = memory if decision.action is Action.RESTART else after
+        self._known = history
+        return decision
 
 
 def watch(
@@ -28,35 +49,30 @@ def watch(
     supervisor: Supervisor,
     database: Database,
     clock: Clock,
-    awake: Awake,
-    ending: threading.Event,
-    woken: threading.Event,
+    stalls: StallDetector,
 ) -> None:
-    """Looks at all workers until `ending` is set, and logs each change of what would be decided."""
+    """Observes all workers and gateways for ever and logs every change of decision."""
+    woken = threading.Event()
     observers: dict[str, Observer] = {}
-    memories: dict[str, Memory] = {}
+    bystanders: dict[str, Bystander] = {}
     said: dict[str, Decision] = {}
+    place = machine.here(settings.home)
     log.info("dry_run_started")
-    while not ending.is_set():
+    while True:
         try:
-            names = workers_of(supervisor)
+            found = [(GROUP, *one) for one in workers_of(supervisor).items()]
+            found += [(GATEWAY_GROUP, *one) for one in gateways_of(supervisor).items()]
         except SupervisorAwayError as error:
             log.warning("workers_not_found", cause=str(error))
-            names = {}
-        for worker_id, name in names.items():
+            found = []
+        for group, worker_id, name in found:
             if worker_id not in observers:
-                observers[worker_id] = observer_of(settings, supervisor, database, clock, awake, name, woken.set)
-            evidence = observers[worker_id].observe()
-            past = past_of(_events(settings, database, clock, worker_id, name), clock.now())
-            intent = Intent(str(past.intent.key), Step(past.intent.step)) if past.intent else None
-            evidence = replace(evidence, intent=intent, pause_left_s=past.pause_left_s)
-            memory = memories.get(worker_id, Memory()).with_past(
-                past.restart_ages_s, past.has_given_up, evidence.time_s, limits
-            )
-            decision, memory = decide(evidence, memory, limits)
-            if decision.action is not Action.RESTART:
-                # What is not made is not counted either.
-                memories[worker_id] = memory
+                observers[worker_id] = observer_of(
+                    settings, supervisor, database, clock, stalls, name, woken.set, place, group
+                )
+                bystanders[worker_id] = Bystander(limits)
+            history = history_of(_events(settings, database, clock, place, worker_id, name), clock.now())
+            decision = bystanders[worker_id].decide(observers[worker_id].observe(), history)
             before = said.get(worker_id)
             if before is None or (before.verdict, before.action) != (decision.verdict, decision.action):
                 would = {"verdict": decision.verdict, "action": decision.action, "reason": decision.reason}
@@ -66,8 +82,10 @@ def watch(
         woken.clear()
 
 
-def _events(settings: Settings, database: Database, clock: Clock, worker_id: str, name: str) -> list[Event]:
+def _events(
+    settings: Settings, database: Database, clock: Clock, place: Place, worker_id: str, name: str
+) -> list[Event]:
     try:
-        return database.call(recoveries.of_note, worker_id, past_since(clock))
-    except AWAY:
+        return database.call(recoveries.of_note, worker_id, place.machine, counted_since(clock))
+    except DATABASE_ERRORS:
         return [entry.event for entry in journal_of(settings, name).read() or []]

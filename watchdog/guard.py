@@ -1,4 +1,4 @@
-"""Guards one worker: observe, decide, record, act, over and over, in a thread of its own."""
+"""Guards one worker or gateway: observe, decide, record, act, in a loop in its own thread."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -6,38 +6,35 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
-from service import logs
 from service.clock import Clock
 from service.db.recoveries import Event
-from watchdog import counts
-from watchdog.act import AbandonedError, Restarter, RestartError
+from service.telemetry import logs
+from watchdog import counters
+from watchdog.act.restart import AbandonedError, Restarter, RestartError
 from watchdog.alerts import Alerts
-from watchdog.observe import Observer
+from watchdog.judge import is_given_back, judge, recall
+from watchdog.observe.observer import Observer
 from watchdog.outages import Outage
-from watchdog.past import Past
 from watchdog.policy import (
     Action,
     Decision,
     Evidence,
-    Health,
-    Intent,
     Limits,
     Memory,
+    ProbeAnswer,
     State,
     Step,
     Verdict,
     budget_left,
-    decide,
 )
-from watchdog.record import Record, UnrecordedError
+from watchdog.record.audit_log import AuditLog, UnrecordedError
+from watchdog.record.history import History
 from watchdog.supervisor import SupervisorAwayError
 
-# How often supervisord is asked in between: that costs it nearly nothing.
-POLL_S = 0.5
-# After a check that failed by a fault of ours.
+# Delay after a check that raised an unexpected exception.
 RETRY_S = 1.0
 
-# Verdicts that nobody has to be told about.
+# Verdicts that are no cause for a warning in the log while the guard holds.
 QUIET = frozenset(
     {
         Verdict.HEALTHY,
@@ -48,10 +45,10 @@ QUIET = frozenset(
         Verdict.PAUSED,
     }
 )
-# What the audit log says the beginning and the end of, though nothing is done.
-OF_NOTE = frozenset({Verdict.HEALTHY, Verdict.OPERATOR_STOP})
+# Verdicts whose beginning and end go into the audit log although nothing is done.
+OF_NOTE = frozenset({Verdict.HEALTHY, Verdict.OPERATOR_STOP, Verdict.NAME_TAKEN})
 
-# Outcomes of a restart that a person is told of, and how loudly.
+# Restart outcomes that raise an alert: its kind and level.
 ALERTED = {"recovered": ("worker_recovered", "warning"), "failed": ("recovery_failed", "error")}
 
 log = logs.get("guard")
@@ -59,7 +56,7 @@ log = logs.get("guard")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the guard saw and decided last, for who asks."""
+    """The guard's last observation and decision, for RecoveryService and metrics."""
 
     worker_id: str
     evidence: Evidence
@@ -69,7 +66,7 @@ class Snapshot:
     budget_left: int
     gave_up: bool
     intent: Event | None
-    past: Past
+    history: History
 
 
 class Guard:
@@ -79,7 +76,7 @@ class Guard:
         self,
         worker_id: str,
         observer: Observer,
-        record: Record,
+        record: AuditLog,
         restarter: Restarter,
         limits: Limits,
         clock: Clock,
@@ -88,13 +85,15 @@ class Guard:
         keep_evidence: Callable[[Event], None],
         alerts: Alerts,
         outages: Mapping[Verdict, Outage],
+        poll_s: float,
     ) -> None:
-        """`woken` is set by who has seen a change, as the observer, to have it check now.
+        """Setting `woken` triggers a check; the observer does so when it sees a change.
 
-        `keep_evidence` is called with the intent, before the life that it ends is touched. `outages` are those of
-        Postgres and supervisord, by the verdict that they lead to.
+        `keep_evidence` is called with the intent before the restart touches the worker. `outages` maps the verdicts
+        DATABASE_AWAY and SUPERVISOR_AWAY to the outages of Postgres and supervisord. Between checks supervisord is
+        polled every `poll_s`.
         """
-        counts.begin(worker_id)
+        counters.begin(worker_id)
         self.worker_id = worker_id
         # None until the first check.
         self.snapshot: Snapshot | None = None
@@ -107,13 +106,14 @@ class Guard:
         self._keep_evidence = keep_evidence
         self._alerts = alerts
         self._outages = outages
-        # What the last check failed of, if it did.
+        self._poll_s = poll_s
+        # Type of the exception that the last check raised; "" if it raised none.
         self._fault = ""
         self._memory = Memory()
         self._intent: Event | None = None
-        # None: what was done before our time is not known yet.
-        self._past: Past | None = None
-        # When all was well last, and when it was not first: how long a fault was not noticed, and not acted on.
+        # None: earlier events are not known yet.
+        self._history: History | None = None
+        # Last time without a fault, and first time with one: they give the time to detect and the time to decide.
         self._well_s: float | None = None
         self._fault_s: float | None = None
         self._woken = woken
@@ -121,15 +121,15 @@ class Guard:
         self._thread = threading.Thread(target=self._guard, name=f"guard-{worker_id}", daemon=True)
 
     def start(self) -> None:
-        """Begins to guard."""
+        """Starts the thread."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Has it check now."""
+        """Triggers a check now."""
         self._woken.set()
 
     def order(self, kind: str, reason: str, lasts_s: float = 0) -> datetime:
-        """Writes down what a person orders, and heeds it. Returns when it ends. Raises UnrecordedError."""
+        """Records an operator's order and applies it. Returns when it ends. Raises UnrecordedError."""
         verdict = str(self.snapshot.decision.verdict) if self.snapshot else ""
         end_time = self._record.order(kind, verdict, reason, lasts_s)
         log.info("ordered", worker_id=self.worker_id, kind=kind, reason=reason)
@@ -137,7 +137,7 @@ class Guard:
         return end_time
 
     def stop(self, timeout_s: float) -> None:
-        """Ends guarding; a restart that is under way is left for the next watchdog to finish."""
+        """Stops guarding and waits up to `timeout_s`; the next watchdog finishes a restart in progress."""
         self._ending.set()
         self._woken.set()
         self._thread.join(timeout_s)
@@ -151,7 +151,7 @@ class Guard:
                 log.warning("restart_abandoned", worker_id=self.worker_id)
                 break
             except Exception as error:
-                # A watchdog that dies of its own fault guards nothing.
+                # A bug in one check must not end the guard.
                 log.exception("check_failed", worker_id=self.worker_id)
                 if (name := type(error).__name__) != self._fault:
                     self._alerts.fault(f"guard-{self.worker_id}", error)
@@ -161,10 +161,10 @@ class Guard:
         self._observer.close()
 
     def _wait(self, check_in_s: float) -> None:
-        """Until it is time, or somebody wakes us, or supervisord shows another process or state."""
+        """Waits until the next check is due, `wake` is called, or supervisord reports another process or state."""
         until_s = self._clock.monotonic() + check_in_s
         while (left_s := until_s - self._clock.monotonic()) > 0:
-            if self._woken.wait(min(POLL_S, left_s)):
+            if self._woken.wait(min(self._poll_s, left_s)):
                 self._woken.clear()
                 return
             last = self.snapshot.evidence.process if self.snapshot else None
@@ -175,46 +175,48 @@ class Guard:
                 self._well_s = self._clock.monotonic()
 
     def check(self) -> float:
-        """One round. Returns after how many seconds the next is due at the latest."""
-        evidence = self._observer.observe()
+        """Runs one round. Returns the seconds until the next one is due."""
+        before, evidence = self.snapshot, self._observer.observe()
         if evidence.process is not None and evidence.process.pid:
-            self._restarter.remains.look(self._observer.leader)
+            self._restarter.leftovers.look(self._observer.leader)
         self._recall(evidence)
-        intent = None if self._intent is None else Intent(str(self._intent.key), Step(self._intent.step))
-        evidence = replace(evidence, intent=intent, pause_left_s=self._past.pause_left_s if self._past else 0.0)
-        decision, memory = decide(evidence, self._memory, self._limits)
+        evidence, decision, memory = judge(evidence, self._history, self._intent, self._memory, self._limits)
         self._time_fault(evidence, decision)
+        if decision.action is Action.HOLD:
+            # Who reads in the audit log that a restart is over finds here what ended it.
+            self._publish(before, evidence, decision)
         self._settle(evidence, decision)
         self._note_outages(evidence)
         try:
+            if self._memory.gave_up and not memory.gave_up:
+                self._end_give_up(evidence, decision)
             if decision.action is Action.RESTART:
                 self._begin(evidence, decision)
             elif memory.gave_up and not self._memory.gave_up:
                 self._give_up(evidence, decision)
             self._memory = memory
         except UnrecordedError as error:
-            # Not done, not remembered: the next check decides it again.
-            reason = f"{decision.reason}; held, it cannot be written down: {error}"
+            # Neither acted on nor remembered: the next check decides again.
+            reason = f"{decision.reason}; on hold because it cannot be recorded: {error}"
             decision = replace(decision, action=Action.HOLD, reason=reason, check_in_s=self._limits.restless_interval_s)
-        self._tell(evidence, decision)
-        self._publish(evidence, decision)
+        self._tell(before, evidence, decision)
+        self._publish(before, evidence, decision)
         if decision.action is Action.RESTART:
             self._restart(decision)
         return decision.check_in_s
 
     def _recall(self, evidence: Evidence) -> None:
-        """Learns what was done before our time, once, and what persons have ordered since."""
+        """Loads earlier events once, then operators' orders as they come."""
         is_more_known = self._record.sync(evidence.database_up_s is not None)
-        before, past = self._past, self._record.past()
-        if past is None:
+        known, history = self._history, self._record.history()
+        if history is None:
             return
-        if before is None or is_more_known:
-            self._memory = self._memory.with_past(past.restart_ages_s, past.has_given_up, evidence.time_s, self._limits)
-            self._intent = self._intent or past.intent
-        elif past.last_reset != before.last_reset:
-            self._memory = self._memory.with_budget()
+        self._memory = recall(self._memory, known, history, evidence.time_s, self._limits, is_more_known=is_more_known)
+        if known is None or is_more_known:
+            self._intent = self._intent or history.intent
+        if is_given_back(known, history):
             log.info("budget_given_back", worker_id=self.worker_id)
-        self._past = past
+        self._history = history
 
     def _time_fault(self, evidence: Evidence, decision: Decision) -> None:
         if decision.action is Action.HOLD:
@@ -230,13 +232,15 @@ class Guard:
             if self._outages[verdict].note(is_away, evidence.time_s):
                 self._alert("dependency_away", verdict, "warning", what, {})
 
-    def _tell(self, evidence: Evidence, decision: Decision) -> None:
-        """Says a change of verdict in the log; also in the audit log when it is of note and no restart comes of it."""
-        before = self.snapshot.decision if self.snapshot else None
+    def _tell(self, last: Snapshot | None, evidence: Evidence, decision: Decision) -> None:
+        """Logs a change of verdict or action; adds it to the audit log if it is of note and no restart follows."""
+        before = last.decision if last else None
         if decision.is_overdue and not (before and before.is_overdue):
             self._alert("transition_overdue", decision.verdict, "error", decision.reason, {})
         if before is not None and (before.verdict, before.action) == (decision.verdict, decision.action):
             return
+        if decision.verdict is Verdict.NAME_TAKEN:
+            self._alert("name_taken", decision.verdict, "error", decision.reason, {})
         level = log.info if decision.verdict in QUIET and decision.action is Action.HOLD else log.warning
         level(
             "verdict_changed",
@@ -251,21 +255,21 @@ class Guard:
             self._record.add("verdict", decision, evidence)
 
     def _settle(self, evidence: Evidence, decision: Decision) -> None:
-        """Brings the open intent to where the evidence shows it to be."""
+        """Advances or closes the open intent as the evidence shows."""
         if self._intent is None:
             return
         is_up = evidence.process is not None and evidence.process.state is State.RUNNING
         if self._intent.step == Step.STARTING and is_up:
-            # The step is written when nothing of the old life is left: what runs is the new one.
+            # STARTING is recorded only once the old processes are gone, so this is the new one.
             self._on_step(Step.LOADING, {})
         intent = self._intent
         incarnation = _incarnation(evidence)
-        if decision.verdict is Verdict.HEALTHY and incarnation == intent.old_incarnation:
+        if decision.verdict is Verdict.HEALTHY and incarnation and incarnation == intent.old_incarnation:
             self._close("superseded", {}, None)
         elif decision.verdict is Verdict.HEALTHY or (
-            # Without Postgres nobody can say who it is, but what we started serves.
+            # Without Postgres its incarnation is unknown, but the process that we started serves.
             decision.verdict is Verdict.DATABASE_AWAY
-            and evidence.health is Health.SERVING
+            and evidence.health is ProbeAnswer.SERVING
             and intent.step == Step.LOADING
         ):
             load_s = evidence.process.age_s if evidence.process else 0.0
@@ -276,7 +280,7 @@ class Guard:
             self._close("failed", {}, None)
 
     def _begin(self, evidence: Evidence, decision: Decision) -> None:
-        """Writes the intent, or takes up the open one. Raises UnrecordedError: nothing may be done."""
+        """Records the intent, or continues the open one. Raises UnrecordedError: then do not act."""
         if decision.continues:
             return
         now_s = self._clock.monotonic()
@@ -292,14 +296,14 @@ class Guard:
             began_s = self._clock.monotonic()
             self._keep_evidence(self._intent)
             took_s = round(self._clock.monotonic() - began_s, 3)
-            # Written down with the first step.
+            # Recorded with the next step.
             self._intent = replace(self._intent, timings={**self._intent.timings, "evidence": took_s})
-        # How long the old life may take to end is a matter of why it has to, also when another watchdog began it.
+        # The grace period depends on the original verdict, even if another watchdog began the restart.
         verdict = decision.verdict if self._intent is None else Verdict(self._intent.verdict)
         try:
             pid = self._restarter.restart(verdict, self._observer.leader, self._on_step)
         except (RestartError, SupervisorAwayError) as error:
-            # The intent stays open: what is to be done next is decided by what is seen next.
+            # Leave the intent open: the next check decides how to go on.
             log.error("restart_failed", worker_id=self.worker_id, cause=str(error))
             return
         log.info("worker_started", worker_id=self.worker_id, pid=pid)
@@ -317,7 +321,7 @@ class Guard:
         timings = {**self._intent.timings, **timings}
         self._record.close(self._intent, outcome, timings, incarnation)
         log.info("restart_ended", worker_id=self.worker_id, outcome=outcome, timings=timings)
-        counts.restart_ended(self.worker_id, outcome, timings)
+        counters.restart_ended(self.worker_id, outcome, timings)
         if outcome in ALERTED:
             kind, level = ALERTED[outcome]
             told = {"event": str(self._intent.key), "timings": timings, "evidence": self._intent.evidence}
@@ -325,19 +329,26 @@ class Guard:
         self._intent = None
 
     def _give_up(self, evidence: Evidence, decision: Decision) -> None:
-        """Writes that a person is needed. Raises UnrecordedError: nobody knows whether that is so."""
-        if self._past is None:
-            raise UnrecordedError("what was done before is not known")
+        """Records and alerts that an operator is needed. Raises UnrecordedError while earlier events are unknown."""
+        if self._history is None:
+            raise UnrecordedError("earlier events are not known yet")
         self._record.add("gave_up", decision, evidence)
         log.error("gave_up", worker_id=self.worker_id, verdict=decision.verdict, reason=decision.reason)
-        self._alert("budget_spent", decision.verdict, "fatal", decision.reason, {"evidence": asdict(evidence)})
+        kind = "start_failed" if decision.verdict is Verdict.START_FAILED else "budget_spent"
+        self._alert(kind, decision.verdict, "fatal", decision.reason, {"evidence": asdict(evidence)})
+
+    def _end_give_up(self, evidence: Evidence, decision: Decision) -> None:
+        """Records that starts may succeed again."""
+        why = "it serves" if decision.verdict is Verdict.HEALTHY else "the settings changed"
+        self._record.add("give_up_ended", replace(decision, reason=why), evidence)
+        log.info("give_up_ended", worker_id=self.worker_id, reason=why)
 
     def _alert(self, kind: str, verdict: Verdict, level: str, reason: str, told: Mapping[str, object]) -> None:
         message = f"{self.worker_id}: {kind.replace('_', ' ')}, {verdict}: {reason}"
         self._alerts.tell(kind, str(verdict), self.worker_id, level, message, told)
 
-    def _publish(self, evidence: Evidence, decision: Decision) -> None:
-        before, now = self.snapshot, self._clock.now()
+    def _publish(self, before: Snapshot | None, evidence: Evidence, decision: Decision) -> None:
+        now = self._clock.now()
         is_same = before is not None and before.decision.verdict is decision.verdict
         self.snapshot = Snapshot(
             worker_id=self.worker_id,
@@ -348,13 +359,13 @@ class Guard:
             budget_left=budget_left(self._memory, evidence.time_s, self._limits),
             gave_up=self._memory.gave_up,
             intent=self._intent,
-            past=self._past or Past(),
+            history=self._history or History(),
         )
         if before is None or before.decision != decision or before.gave_up != self.snapshot.gave_up:
             self._on_change()
 
 
 def _incarnation(evidence: Evidence) -> UUID | None:
-    """Who it is that runs, as far as it has said so."""
+    """The running process's incarnation, if its heartbeat is there."""
     heartbeat = evidence.heartbeat
     return UUID(heartbeat.incarnation) if heartbeat is not None and heartbeat.is_current else None

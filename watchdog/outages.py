@@ -1,17 +1,17 @@
-"""When a person is to be told that something we depend on is away: once for each outage, and not of a mere restart."""
+"""When to alert that a dependency is away: once per outage, and not for a mere restart."""
 
 import threading
 from dataclasses import dataclass, field
 
-# Restarts of Postgres and supervisord take less, and wake nobody.
+# A restart of Postgres or supervisord takes less and should wake nobody.
 TELL_AFTER_S = 30.0
-# What comes and goes within this time is one outage.
+# The dependency must be back this long before the outage counts as over.
 OVER_AFTER_S = 300.0
 
 
 @dataclass
 class Outage:
-    """One dependency, for all guards of a host. Times are monotonic."""
+    """Tracks one dependency for all guards of a host. Times are monotonic."""
 
     _is_told: bool = False
     _away_since_s: float | None = None
@@ -19,7 +19,7 @@ class Outage:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, is_away: bool, time_s: float) -> bool:
-        """Takes note of what was seen. Returns True when a person is to be told now."""
+        """Records an observation. Returns True when an alert is due."""
         with self._lock:
             if not is_away:
                 self._back_since_s = time_s if self._back_since_s is None else self._back_since_s

@@ -1,17 +1,17 @@
-"""What the evidence means and what follows: the decision table of recovery. Pure: no I/O, no clock."""
+"""The decision table of recovery: from evidence to verdict and action. Pure: no I/O, no clock."""
 
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 
 HOUR_S = 3600.0
 
-# Phases as workers write them in their heartbeat.
+# Phases as written in workers' heartbeats.
 LOADING_PHASES = frozenset({"starting", "loading"})
 ENDING_PHASES = frozenset({"draining", "stopping"})
 
 
 class State(StrEnum):
-    """supervisord's states of a process."""
+    """A process's state in supervisord."""
 
     STOPPED = "STOPPED"
     STARTING = "STARTING"
@@ -23,7 +23,7 @@ class State(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
-class Health(StrEnum):
+class ProbeAnswer(StrEnum):
     """The answer to a health probe, or how it failed."""
 
     SERVING = "SERVING"
@@ -35,7 +35,7 @@ class Health(StrEnum):
 
 
 class Step(StrEnum):
-    """How far a restart of ours has come."""
+    """How far a restart by the watchdog has come."""
 
     STOPPING = "stopping"
     STARTING = "starting"
@@ -43,12 +43,14 @@ class Step(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What the evidence means: the rows of the table in its order."""
+    """What the evidence means: the rows of the table, in order."""
 
     SUPERVISOR_AWAY = "SUPERVISOR_AWAY"
     PAUSED = "PAUSED"
     INTERRUPTED = "INTERRUPTED"
     OPERATOR_STOP = "OPERATOR_STOP"
+    NAME_TAKEN = "NAME_TAKEN"
+    START_FAILED = "START_FAILED"
     CRASHED = "CRASHED"
     STARTING = "STARTING"
     START_TIMEOUT = "START_TIMEOUT"
@@ -76,26 +78,54 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Process:
-    """A process as supervisord has it. `pid` 0: none; `age_s` is that of the process."""
+    """A process as supervisord reports it. `pid` is 0 if there is none; `age_s` is the time since it started.
+
+    `cause` says why supervisord could not start it, if it could not.
+    """
 
     state: State
     pid: int = 0
     age_s: float = 0.0
+    cause: str = ""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A worker's last heartbeat, aged by the database. `is_current`: written by the process that runs now."""
+    """A worker's last heartbeat, aged by the database's clock. `is_current`: the running process wrote it.
+
+    `cause` and `advice`: why the engine failed, or, until the worker is ready, the previous start; and what to do.
+    """
 
     age_s: float
     phase: str
     is_current: bool
     incarnation: str = ""
+    cause: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class FailedStart:
+    """An incarnation that ended, or lost its engine, before its settings had ever served.
+
+    `settings` is the fingerprint of its settings. `cause` and `advice` are for people; failures of the same kind have
+    the same `key`.
+    """
+
+    incarnation: str
+    settings: str
+    cause: str
+    advice: str
+    key: str
+
+    def is_like(self, other: "FailedStart") -> bool:
+        """True when both failed the same way with the same settings."""
+        return (self.settings, self.key) == (other.settings, other.key)
 
 
 @dataclass(frozen=True)
 class Intent:
-    """A restart of ours that is written down and not finished."""
+    """A restart that the watchdog has recorded and not finished."""
 
     key: str
     step: Step
@@ -103,60 +133,70 @@ class Intent:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of a worker at one moment. What could not be found out is None, and no reason to act."""
+    """Everything known about a worker at one moment. None means unknown, which is never a reason to act."""
 
     # Monotonic.
     time_s: float
     # None: supervisord is unreachable or shutting down.
     process: Process | None
-    health: Health = Health.NOT_PROBED
-    # How long Postgres has been up and reachable; None: it is away.
+    health: ProbeAnswer = ProbeAnswer.NOT_PROBED
+    # How long Postgres has been up and reachable. None: it is away.
     database_up_s: float | None = None
     # None: there is no row, or Postgres is away.
     heartbeat: Heartbeat | None = None
     intent: Intent | None = None
     pause_left_s: float = 0.0
-    # Since when the watchdog itself has not been held up, with the whole machine perhaps.
-    awake_since_s: float = 0.0
+    # False for a program without a heartbeat that supervisord itself restarts when it exits: the gateway.
+    beats: bool = True
+    # The last incarnation, if it failed to start.
+    failed_start: FailedStart | None = None
+    # Fingerprint of the settings that a worker started now would get; "" if they cannot be read.
+    settings: str = ""
+    # When the watchdog itself, perhaps with the whole machine, was last held up.
+    stalled_until_s: float = 0.0
+    # The other machine that runs under this worker's name; "" if none does.
+    name_taken_by: str = ""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long things may take, and how much may be done. All but the last group come from the settings."""
+    """Timeouts and budgets. The last group is fixed; the others come from the settings."""
 
     max_restarts_per_hour: int = 10
     heartbeat_timeout_s: float = 60
     check_interval_s: float = 30
     load_timeout_s: float = 1800
     drain_timeout_s: float = 60
-    # STARTING, BACKOFF and UNKNOWN; longer than a stop may take.
+    # For STARTING, BACKOFF and UNKNOWN; longer than a stop may take.
     transition_timeout_s: float = 120
-    # Longer than two beats: after a jump of the database's clock every heartbeat is old until the next.
+    # Longer than two beats: after the database's clock jumps, every heartbeat looks stale until the next one.
     heartbeat_confirm_s: float = 15
 
-    # Until its first heartbeat a process gets the heartbeat's timeout, but at least this.
+    # A new process gets the heartbeat timeout for its first heartbeat, but at least this.
     start_grace_s: float = 30
-    # How many probes in a row, this far apart, must agree before anything is restarted that still has a process.
+    # Before a process that still runs is restarted, this many consecutive probes, this far apart, must agree.
     confirm_probes: int = 3
     confirm_interval_s: float = 0.5
-    # For how long they must agree: where the worker itself says it is sick, or nothing of it moves;
+    # How long they must agree when the worker itself reports a fault, or nothing of it moves;
     confirm_s: float = 2
-    # where it does not answer but beats: it may be very busy;
+    # when it beats but does not answer: it may be very busy;
     wedged_confirm_s: float = 20
-    # and where nothing is known but that it does not serve.
+    # and when all we know is that it does not serve.
     not_ready_confirm_s: float = 60
-    # Whatever is not quiet is looked at this often.
+    # Time between checks while anything is unsettled.
     restless_interval_s: float = 1
     # Between the first and the second restart; doubled for each further one.
     backoff_s: float = 1
     backoff_max_s: float = 300
-    # Healthy for so long, a worker starts afresh with backing off.
+    # The backoff starts over once the worker has been healthy this long.
     healthy_reset_s: float = 300
+    # After this many starts have failed the same way, a worker whose settings have never served is left stopped.
+    max_alike_failures: int = 3
 
 
 @dataclass(frozen=True)
 class Suspicion:
-    """A run of probes that found the process sick: since when, and since when with this same verdict."""
+    """A run of probes that found the process unhealthy. `since_s`: when the current verdict began."""
 
     pid: int
     verdict: Verdict
@@ -167,34 +207,52 @@ class Suspicion:
 
 @dataclass(frozen=True)
 class Memory:
-    """What must be remembered from one decision to the next. Times are those of the evidence."""
+    """State carried from one decision to the next. Times are on the evidence's clock."""
 
-    # When we restarted it, within the last hour.
+    # Times of the restarts within the last hour.
     restarts: tuple[float, ...] = ()
-    # How many restarts there were since it was healthy for a while.
+    # Restarts since the worker was last healthy for `healthy_reset_s`.
     streak: int = 0
     healthy_since_s: float | None = None
-    # The budget was spent. Stays until a person gives it back.
+    # The budget is exhausted, or starting is pointless. Stays set until an operator resets the budget.
     gave_up: bool = False
-    # What the process `heard_pid` last said of itself.
+    # Set when starting is pointless: the settings at that time. Different settings end the give-up too.
+    gave_up_settings: str = ""
+    # The latest starts, as far back as they failed the same way; and the last failure before an operator's reset.
+    failed_starts: tuple[FailedStart, ...] = ()
+    forgiven: str = ""
+    # The phase last reported by process `heard_pid`.
     heard_pid: int = 0
     heard_phase: str = ""
     ending_since_s: float | None = None
     transition_since_s: float | None = None
     suspicion: Suspicion | None = None
-    # The intent that was taken up again without a new unit of the budget.
+    # The intent that was continued without charging the budget again.
     continued_intent: str | None = None
 
     def with_budget(self) -> "Memory":
-        """The same with a whole budget: a person has given it back."""
-        return replace(self, restarts=(), streak=0, gave_up=False)
+        """Returns the memory with a full budget, after an operator's reset."""
+        return replace(self.with_fresh_starts(), restarts=(), streak=0)
+
+    def with_fresh_starts(self) -> "Memory":
+        """Returns the memory without failed starts; the last one will not be counted again."""
+        forgiven = self.failed_starts[-1].incarnation if self.failed_starts else self.forgiven
+        return replace(self, gave_up=False, gave_up_settings="", failed_starts=(), forgiven=forgiven)
 
     def with_past(
-        self, restart_ages_s: tuple[float, ...], has_given_up: bool, time_s: float, limits: Limits
+        self,
+        restart_ages_s: tuple[float, ...],
+        has_given_up: bool,
+        time_s: float,
+        limits: Limits,
+        gave_up_settings: str = "",
+        failed_starts: tuple[FailedStart, ...] = (),
     ) -> "Memory":
-        """The same with what was done before, or by somebody else."""
+        """Returns the memory with the recorded restarts, failed starts and give-up taken over."""
         return replace(
             self,
+            gave_up_settings=gave_up_settings,
+            failed_starts=failed_starts if len(failed_starts) > len(self.failed_starts) else self.failed_starts,
             restarts=tuple(time_s - age_s for age_s in restart_ages_s),
             streak=max(self.streak, sum(age_s < limits.healthy_reset_s for age_s in restart_ages_s)),
             gave_up=has_given_up,
@@ -205,8 +263,8 @@ class Memory:
 class Decision:
     """What to do.
 
-    `continues`: the open intent is taken up, instead of beginning another. `is_overdue`: it is held, but should have
-    changed by itself long ago.
+    `continues`: continue the open intent instead of beginning another. `is_overdue`: hold, although the state should
+    have changed by itself long ago.
     """
 
     verdict: Verdict
@@ -218,17 +276,17 @@ class Decision:
 
 
 class _Beat(Enum):
-    """What the heartbeat tells."""
+    """What the heartbeat shows."""
 
     FRESH = auto()
     LOST = auto()
-    # Nobody could have beaten, or nobody can look.
+    # Postgres is away, or was until so recently that the worker could not write.
     UNKNOWN = auto()
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """A row of the table. `patience_s`: how long probes must agree before it is acted on; None: it is no fault."""
+    """A row of the table. `patience_s`: how long probes must agree before we act; None: not a fault."""
 
     verdict: Verdict
     reason: str
@@ -238,13 +296,17 @@ class _Finding:
 
 
 def decide(evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision, Memory]:
-    """Judges the evidence by the table of recovery, the first row that matches.
+    """Applies the first row of the decision table that matches.
 
-    The memory that comes with a RESTART counts it: drop that memory if the restart is not made after all.
+    The memory returned with a RESTART counts it: discard that memory if you do not restart.
     """
     memory = _remember(evidence, memory)
     finding = _judge(evidence, memory, limits)
     memory = _note_health(finding.verdict, evidence.time_s, memory, limits)
+    if finding.verdict is Verdict.START_FAILED:
+        settings = memory.gave_up_settings or evidence.settings or memory.failed_starts[-1].settings
+        memory = replace(memory, gave_up=True, gave_up_settings=settings, suspicion=None)
+        return Decision(finding.verdict, Action.GIVE_UP, finding.reason, limits.check_interval_s), memory
     if finding.patience_s is None:
         check_in_s = min(finding.check_in_s or limits.restless_interval_s, limits.check_interval_s)
         decision = Decision(finding.verdict, Action.HOLD, finding.reason, check_in_s, is_overdue=finding.is_overdue)
@@ -264,68 +326,120 @@ def _judge(evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
         return _Finding(Verdict.SUPERVISOR_AWAY, "supervisord does not answer or is shutting down")
     if evidence.pause_left_s > 0:
         return _Finding(Verdict.PAUSED, f"recovery is paused for {evidence.pause_left_s:.0f} s more")
+    is_left_stopped = process.state is State.STOPPED and evidence.intent is None
+    if evidence.name_taken_by and not is_left_stopped:
+        # Nothing that is known of the other is a reason to touch what runs here, and what starts here is refused.
+        return _Finding(Verdict.NAME_TAKEN, evidence.name_taken_by, check_in_s=limits.check_interval_s)
     if process.state is State.STOPPED:
         if evidence.intent is not None and evidence.intent.step is not Step.LOADING:
-            return _Finding(Verdict.INTERRUPTED, "stopped in the middle of a restart of ours", patience_s=0)
+            return _Finding(Verdict.INTERRUPTED, "stopped in the middle of a restart by the watchdog", patience_s=0)
         return _Finding(Verdict.OPERATOR_STOP, "stopped by an operator", check_in_s=limits.check_interval_s)
-    if process.state in (State.EXITED, State.FATAL):
-        return _Finding(Verdict.CRASHED, f"the process is gone, supervisord says {process.state}", patience_s=0)
+    if process.state is State.FATAL or (process.state is State.EXITED and evidence.beats):
+        if (pointless := _pointless_start(memory, limits)) is not None:
+            return pointless
+        reason = f"the process is gone: supervisord reports {_state(process)}"
+        if evidence.failed_start is not None:
+            reason = f"{reason}; the start failed: {evidence.failed_start.cause}"
+        return _Finding(Verdict.CRASHED, reason, patience_s=0)
+    if process.state is State.RUNNING and not evidence.beats:
+        return _judge_answering(process, evidence, limits)
     if process.state is State.RUNNING:
         return _judge_running(process, evidence, memory, limits)
     if process.state is State.STOPPING and _is_to_be_finished(evidence, memory):
-        return _Finding(Verdict.INTERRUPTED, "stopping in the middle of a restart of ours", patience_s=0)
+        return _Finding(Verdict.INTERRUPTED, "stopping in the middle of a restart by the watchdog", patience_s=0)
     since = _elapsed(memory.transition_since_s, evidence)
-    reason = f"supervisord says {process.state} for {since:.0f} s"
+    reason = f"supervisord has reported {_state(process)} for {since:.0f} s"
     is_overdue = since > limits.transition_timeout_s
-    # A stop is left to supervisord, which kills at its own deadline: it may be an operator's.
+    # Leave a stop to supervisord, which kills at its own deadline: an operator may have ordered it.
     if is_overdue and process.state is not State.STOPPING:
         return _Finding(Verdict.TRANSITION, reason, patience_s=0)
     return _Finding(Verdict.TRANSITION, reason, is_overdue=is_overdue)
 
 
+def _state(process: Process) -> str:
+    return f"{process.state} ({process.cause})" if process.cause else str(process.state)
+
+
+def _pointless_start(memory: Memory, limits: Limits) -> _Finding | None:
+    """Returns START_FAILED once enough starts in a row have failed the same way."""
+    count = len(memory.failed_starts)
+    if count < limits.max_alike_failures:
+        return None
+    last = memory.failed_starts[-1]
+    advice = f" {last.advice}" if last.advice else ""
+    return _Finding(Verdict.START_FAILED, f"the start failed {count} times in the same way: {last.cause}.{advice}")
+
+
 def _is_to_be_finished(evidence: Evidence, memory: Memory) -> bool:
-    """True for a stop that a watchdog ordered and did not see to its end; supervisord alone would take longer."""
+    """True for a stop that an earlier watchdog ordered: we end it sooner than supervisord alone would."""
     intent = evidence.intent
     return intent is not None and intent.step is Step.STOPPING and intent.key != memory.continued_intent
+
+
+def _judge_answering(process: Process, evidence: Evidence, limits: Limits) -> _Finding:
+    """Judges a program without a heartbeat, of which only the health is known."""
+    health = evidence.health
+    if health is ProbeAnswer.SERVING:
+        # Without Postgres orders cannot be taken yet: look again soon.
+        is_known = evidence.database_up_s is not None
+        return _Finding(Verdict.HEALTHY, "serving", check_in_s=limits.check_interval_s if is_known else None)
+    reason = f"health is {health}"
+    if process.age_s <= limits.start_grace_s:
+        return _Finding(Verdict.STARTING, f"started {process.age_s:.0f} s ago, {reason}")
+    if health is ProbeAnswer.NOT_PROBED:
+        return _Finding(Verdict.NOT_READY, "the address to probe is unknown")
+    if health in (ProbeAnswer.UNAVAILABLE, ProbeAnswer.DEADLINE_EXCEEDED):
+        failed = f"the health probe failed with {health}"
+        return _Finding(Verdict.RPC_WEDGED, failed, patience_s=limits.wedged_confirm_s)
+    return _Finding(Verdict.NOT_READY, reason, patience_s=limits.not_ready_confirm_s)
 
 
 def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
     health, beat = evidence.health, _beat(evidence, limits)
     phase = memory.heard_phase
     if phase in LOADING_PHASES:
-        reason = f"{phase} for {process.age_s:.0f} s, may take {limits.load_timeout_s:.0f} s"
+        reason = f"{phase} for {process.age_s:.0f} s of at most {limits.load_timeout_s:.0f} s"
         if process.age_s <= limits.load_timeout_s:
             return _Finding(Verdict.STARTING, reason)
         return _Finding(Verdict.START_TIMEOUT, reason, patience_s=limits.confirm_s)
     if not phase and _may_not_have_beaten(process, evidence, limits):
-        return _Finding(Verdict.STARTING, f"started {process.age_s:.0f} s ago, not heard of yet")
+        return _Finding(Verdict.STARTING, f"started {process.age_s:.0f} s ago, no heartbeat yet")
 
     heard = _heard(evidence)
-    if health is Health.SERVING:
+    if health is ProbeAnswer.SERVING:
         if beat is _Beat.UNKNOWN:
             return _Finding(Verdict.DATABASE_AWAY, f"health is SERVING, {heard}")
         if beat is _Beat.FRESH:
-            return _Finding(Verdict.HEALTHY, "serving and beating", check_in_s=_until_stale(evidence, limits))
+            return _Finding(
+                Verdict.HEALTHY, "serving, with a fresh heartbeat", check_in_s=_until_stale(evidence, limits)
+            )
         return _Finding(Verdict.HEARTBEAT_LOST, f"health is SERVING, {heard}", patience_s=limits.heartbeat_confirm_s)
-    if health is Health.NOT_SERVING and phase in ENDING_PHASES:
+    if health is ProbeAnswer.NOT_SERVING and phase in ENDING_PHASES:
         since = _elapsed(memory.ending_since_s, evidence)
-        reason = f"{phase} for {since:.0f} s, may take {limits.drain_timeout_s:.0f} s"
+        reason = f"{phase} for {since:.0f} s of at most {limits.drain_timeout_s:.0f} s"
         is_late = since > limits.drain_timeout_s
         return _Finding(Verdict.DRAINING, reason, patience_s=limits.confirm_s if is_late else None)
-    if health is Health.NOT_SERVING and phase == "stalled":
-        return _Finding(Verdict.ENGINE_STALLED, "the worker says its engine does not move", patience_s=limits.confirm_s)
-    if health is Health.NOT_SERVING and phase == "engine_dead":
-        return _Finding(Verdict.ENGINE_DEAD, "the worker says its engine died", patience_s=limits.confirm_s)
-    if health in (Health.UNAVAILABLE, Health.DEADLINE_EXCEEDED):
+    if health is ProbeAnswer.NOT_SERVING and phase == "stalled":
+        return _Finding(
+            Verdict.ENGINE_STALLED, "the worker reports that its engine makes no progress", patience_s=limits.confirm_s
+        )
+    if health is ProbeAnswer.NOT_SERVING and phase == "engine_dead":
+        if (pointless := _pointless_start(memory, limits)) is not None:
+            return pointless
+        cause = f": {evidence.heartbeat.cause}" if evidence.heartbeat and evidence.heartbeat.cause else ""
+        return _Finding(
+            Verdict.ENGINE_DEAD, f"the worker reports that its engine died{cause}", patience_s=limits.confirm_s
+        )
+    if health in (ProbeAnswer.UNAVAILABLE, ProbeAnswer.DEADLINE_EXCEEDED):
         reason = f"the health probe failed with {health}, {heard}"
         if beat is _Beat.FRESH:
             return _Finding(Verdict.RPC_WEDGED, reason, patience_s=limits.wedged_confirm_s)
-        # The port is closed some time before the process ends.
+        # A worker that is shutting down closes its port some time before it exits.
         may_be_ending = beat is _Beat.UNKNOWN and phase in ENDING_PHASES
         patience_s = limits.wedged_confirm_s if may_be_ending else limits.confirm_s
         return _Finding(Verdict.FROZEN, reason, patience_s=patience_s)
-    if health is Health.NOT_PROBED and beat is _Beat.UNKNOWN:
-        return _Finding(Verdict.DATABASE_AWAY, f"nothing can be asked, {heard}")
+    if health is ProbeAnswer.NOT_PROBED and beat is _Beat.UNKNOWN:
+        return _Finding(Verdict.DATABASE_AWAY, f"the worker cannot be probed, {heard}")
     reason = f"health is {health} in phase {phase or 'unknown'}, {heard}"
     return _Finding(Verdict.NOT_READY, reason, patience_s=limits.not_ready_confirm_s)
 
@@ -334,15 +448,15 @@ def _beat(evidence: Evidence, limits: Limits) -> _Beat:
     if evidence.database_up_s is None:
         return _Beat.UNKNOWN
     heartbeat = evidence.heartbeat
-    # A clock that was set back makes heartbeats of the future: as old as they are young, they are not fresh either.
+    # If the clock was set back, heartbeats lie in the future: those too far ahead are not fresh either.
     if heartbeat is not None and heartbeat.is_current and abs(heartbeat.age_s) <= limits.heartbeat_timeout_s:
         return _Beat.FRESH
-    # While Postgres was away nobody could beat.
+    # While Postgres was away no worker could write its heartbeat.
     return _Beat.LOST if evidence.database_up_s > limits.heartbeat_timeout_s else _Beat.UNKNOWN
 
 
 def _may_not_have_beaten(process: Process, evidence: Evidence, limits: Limits) -> bool:
-    """True for a process that is too young to be missed. Without a database it cannot even say that it is loading."""
+    """True for a process too young to be overdue. Without Postgres it cannot even report that it is loading."""
     if evidence.database_up_s is None:
         return process.age_s <= limits.load_timeout_s
     return process.age_s <= max(limits.start_grace_s, limits.heartbeat_timeout_s)
@@ -366,12 +480,38 @@ def _until_stale(evidence: Evidence, limits: Limits) -> float:
     return max(limits.confirm_interval_s, limits.heartbeat_timeout_s - age_s)
 
 
+def _remember_starts(evidence: Evidence, memory: Memory) -> Memory:
+    """Counts each failed start once; starts over when the settings change or the worker serves."""
+    has_changed = bool(evidence.settings) and evidence.settings != memory.gave_up_settings
+    heartbeat = evidence.heartbeat
+    serves = (
+        evidence.health is ProbeAnswer.SERVING
+        and heartbeat is not None
+        and heartbeat.is_current
+        and heartbeat.phase == "ready"
+    )
+    if serves or (memory.gave_up_settings and has_changed):
+        return memory.with_fresh_starts() if memory.gave_up_settings else replace(memory, failed_starts=())
+    failed = evidence.failed_start
+    if failed is None or failed.incarnation == memory.forgiven:
+        return memory
+    if any(failed.incarnation == other.incarnation for other in memory.failed_starts):
+        return memory
+    if memory.failed_starts and memory.failed_starts[-1].is_like(failed):
+        return replace(memory, failed_starts=(*memory.failed_starts, failed))
+    # It fails differently than when we gave up, so somebody has changed something.
+    memory = memory.with_fresh_starts() if memory.gave_up_settings else memory
+    return replace(memory, failed_starts=(failed,))
+
+
 def _remember(evidence: Evidence, memory: Memory) -> Memory:
-    """Keeps what this evidence says for when the next says less."""
+    """Remembers what this evidence shows, for when the next shows less."""
+    memory = _remember_starts(evidence, memory)
     process = evidence.process
     if process is None:
         return memory
-    if process.state in (State.STARTING, State.BACKOFF, State.STOPPING, State.UNKNOWN):
+    is_between = process.state in (State.STARTING, State.BACKOFF, State.STOPPING, State.UNKNOWN)
+    if is_between or (process.state is State.EXITED and not evidence.beats):
         since = evidence.time_s if memory.transition_since_s is None else memory.transition_since_s
         return replace(memory, transition_since_s=since)
     memory = replace(memory, transition_since_s=None)
@@ -380,8 +520,8 @@ def _remember(evidence: Evidence, memory: Memory) -> Memory:
     if evidence.heartbeat is not None and evidence.heartbeat.is_current:
         memory = replace(memory, heard_phase=evidence.heartbeat.phase)
     is_unheard = evidence.database_up_s is None or memory.heard_phase in LOADING_PHASES
-    if evidence.health is Health.SERVING and is_unheard:
-        # It would not say so while loading; that it is ready it could not write, or not yet.
+    if evidence.health is ProbeAnswer.SERVING and is_unheard:
+        # SERVING implies ready, even if the worker has not been able to write that yet.
         memory = replace(memory, heard_phase="ready")
     if memory.heard_phase not in ENDING_PHASES:
         return replace(memory, ending_since_s=None)
@@ -401,8 +541,8 @@ def _note_health(verdict: Verdict, time_s: float, memory: Memory, limits: Limits
 
 def _suspect(verdict: Verdict, evidence: Evidence, before: Suspicion | None) -> Suspicion:
     pid = evidence.process.pid if evidence.process else 0
-    # While the watchdog was held up the worker may have been too: it gets the whole time to answer afterwards.
-    if before is None or before.pid != pid or before.sick_since_s < evidence.awake_since_s:
+    # When the watchdog was held up, the worker may have been too: it gets the full time again.
+    if before is None or before.pid != pid or before.sick_since_s < evidence.stalled_until_s:
         return Suspicion(pid, verdict, evidence.time_s, evidence.time_s, 1)
     if before.verdict is not verdict:
         return Suspicion(pid, verdict, before.sick_since_s, evidence.time_s, 1)
@@ -410,14 +550,14 @@ def _suspect(verdict: Verdict, evidence: Evidence, before: Suspicion | None) -> 
 
 
 def _is_sure(suspicion: Suspicion, patience_s: float, time_s: float, limits: Limits) -> bool:
-    """True when enough probes agree; or when it has long been sick, if in changing ways."""
+    """True when enough probes agree, or the process has long been unhealthy in changing ways."""
     is_agreed = time_s - suspicion.since_s >= patience_s
     is_long_sick = time_s - suspicion.sick_since_s >= limits.not_ready_confirm_s
     return suspicion.probes >= limits.confirm_probes and (is_agreed or is_long_sick)
 
 
 def _restart(finding: _Finding, evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision, Memory]:
-    """A restart, if backoff and budget let it. An intent is taken up once without either: it has had its unit."""
+    """Restarts if backoff and budget allow. An open intent is continued once without either: it was counted before."""
     now, intent = evidence.time_s, evidence.intent
     if intent is not None and intent.step is not Step.LOADING and memory.continued_intent != intent.key:
         memory = replace(memory, continued_intent=intent.key, suspicion=None)
@@ -426,7 +566,7 @@ def _restart(finding: _Finding, evidence: Evidence, memory: Memory, limits: Limi
     restarts = tuple(time for time in memory.restarts if now - time < HOUR_S)
     memory = replace(memory, restarts=restarts)
     if memory.gave_up or len(restarts) >= limits.max_restarts_per_hour:
-        reason = f"{finding.reason}; {limits.max_restarts_per_hour} restarts within an hour did not help"
+        reason = f"{finding.reason}; the restart budget of {limits.max_restarts_per_hour} an hour is exhausted"
         decision = Decision(finding.verdict, Action.GIVE_UP, reason, limits.check_interval_s)
         return decision, replace(memory, gave_up=True)
     if restarts and memory.streak > 0:
@@ -440,7 +580,7 @@ def _restart(finding: _Finding, evidence: Evidence, memory: Memory, limits: Limi
 
 
 def budget_left(memory: Memory, time_s: float, limits: Limits) -> int:
-    """How many restarts may still be made within the hour."""
+    """Returns how many restarts are left in the current hour."""
     if memory.gave_up:
         return 0
     return max(0, limits.max_restarts_per_hour - sum(time_s - time < HOUR_S for time in memory.restarts))

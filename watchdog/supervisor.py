@@ -1,4 +1,4 @@
-"""supervisord over XML-RPC, each call with a deadline."""
+"""supervisord's XML-RPC API, each call with a deadline."""
 
 import http.client
 import socket
@@ -17,46 +17,52 @@ class SupervisorAwayError(Exception):
 
 
 class RefusedError(Exception):
-    """supervisord answered that it will not: no such process, no such program, cannot spawn."""
+    """supervisord refused the call: no such process or program, or it cannot spawn."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A process as supervisord has it. `pid` 0: none."""
+    """A process as supervisord reports it. `pid` is 0 if there is none; `cause` says why the last start failed."""
 
     state: State
     pid: int
+    cause: str = ""
 
 
 class Supervisor:
-    """Asks and orders. Every call has a connection of its own, so that all threads may share this."""
+    """Client of supervisord. Thread-safe: every call opens its own connection."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        """`url` as `unix:///path`."""
+        """`url` has the form `unix:///path`."""
         self._url = url
         self._timeout_s = timeout_s
 
     def processes(self, group: str) -> list[str]:
-        """Names of the processes of a group. Raises SupervisorAwayError."""
+        """Returns the names of a group's processes. Raises SupervisorAwayError."""
         return [info["name"] for info in self._call("getAllProcessInfo") if info["group"] == group]
 
+    def states(self) -> dict[str, str]:
+        """Returns the state of each process by its name, but of those never started. Raises SupervisorAwayError."""
+        return {info["name"]: info["statename"] for info in self._call("getAllProcessInfo") if info["start"]}
+
     def info(self, name: str) -> ProcessInfo:
-        """State and pid of `group:process`. Raises SupervisorAwayError, RefusedError when there is no such process."""
+        """Returns what is known of `group:process`. Raises SupervisorAwayError, RefusedError if there is none."""
         info = self._call("getProcessInfo", name)
         state = info["statename"]
-        return ProcessInfo(State(state) if state in State.__members__ else State.UNKNOWN, info["pid"])
+        known = State(state) if state in State.__members__ else State.UNKNOWN
+        return ProcessInfo(known, info["pid"], info["spawnerr"])
 
     def start(self, name: str) -> None:
-        """Orders a start; one that is under way is good. Raises SupervisorAwayError, RefusedError."""
+        """Orders a start; fine if already started. Raises SupervisorAwayError, RefusedError."""
         self._order("startProcess", name, Faults.ALREADY_STARTED)
 
     def stop(self, name: str) -> None:
-        """Orders a stop; one that has happened is good. Raises SupervisorAwayError, RefusedError."""
+        """Orders a stop; fine if already stopped. Raises SupervisorAwayError, RefusedError."""
         self._order("stopProcess", name, Faults.NOT_RUNNING)
 
     def _order(self, method: str, name: str, fault_for_done: int) -> None:
         try:
-            # Without waiting: supervisord would answer only at the end, up to stopwaitsecs later.
+            # wait=False: otherwise supervisord answers only once it is done, up to stopwaitsecs later.
             self._call(method, name, False)
         except RefusedError as error:
             if not isinstance(error.__cause__, xmlrpc.client.Fault) or error.__cause__.faultCode != fault_for_done:
@@ -68,14 +74,14 @@ class Supervisor:
                 return getattr(proxy.supervisor, method)(*arguments)
             except xmlrpc.client.Fault as error:
                 if error.faultCode == Faults.SHUTDOWN_STATE:
-                    raise SupervisorAwayError("it is shutting down") from error
+                    raise SupervisorAwayError("supervisord is shutting down") from error
                 raise RefusedError(error.faultString) from error
             except (OSError, http.client.HTTPException, xmlrpc.client.Error, ExpatError) as error:
                 raise SupervisorAwayError(str(error) or type(error).__name__) from error
 
 
 class _Transport(SupervisorTransport):  # type: ignore[misc]
-    """supervisor's own, which has no deadline, with one."""
+    """supervisor's transport, with the timeout that it lacks."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         super().__init__(None, None, url)

@@ -1,20 +1,24 @@
-"""Channels to a gateway or a watchdog: with TLS and a token, as arguments or the environment say.
+"""Channels to the gateway or the watchdog, with TLS and a token from arguments or the environment.
 
-| argument          | environment                        |                                                           |
-| ----------------- | ---------------------------------- | --------------------------------------------------------- |
-| `tls_ca`          | `BATCH_TLS_CA`                     | file of the authorities that servers are known by         |
-| `tls_cert`        | `BATCH_TLS_CERT`                   | file of this client's certificate, where one is asked for |
-| `tls_key`         | `BATCH_TLS_KEY`                    | file of the key of that certificate                       |
-| `tls_server_name` | `BATCH_TLS_SERVER_NAME`            | name in the server's certificate, if not that of `target` |
-| `token`           | `BATCH_TOKEN`, `BATCH_TOKEN_FILE`  | bearer token, or a file that holds it                     |
+| argument          | environment                        |                                                          |
+| ----------------- | ---------------------------------- | -------------------------------------------------------- |
+| `tls_ca`          | `BATCH_TLS_CA`                     | CA bundle used to verify the server; enables TLS         |
+| `tls_cert`        | `BATCH_TLS_CERT`                   | client certificate, where the server requires one        |
+| `tls_key`         | `BATCH_TLS_KEY`                    | private key of the client certificate                    |
+| `tls_server_name` | `BATCH_TLS_SERVER_NAME`            | name in the server's certificate, if not the target's    |
+| `token`           | `BATCH_TOKEN`, `BATCH_TOKEN_FILE`  | bearer token; the latter variable names a file with it   |
 
-None: what the environment says. Empty: none, whatever it says. TLS is used when there is a `tls_ca`.
+The first three are paths of PEM files. None: use the environment. Empty: use none, even if the environment has one.
+
+gRPC uses the proxy in `grpc_proxy`, `https_proxy` or `http_proxy`, unless `no_grpc_proxy` or `no_proxy` names the
+target. Loopback targets and Unix sockets are never called through one.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,25 +27,36 @@ import grpc
 
 Options = Sequence[tuple[str, Any]]
 
+DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_WATCHDOG_TARGET = "127.0.0.1:50053"
+# Its health (grpc.health.v1) says whether new work is accepted.
+BATCH_SERVICE = "vllm_batch.v1.BatchService"
+# Schemes of gRPC whose addresses are not host:port.
+_SCHEMES = ("unix:", "unix-abstract:", "vsock:", "ipv4:", "ipv6:", "xds:")
+_HOST = re.compile(r"\[[0-9A-Fa-f:.]+(%[^\s\]]+)?\]|[^\s/@\[\]?#]+")
+# The server's limit too.
+MAX_MESSAGE_BYTES = 64 << 20
+
 OPTIONS: Options = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    # A stream without a deadline ends within about 15 s of its server's silence.
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A stream without a deadline fails about 15 s after its server falls silent.
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    # After two pings without data gRPC would wait for a minute between them.
+    # keepalive_timeout_ms does not shorten this timeout, which is a minute by default.
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    # Otherwise gRPC would send a ping only every minute after two pings without data.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
 
 def open_channel(target: str, *, options: Options = OPTIONS, **security: str | None) -> grpc.Channel:
-    """A channel to `target`, host:port. Raises OSError for a file that cannot be read.
+    """A channel to `target`, host:port. Raises OSError for an unreadable file, TypeError for an unknown argument.
 
-    Raises ValueError when a token would go to another machine without TLS (allowed by BATCH_ALLOW_INSECURE=true),
-    and TypeError for an argument that is none of the above.
+    Raises ValueError when the settings contradict each other, or when a token would be sent to another machine without
+    TLS (allowed by BATCH_ALLOW_INSECURE=true).
     """
-    credentials, token, options = _secured(target, options, **security)
+    credentials, token, options = _secured(target, _direct(target, options), **security)
     if credentials is None:
         channel = grpc.insecure_channel(target, options=options)
     else:
@@ -50,13 +65,17 @@ def open_channel(target: str, *, options: Options = OPTIONS, **security: str | N
 
 
 def open_aio_channel(target: str, *, options: Options = OPTIONS, **security: str | None) -> grpc.aio.Channel:
-    """The same for asyncio."""
-    credentials, token, options = _secured(target, options, **security)
-    # grpc.aio takes one interceptor for one kind of call.
+    """A channel for asyncio; see `open_channel`."""
+    credentials, token, options = _secured(target, _direct(target, options), **security)
+    # grpc.aio registers each interceptor for one kind of call only.
     interceptors = [kind(token) for kind in _AIO_KINDS] if token else []
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(target, credentials, options=options, interceptors=interceptors)
+
+
+def _direct(target: str, options: Options) -> Options:
+    return (*options, ("grpc.enable_http_proxy", 0)) if _is_local(target) else options
 
 
 def _secured(
@@ -77,13 +96,13 @@ def _secured(
     if token is None and not secret and token_file:
         secret = Path(token_file).read_text().strip()
     if bool(certificate) != bool(key):
-        raise ValueError("a client's certificate and its key go together: BATCH_TLS_CERT, BATCH_TLS_KEY")
+        raise ValueError("a client certificate and its key must both be set: BATCH_TLS_CERT, BATCH_TLS_KEY")
     if certificate and not ca:
-        raise ValueError("a client's certificate goes with BATCH_TLS_CA, by which the server is known")
+        raise ValueError("client certificates require TLS: set BATCH_TLS_CA")
     if not ca:
         is_allowed = os.environ.get("BATCH_ALLOW_INSECURE", "").lower() in ("1", "true", "yes", "on")
         if secret and not is_allowed and not _is_local(target):
-            raise ValueError(f"a token would go to {target} for everybody to read: set BATCH_TLS_CA")
+            raise ValueError(f"a token would be sent to {target} in plain text: set BATCH_TLS_CA")
         return None, secret, options
     credentials = grpc.ssl_channel_credentials(
         Path(ca).read_bytes(),
@@ -93,6 +112,30 @@ def _secured(
     if server_name:
         options = (*options, ("grpc.ssl_target_name_override", server_name))
     return credentials, secret, options
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError for an invalid address, which gRPC would try to reach until patience ends.
+
+    Valid are `host:port`, `[IPv6]:port`, `dns:host:port`, `dns://server/host:port`, and gRPC's other schemes, which are
+    left to gRPC.
+    """
+    if target.startswith(_SCHEMES):
+        return
+    wrong = f"{target!r} is no address"
+    if "://" in target and not target.startswith("dns://"):
+        raise ValueError(f"{wrong}: give host:port, without {target.partition('://')[0]}://")
+    address = target.removeprefix("dns:")
+    address = address.rpartition("/")[2] if address.startswith("//") else address
+    host, colon, port = address.rpartition(":")
+    if not colon or not host:
+        raise ValueError(f"{wrong}: give host:port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{wrong}: an IPv6 address is written [address]:port")
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{wrong}: give host:port")
+    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise ValueError(f"{wrong}: {port[:20]!r} is no port, which is a number from 1 to 65535")
 
 
 def _given(argument: str | None, variable: str) -> str:
@@ -111,7 +154,7 @@ def _is_local(target: str) -> bool:
 
 
 class _Details(grpc.ClientCallDetails):
-    """What is known of a call, with a token in its metadata."""
+    """The details of a call, with a token added to its metadata."""
 
     def __init__(self, details: Any, token: str) -> None:
         self.method = details.method
@@ -128,7 +171,7 @@ class _WithToken(
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Shows a token with every call."""
+    """Sends a token with every call."""
 
     def __init__(self, token: str) -> None:
         self._token = token

@@ -1,54 +1,57 @@
-"""A small synchronous client: one channel, deadlines on every call, retries as the server asks for them."""
+"""The synchronous client: one channel, a deadline on every call, retries as the server asks for them."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar, Unpack
 
 import grpc
 import tenacity
 
-from vllm_batch.calls import (
+from vllm_batch import requests
+from vllm_batch.channel import DEFAULT_TARGET, check_target, open_channel
+from vllm_batch.errors import CallError
+from vllm_batch.retries import (
     CALL_TIMEOUT_S,
-    DEFAULT_TARGET,
     PATIENCE_S,
+    STATUS_TIMEOUT_S,
     UPLOAD_TIMEOUT_S,
-    CallError,
+    OnRetry,
     retry_rules,
-    tell_nobody,
 )
-from vllm_batch.channel import open_channel
 from vllm_batch.uploads import Line, SubmitOptions, Upload, to_bytes
 from vllm_batch.v1 import batch_service_pb2 as pb
-from vllm_batch.v1 import batch_service_pb2_grpc
-
-__all__ = ["DEFAULT_TARGET", "PATIENCE_S", "CallError", "Client", "Line", "SubmitOptions"]
+from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc
+from vllm_batch.v1 import host_service_pb2 as hpb
 
 T = TypeVar("T")
+ALL = "RESULT_FILTER_UNSPECIFIED"
 
 
 class Client:
-    """BatchService at `target`. UNAVAILABLE is retried for `patience_s`, after the delay that the server names, as is
-    a rate limit that was reached.
+    """BatchService at `target`, host:port. Every method raises CallError.
 
-    TLS and token are as `security` says (`tls_ca`, `token` and others of `vllm_batch.channel`), or the environment.
-    `on_retry(error, delay_s)` is called before each wait. All methods raise CallError. For asyncio: `aio.AsyncClient`.
+    UNAVAILABLE and rate limits are retried for up to `patience_s`, after the delay that the server asks for;
+    `on_retry(error, delay_s)` is called before each wait. TLS and the token come from `security` (`tls_ca`, `token` and
+    the other arguments listed in `vllm_batch.channel`) or from the environment.
     """
 
     def __init__(
         self,
         target: str = DEFAULT_TARGET,
         patience_s: float = PATIENCE_S,
-        on_retry: Callable[[CallError, float], None] = tell_nobody,
+        on_retry: OnRetry | None = None,
         **security: Any,
     ) -> None:
+        check_target(target)
         self.target = target
-        self._rules = retry_rules(patience_s, on_retry)
+        self._is_closed = False
+        self._rules = retry_rules(patience_s, on_retry, lambda: self._is_closed)
         self._channel = open_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
+        self._host_stub = host_service_pb2_grpc.HostServiceStub(self._channel)
 
     def __enter__(self) -> Client:
         return self
@@ -57,16 +60,28 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the channel."""
+        """Close the connection."""
+        self._is_closed = True
         self._channel.close()
 
+    def service_status(self) -> pb.GetServiceStatusResponse:
+        """Whether new work is accepted now, why not, and which models are served."""
+        return self._retry(self._service_status)
+
+    def accepting(self) -> str:
+        """Why new work is not accepted now; empty when it is. Never retries, raises no CallError."""
+        try:
+            return self._service_status().message
+        except grpc.RpcError as error:
+            return CallError(error).message
+
     def submit(self, file: BinaryIO, **options: Unpack[SubmitOptions]) -> pb.Batch:
-        """Uploads a JSONL file that can be rewound, as one batch; exactly one, however often it had to be tried."""
+        """Upload a seekable JSONL file as one batch; exactly one, however often the upload is retried."""
         upload = Upload(file, options)
         return self._retry(lambda: self._stub.UploadBatch(upload.messages(), timeout=UPLOAD_TIMEOUT_S).batch)
 
     def submit_lines(self, lines: Iterable[Line], **options: Unpack[SubmitOptions]) -> pb.Batch:
-        """Uploads requests as `submit` does a file. They are kept in a temporary file for further tries."""
+        """Upload requests as `submit` uploads a file. A temporary file keeps them for retries."""
         with tempfile.TemporaryFile() as file:
             file.writelines(map(to_bytes, lines))
             return self.submit(file, **options)
@@ -76,35 +91,68 @@ class Client:
         request = pb.GetBatchRequest(batch_id=batch_id)
         return self._retry(lambda: self._stub.GetBatch(request, timeout=CALL_TIMEOUT_S).batch)
 
-    def list(self, states: Iterable[str] = (), limit: int = 50) -> Iterator[pb.Batch]:
-        """Up to `limit` batches, newest first; `states` as `BATCH_STATE_COMPLETED`."""
-        request = pb.ListBatchesRequest(states=states)
-        left = limit
-        while left > 0:
-            request.page_size = min(left, 1000)
-            page = self._retry(lambda: self._stub.ListBatches(request, timeout=CALL_TIMEOUT_S))
-            yield from page.batches
-            left -= len(page.batches)
+    def list(self, states: Iterable[str] = (), limit: int = 50, tenant: str = "") -> Iterator[pb.Batch]:
+        """Up to `limit` batches, newest first, in any of `states`, such as `BATCH_STATE_COMPLETED`; none: all.
+
+        Those of `tenant`, which only operators may ask for unless it is their own; empty: all that the caller may see.
+        """
+        listing = requests.Listing(states, limit, tenant)
+        while not listing.is_complete:
+            page = self._retry(lambda: self._stub.ListBatches(listing.request, timeout=CALL_TIMEOUT_S))
+            yield from listing.take(page)
+
+    def tenants(self) -> Sequence[pb.Tenant]:
+        """The caller's tenant with its share, queue, tokens used and limits; for operators all tenants."""
+        return self._retry(lambda: self._stub.ListTenants(pb.ListTenantsRequest(), timeout=CALL_TIMEOUT_S).tenants)
+
+    def hosts(self, name: str = "") -> Iterator[hpb.Host]:
+        """All hosts by name, or the one called `name`; for operators."""
+        request = hpb.ListHostsRequest(page_size=requests.HOSTS_PAGE, name=name)
+        while True:
+            page = self._retry(lambda: self._host_stub.ListHosts(request, timeout=CALL_TIMEOUT_S))
+            yield from page.hosts
             request.page_token = page.next_page_token
             if not page.next_page_token:
                 return
 
+    def drain_host(self, name: str, reason: str = "") -> None:
+        """Order a host to drain: it gets no new work, finishes what is in its engines and releases the rest."""
+        request = hpb.DrainHostRequest(name=name, reason=reason)
+        self._retry(lambda: self._host_stub.DrainHost(request, timeout=CALL_TIMEOUT_S))
+
+    def resume_host(self, name: str) -> None:
+        """Give a drained host work again."""
+        request = hpb.ResumeHostRequest(name=name)
+        self._retry(lambda: self._host_stub.ResumeHost(request, timeout=CALL_TIMEOUT_S))
+
+    def forget_host(self, name: str) -> None:
+        """Remove what is stored about a host that is gone for good."""
+        request = hpb.ForgetHostRequest(name=name)
+        self._retry(lambda: self._host_stub.ForgetHost(request, timeout=CALL_TIMEOUT_S))
+
     def watch(self, batch_id: str) -> Iterator[pb.Batch]:
-        """The batch now and whenever it changes, until it is terminal; goes on after a lost connection."""
+        """The batch now and after each change, until it has ended. Survives lost connections."""
         request = pb.WatchBatchRequest(batch_id=batch_id)
         for response in self._stream(lambda: self._stub.WatchBatch(request)):
             yield response.batch
 
-    def wait(self, batch_id: str, on_progress: Callable[[pb.Batch], None] = lambda batch: None) -> pb.Batch:
-        """The batch once it is terminal; `on_progress` is told of it now and whenever it changes."""
+    def wait(self, batch_id: str, on_progress: Callable[[pb.Batch], None] | None = None) -> pb.Batch:
+        """The batch once it has ended. `on_progress(batch)` is called now and after each change."""
         batch = pb.Batch()
         for batch in self.watch(batch_id):
-            on_progress(batch)
+            if on_progress is not None:
+                on_progress(batch)
         return batch
 
-    def results(self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT") -> Iterator[pb.Result]:
-        """The results of a batch; after a lost connection it goes on behind the last, without gap or repeat."""
-        for page in self.result_pages(batch_id, follow=follow, order=order):
+    def results(
+        self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT", filter: str = ALL
+    ) -> Iterator[pb.Result]:
+        """The results so far; with `follow`, until the batch has ended. `filter` `RESULT_FILTER_FAILED` or
+        `RESULT_FILTER_SUCCEEDED`: only those.
+
+        After a lost connection it resumes after the last result, without gap or repeat.
+        """
+        for page in self.result_pages(batch_id, follow=follow, order=order, filter=filter):
             yield from page.results
 
     def result_pages(
@@ -114,51 +162,66 @@ class Client:
         follow: bool = False,
         order: str = "RESULT_ORDER_INPUT",
         resume_token: str = "",
+        filter: str = ALL,
     ) -> Iterator[pb.StreamResultsResponse]:
-        """The results page by page, each with the token to go on behind it, for who wants to in another process."""
-        request = pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, resume_token=resume_token)
-        yield from self._pages(request)
+        """The results page by page. Each page has the token to resume after it, in another process if need be."""
+        yield from self._pages(
+            requests.results(batch_id, follow=follow, order=order, resume_token=resume_token, filter=filter)
+        )
 
     def result_lines(
-        self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT"
+        self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT", filter: str = ALL
     ) -> Iterator[bytes]:
-        """The same as lines of OpenAI's batch output, some whole ones at a time, to be written to a file as they are.
+        """The results as OpenAI batch output, several whole lines at a time: write them to a file unchanged.
 
-        Several times as fast as messages.
+        Several times as fast as `results`.
         """
-        request = pb.StreamResultsRequest(batch_id=batch_id, order=order, follow=follow, format=pb.RESULT_FORMAT_JSONL)
-        for page in self._pages(request):
+        lines = requests.Lines()
+        for piece in self.result_bytes(batch_id, follow=follow, order=order, filter=filter):
+            if some := lines.take(piece):
+                yield some
+
+    def result_bytes(
+        self, batch_id: str, *, follow: bool = False, order: str = "RESULT_ORDER_INPUT", filter: str = ALL
+    ) -> Iterator[bytes]:
+        """The same bytes as of `result_lines`, with lines of over 1 MiB in pieces: memory stays flat at any size."""
+        for page in self._pages(requests.results(batch_id, follow=follow, order=order, as_lines=True, filter=filter)):
             yield page.jsonl
 
+    def result_line(self, batch_id: str, result: pb.Result) -> Iterator[bytes]:
+        """The line, in pieces, of a result whose body was left out of its message (`omitted_body_bytes`)."""
+        for page in self._pages(requests.line(batch_id, result)):
+            yield page.jsonl
+            if page.jsonl.endswith(b"\n"):
+                return
+
     def result(self, batch_id: str, custom_id: str) -> pb.Result:
-        """The result of one request; CallError with NOT_FOUND until it has one."""
+        """The result of one request. Raises NOT_FOUND until the request has finished."""
         request = pb.GetResultRequest(batch_id=batch_id, custom_id=custom_id)
         return self._retry(lambda: self._stub.GetResult(request, timeout=CALL_TIMEOUT_S).result)
 
+    def errors(self, batch_id: str) -> pb.ListErrorsResponse:
+        """The kinds of failure among the results of a batch, each with its count and an example."""
+        request = pb.ListErrorsRequest(batch_id=batch_id)
+        return self._retry(lambda: self._stub.ListErrors(request, timeout=CALL_TIMEOUT_S))
+
     def retry(self, batch_id: str, request_id: str = "") -> pb.Batch:
-        """A new batch of the requests of an ended one that failed or have no result."""
-        request = pb.RetryBatchRequest(batch_id=batch_id, request_id=request_id or str(uuid.uuid4()))
+        """Create a batch of the requests of an ended batch that failed or have no result."""
+        request = requests.retry(batch_id, request_id)
         return self._retry(lambda: self._stub.RetryBatch(request, timeout=UPLOAD_TIMEOUT_S).batch)
 
     def delete(self, batch_id: str) -> None:
-        """Deletes a batch that has ended, with its requests and results."""
+        """Delete an ended batch with its requests and results."""
         request = pb.DeleteBatchRequest(batch_id=batch_id)
         self._retry(lambda: self._stub.DeleteBatch(request, timeout=CALL_TIMEOUT_S))
 
     def cancel(self, batch_id: str) -> pb.Batch:
-        """Stops a batch."""
+        """Cancel a batch. Finished results are kept."""
         request = pb.CancelBatchRequest(batch_id=batch_id)
         return self._retry(lambda: self._stub.CancelBatch(request, timeout=CALL_TIMEOUT_S).batch)
 
-    def accepting(self) -> str:
-        """Why new work is not accepted now; empty when it is."""
-        try:
-            # A batch without requests is never stored: it is refused as UNAVAILABLE or as INVALID_ARGUMENT.
-            self._stub.CreateBatch(pb.CreateBatchRequest(), timeout=5)
-        except grpc.RpcError as error:
-            failed = CallError(error)
-            return "" if failed.code is grpc.StatusCode.INVALID_ARGUMENT else failed.message
-        return ""
+    def _service_status(self) -> pb.GetServiceStatusResponse:
+        return self._stub.GetServiceStatus(pb.GetServiceStatusRequest(), timeout=STATUS_TIMEOUT_S)
 
     def _pages(self, request: pb.StreamResultsRequest) -> Iterator[pb.StreamResultsResponse]:
         for page in self._stream(lambda: self._stub.StreamResults(request)):
@@ -175,7 +238,7 @@ class Client:
         return tenacity.Retrying(**self._rules)(attempt)
 
     def _stream(self, call: Callable[[], Any]) -> Iterator[Any]:
-        """The responses of a stream that is begun again by `call` when it breaks."""
+        """The responses of a stream; `call` opens it, again after each failure that is retried."""
         stream: Any = None
 
         def advance() -> Any:

@@ -1,4 +1,4 @@
-"""What both clients send to submit a batch."""
+"""The messages that both clients send to submit a batch."""
 
 from __future__ import annotations
 
@@ -6,58 +6,65 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO, TypeAlias, TypedDict
+from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict
 
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 PIECE_BYTES = 256 << 10
 
-# One request: a line of OpenAI's batch format as it is, or what is made one.
+# One request: a line in OpenAI's batch format, or a dict that is serialised as one.
 Line: TypeAlias = bytes | str | Mapping[str, Any]
 
 
 class SubmitOptions(TypedDict, total=False):
-    """What may be said about a new batch."""
+    """Options of a new batch."""
 
-    # Submitting the same under the same name gives the same batch. One is made when none is given.
+    # Idempotency key: submitting the same requests with the same key returns the same batch. Default: a new UUID.
     request_id: str
-    # Kept with the batch.
+    # Stored with the batch and returned as given.
     metadata: Mapping[str, str]
     # From -100 to 100; higher runs first.
     priority: int
-    # The batch expires when it is not complete after this many seconds; None: never.
+    # The batch expires if it is not complete after this many seconds; None: never.
     completion_window_s: float | None
-    # Told how many bytes have gone out, from a thread of gRPC's; starts again from 0 with each try.
+    # In which order its requests run. "prefix", the default: those with prompts that begin alike together; "input": as
+    # they are in the file.
+    order: Literal["prefix", "input"]
+    # The URL that receives the event of its end, instead of the tenant's own target.
+    webhook: str
+    # Called with the number of bytes sent, from a gRPC thread; starts at 0 again with each attempt.
     on_sent: Callable[[int], None]
 
 
 class Upload:
-    """One submission of a JSONL file that can be rewound: the same batch, however often it has to be tried."""
+    """One submission of a seekable JSONL file: the same batch, however many attempts it takes."""
 
     def __init__(self, file: BinaryIO, options: SubmitOptions) -> None:
         self._file = file
         self._on_sent: Callable[[int], None] = options.get("on_sent", lambda sent: None)
         self._options = pb.BatchOptions(
-            # Made once, before the first try: it is what makes the others harmless.
+            # Chosen once, before the first attempt: it makes further attempts harmless.
             request_id=options.get("request_id") or str(uuid.uuid4()),
             metadata=dict(options.get("metadata") or {}),
             priority=options.get("priority", 0),
+            order=pb.RUN_ORDER_INPUT if options.get("order") == "input" else pb.RUN_ORDER_UNSPECIFIED,
+            webhook=options.get("webhook", ""),
         )
         window_s = options.get("completion_window_s")
         if window_s is not None:
             self._options.completion_window.FromMilliseconds(round(window_s * 1000))
         self._lock = threading.Lock()
-        self._try = 0
+        self._attempt = 0
 
     def messages(self) -> Iterator[pb.UploadBatchRequest]:
-        """What is sent at one try. Ends without an end when the next try has begun."""
-        self._try += 1
-        return self._messages(self._try)
+        """The messages of one attempt. Stops short, without an end message, once the next attempt has begun."""
+        self._attempt += 1
+        return self._messages(self._attempt)
 
     def _messages(self, number: int) -> Iterator[pb.UploadBatchRequest]:
         yield pb.UploadBatchRequest(options=self._options)
         sent = 0
-        # A thread of gRPC's may still be reading for the try before: it must not take bytes from this one.
+        # A gRPC thread may still be reading for the previous attempt: it must not take bytes from this one.
         while (piece := self._piece(number, sent)) is not None:
             if not piece:
                 yield pb.UploadBatchRequest(end=pb.UploadEnd())
@@ -67,9 +74,9 @@ class Upload:
             self._on_sent(sent)
 
     def _piece(self, number: int, sent: int) -> bytes | None:
-        """The next bytes; b"" at the end of the file; None when another try has begun."""
+        """The next bytes; b"" at the end of the file; None once another attempt has begun."""
         with self._lock:
-            if number != self._try:
+            if number != self._attempt:
                 return None
             if not sent:
                 self._file.seek(0)
@@ -77,7 +84,7 @@ class Upload:
 
 
 def to_bytes(line: Line) -> bytes:
-    """One line with its end."""
+    """One line, newline included."""
     if isinstance(line, Mapping):
         line = json.dumps(line)
     data = line.encode() if isinstance(line, str) else line

@@ -1,21 +1,23 @@
-"""Deadlines on our side of a connection.
+"""Client-side deadlines for calls to Postgres.
 
-Those of Postgres are kept by Postgres: a server that is frozen ends no statement, and as long as its kernel answers
-neither TCP nor a Unix socket says that anything is wrong (libpq has no such deadline of its own).
+Postgres' own timeouts do not help if the server is frozen, and as long as its kernel answers, neither TCP nor a Unix
+socket reports a problem (libpq has no such deadline).
 """
 
 import contextlib
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
 
-from service import logs
+from service.db.availability import DATABASE_ERRORS, DatabaseAwayError
+from service.telemetry import logs
 
 LOOK_INTERVAL_S = 0.2
 
@@ -26,10 +28,13 @@ log = logs.get("database")
 class _Call:
     connection: Any
     due_s: float
+    slow_s: float
+    on_slow: Callable[[], None]
+    is_cut: bool = False
 
 
 class Deadlines:
-    """Cuts the connections of calls that take too long: what waits on one gets psycopg2's OperationalError."""
+    """Cuts the connections of calls that take too long; those calls then raise DatabaseAwayError."""
 
     def __init__(self) -> None:
         self._calls: set[_Call] = set()
@@ -37,9 +42,15 @@ class Deadlines:
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
-    def within(self, connection: Any, timeout_s: float) -> Iterator[None]:
-        """Cuts `connection` (psycopg2's) unless the block ends within `timeout_s`, or as `extend` has it."""
-        call = _Call(connection, time.monotonic() + timeout_s)
+    def within(
+        self, connection: Any, timeout_s: float, slow_s: float = math.inf, on_slow: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Cuts `connection` (psycopg2's) unless the block ends within `timeout_s`; `extend` moves that deadline.
+
+        `on_slow` is called again and again from `slow_s` on until the end; it must not block.
+        """
+        begin_s = time.monotonic()
+        call = _Call(connection, begin_s + timeout_s, begin_s + slow_s, on_slow)
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
@@ -49,6 +60,11 @@ class Deadlines:
         outer, _current.call = getattr(_current, "call", None), call
         try:
             yield
+        except DATABASE_ERRORS:
+            if not call.is_cut:
+                raise
+            # libpq only saw the connection end.
+            raise DatabaseAwayError(f"Postgres did not answer within {call.due_s - begin_s:.3g} s") from None
         finally:
             _current.call = outer
             with self._changed:
@@ -60,9 +76,13 @@ class Deadlines:
                 while not self._calls:
                     self._changed.wait()
                 now_s = time.monotonic()
+                for call in self._calls:
+                    if call.slow_s <= now_s:
+                        call.on_slow()
                 for call in [call for call in self._calls if call.due_s <= now_s]:
                     self._calls.discard(call)
-                    _cut(call.connection)
+                    call.is_cut = True
+                    cut(call.connection, "a call exceeded its deadline")
             time.sleep(LOOK_INTERVAL_S)
 
 
@@ -70,15 +90,16 @@ _current = threading.local()
 
 
 def extend(timeout_s: float) -> None:
-    """Gives the call that this thread is in so long from now."""
+    """Gives this thread's current call at least `timeout_s` from now."""
     call: _Call | None = getattr(_current, "call", None)
     if call is not None:
         call.due_s = max(call.due_s, time.monotonic() + timeout_s)
 
 
-def _cut(connection: Any) -> None:
-    log.warning("connection_cut", why="a call took longer than its deadline")
-    # Of a copy: the descriptor itself is libpq's, who closes it when it finds the connection broken.
+def cut(connection: Any, why: str) -> None:
+    """Breaks a connection that another thread may be waiting for."""
+    log.warning("connection_cut", why=why)
+    # On a duplicate: libpq owns the descriptor, and closes it when it finds the connection broken.
     with (
         contextlib.suppress(psycopg2.InterfaceError, OSError),
         socket.socket(fileno=os.dup(connection.fileno())) as own,

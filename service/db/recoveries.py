@@ -1,6 +1,6 @@
-"""The audit log of recovery. Its times are those of the watchdog's host."""
+"""The audit log of recovery. Its times come from the clock of the watchdog's host."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,16 +11,19 @@ import peewee
 from service.db.models import RecoveryEvent
 
 OPEN = "open"
-# What a restart spends its time on, in this order.
+# The phases of a restart, in order.
 PHASES = ("detect", "decide", "evidence", "stop", "sweep", "gpu", "start", "load")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One entry of the audit log. `timings` in seconds by phase; `id` 0: Postgres does not have it yet."""
+    """One entry of the audit log. `timings` are seconds by phase; `id` 0: not in Postgres yet.
+
+    `machine`: that of the watchdog that wrote it; empty if it did not know.
+    """
 
     id: int
-    # What tells it from others before it has an id.
+    # Identifies it before it has an id.
     key: UUID
     worker_id: str
     kind: str
@@ -34,21 +37,23 @@ class Event:
     end_time: datetime | None
     old_incarnation: UUID | None
     new_incarnation: UUID | None
+    machine: str = ""
 
 
 def put(db: peewee.PostgresqlDatabase, event: Event) -> int:
-    """Writes an event as it is now, also if it is there already, unless it has ended there. Returns its id."""
+    """Inserts an event, or updates it unless it has ended in Postgres. Returns its id."""
     row = {getattr(RecoveryEvent, name): value for name, value in vars(event).items() if name != "id"}
     with db.atomic():
         if event.outcome == OPEN:
-            # One is open at a time. Another can only be of a watchdog whose journal is lost.
+            # One is open at a time. Another can only be from a watchdog that lost its journal.
             RecoveryEvent.update(outcome="superseded", end_time=event.start_time).where(
                 RecoveryEvent.worker_id == event.worker_id,
+                RecoveryEvent.machine.in_((event.machine, "")),
                 RecoveryEvent.outcome == OPEN,
                 RecoveryEvent.key != event.key,
             ).execute(db)
         is_it = RecoveryEvent.key == event.key
-        # Not as one statement: an insert that turns into an update takes a number all the same.
+        # Not an upsert: that takes an id from the sequence even if it updates.
         RecoveryEvent.update(
             step=event.step,
             outcome=event.outcome,
@@ -62,12 +67,16 @@ def put(db: peewee.PostgresqlDatabase, event: Event) -> int:
         return int(find.scalar(db))
 
 
-def of_note(db: peewee.PostgresqlDatabase, worker_id: str, since: datetime) -> list[Event]:
-    """What decisions about a worker are made of, oldest first.
+def of_note(db: peewee.PostgresqlDatabase, worker_id: str, machine: str, since: datetime) -> list[Event]:
+    """The events that decisions about a worker of this machine are based on, oldest first.
 
-    That is its restarts since then, the open one however old, and the last event of each other kind.
+    These are its restarts after `since`, the open one however old, and the last event of each other kind.
     """
-    mine = (RecoveryEvent.worker_id == worker_id) & (RecoveryEvent.kind != "verdict")
+    mine = (
+        (RecoveryEvent.worker_id == worker_id)
+        & (RecoveryEvent.machine.in_((machine, "")))
+        & (RecoveryEvent.kind != "verdict")
+    )
     is_recent = (RecoveryEvent.start_time > since) | (RecoveryEvent.outcome == OPEN)
     is_restart = RecoveryEvent.kind == "restart"
     last = RecoveryEvent.select(peewee.fn.max(RecoveryEvent.id)).where(mine, ~is_restart).group_by(RecoveryEvent.kind)
@@ -79,26 +88,46 @@ def of_note(db: peewee.PostgresqlDatabase, worker_id: str, since: datetime) -> l
     return [_event(row) for row in query.bind(db).dicts()]
 
 
-def given_up(db: peewee.PostgresqlDatabase) -> set[str]:
-    """The workers whose budget was spent and not given back."""
-    rows = db.execute_sql(
-        "SELECT DISTINCT ON (worker_id) worker_id, kind FROM recovery_events WHERE kind IN ('gave_up', 'budget_reset')"
-        " ORDER BY worker_id, id DESC"
-    ).fetchall()
-    return {worker_id for worker_id, kind in rows if kind == "gave_up"}
+# Per worker asked for, by its index, so that neither the audit log nor workers that are gone make it slower.
+# Of two machines with one name only the one whose worker beats counts.
+OF_THE_ONE_THAT_BEATS = """
+(machine = '' OR NOT EXISTS (
+    SELECT FROM heartbeats h WHERE h.worker_id = e.worker_id AND h.machine NOT IN (e.machine, '')))
+"""
+LAST_ONES = " UNION ALL ".join(
+    f"""
+    (SELECT id, kind FROM recovery_events e
+     WHERE e.worker_id = asked.worker_id AND kind = '{kind}' AND {OF_THE_ONE_THAT_BEATS} ORDER BY id DESC LIMIT 1)
+    """
+    for kind in ("gave_up", "budget_reset", "give_up_ended")
+)
+GIVEN_UP = f"""
+SELECT worker_id FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (
+    SELECT max(id) FILTER (WHERE kind = 'gave_up') AS gave_up, max(id) FILTER (WHERE kind <> 'gave_up') AS ended
+    FROM ({LAST_ONES}) AS last_ones
+) AS last
+WHERE last.gave_up > coalesce(last.ended, 0)
+"""
+LAST_TIMINGS = """
+SELECT worker_id, last.timings FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (
+    SELECT timings FROM recovery_events e
+    WHERE e.worker_id = asked.worker_id AND kind = 'restart' AND outcome = 'recovered' ORDER BY id DESC LIMIT 1
+) AS last
+"""
 
 
-def last_timings(db: peewee.PostgresqlDatabase) -> dict[str, Mapping[str, float]]:
-    """How long the last restart that succeeded took, in seconds by phase, of each worker that had one."""
-    rows = db.execute_sql(
-        "SELECT DISTINCT ON (worker_id) worker_id, timings FROM recovery_events"
-        " WHERE kind = 'restart' AND outcome = 'recovered' ORDER BY worker_id, id DESC"
-    ).fetchall()
-    return dict(rows)
+def given_up(db: peewee.PostgresqlDatabase, worker_ids: Sequence[str]) -> set[str]:
+    """Those of the workers that are no longer restarted: the budget is exhausted, or their start kept failing."""
+    return {worker_id for (worker_id,) in db.execute_sql(GIVEN_UP, (list(worker_ids),)).fetchall()}
+
+
+def last_timings(db: peewee.PostgresqlDatabase, worker_ids: Sequence[str]) -> dict[str, Mapping[str, float]]:
+    """Seconds by phase of the last successful restart of each of the workers."""
+    return dict(db.execute_sql(LAST_TIMINGS, (list(worker_ids),)).fetchall())
 
 
 def uptime_s(db: peewee.PostgresqlDatabase) -> float:
-    """How long Postgres has been up."""
+    """Seconds that Postgres has been up."""
     row = db.execute_sql("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())::float8").fetchone()
     return float(row[0])
 
@@ -114,6 +143,6 @@ def list_page(db: peewee.PostgresqlDatabase, worker_id: str | None, before: int 
 
 
 def _event(row: Any) -> Event:
-    # Postgres keeps the keys of jsonb in an order of its own.
+    # jsonb does not keep the order of keys.
     timings = {phase: row["timings"][phase] for phase in PHASES if phase in row["timings"]}
     return Event(**(row | {"timings": timings}))

@@ -1,97 +1,156 @@
-"""The gateway process: `python -m service.gateway`. `--check` only checks the settings."""
+"""The gateway process: `python -m service.gateway`."""
 
-import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from service import access, config, logs, metrics, processes, rpc, tracing
-from service.clock import SystemClock
-from service.config import Settings
-from service.db.batches import Limits
-from service.db.connection import Database
-from service.gateway.calling import Calling
-from service.gateway.channels import Channels
-from service.gateway.housekeeping import Housekeeping
-from service.gateway.metrics import TIMEOUT_S, GatewayCollector
-from service.gateway.presence import Presence
-from service.gateway.service import GatewayServicer
-from vllm_batch.v1 import batch_service_pb2_grpc
+import grpc
 
-SERVICE = "vllm_batch.v1.BatchService"
-# How long calls that are under way may take to end: uploads, mostly. Within the wait of those who stop us.
+from service import config, machine, processes, programs, webhook_targets
+from service.api import messages
+from service.api.server_beat import ServerBeat
+from service.clock import SystemClock
+from service.config import Settings, process_name
+from service.db.chunks import host_of
+from service.db.connection import Database
+from service.db.limits import Limits
+from service.gateway.host_servicer import HostServicer
+from service.gateway.housekeeping import Housekeeping
+from service.gateway.losses import LossReports
+from service.gateway.metrics import FRESH_S, TIMEOUT_S, GatewayCollector
+from service.gateway.servicer import GatewayServicer
+from service.gateway.webhook_metrics import WebhookCollector
+from service.gateway.webhook_servicer import WebhookServicer
+from service.insight.channel_opener import ChannelOpener
+from service.insight.channels import Channels
+from service.insight.explainer import Explainer
+from service.insight.presence import Presence
+from service.rpc import access
+from service.rpc import server as rpc_server
+from service.rpc.services import BATCH_SERVICE, HOST_SERVICE, WEBHOOK_SERVICE
+from service.telemetry import logs, metrics
+from service.webhooks.deliverer import Deliverer, Signer
+from service.webhooks.sender import Sender
+from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc, webhook_service_pb2_grpc
+
+# How long calls under way, mostly uploads, may take to finish. Less than supervisord waits for us to stop.
 GRACE_S = 15.0
+# To Postgres, at most: two for clients, one for heartbeats, one for housekeeping.
+CONNECTIONS = 4
+# For reading heartbeats, which takes milliseconds.
+LOOK_TIMEOUT_S = 2.0
+# How long to wait for what ends anyway.
+END_TIMEOUT_S = 5.0
+
+HELP = """\
+Settings are read from the environment and from .env; conf/example.env lists them all. The main ones:
+  BATCH_HOST          address to listen on (127.0.0.1); docs/security.md explains how to open it to other machines
+  BATCH_GATEWAY_PORT  port of the API (50051)
+  BATCH_HOME          where state, sockets and logs are kept (var/)
+  DATABASE_URL        Postgres; the embedded one under BATCH_HOME by default
+
+supervisord starts the gateway (scripts/start-all.sh). Workers are found through Postgres. The log is JSON lines on
+stderr.
+Exit status: 0 stopped as asked, 1 failed (the log says why), 2 invalid settings.
+"""
 
 log = logs.get("gateway")
 
 
-async def serve(settings: Settings) -> None:
-    """Serves until told to stop."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    url = settings.gateway_postgres_url
-    database = Database(url, "gateway", settings.database_timeout_s, connections=16)
-    # Apart, so that a look at the heartbeats never waits for clients' reads.
-    looking = Database(url, "gateway-presence", settings.database_timeout_s, connections=1)
+async def serve(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT, or until a part of it fails. Returns the exit status."""
+    stop = processes.told_to_end()
+    url, timeout_s = settings.gateway_postgres_url, settings.database_timeout_s
+    pool = Database(url, "gateway", timeout_s, CONNECTIONS, settings.synchronous_commit)
+    database, keeping = pool.apart(CONNECTIONS - 2), pool.apart(1)
+    # Reading heartbeats never waits for clients' reads, and tells soon that Postgres is away.
+    looking = pool.apart(1, min(timeout_s, LOOK_TIMEOUT_S))
 
     async def accepting_changed(is_accepting: bool) -> None:
-        await server.set_health(SERVICE, is_accepting)
+        await server.set_health(BATCH_SERVICE, is_accepting)
 
-    channels = Channels(Calling(settings))
-    presence = Presence(looking, channels, SystemClock(), settings.heartbeat_timeout_s, accepting_changed)
-    limits = Limits(settings.max_open_batches, settings.max_queued_requests)
-    servicer = GatewayServicer(database, limits, presence, channels)
-    keeping = Database(url, "gateway-housekeeping", settings.database_timeout_s, connections=1)
-    server = await rpc.serve(
+    channels = Channels(ChannelOpener(settings))
+    presence = Presence(
+        looking,
+        channels,
+        SystemClock(),
+        settings.heartbeat_timeout_s,
+        accepting_changed,
+        machine.here(),
+        settings.advertised_host,
+    )
+    allowed = access.of(settings, SystemClock())
+    limits = Limits(settings.max_open_batches, settings.max_queued_requests, allowed.quotas)
+    explainer = Explainer(database, presence, SystemClock())
+    networks = webhook_targets.networks(settings.webhook_networks)
+    servicer = GatewayServicer(database, limits, presence, channels, explainer, networks)
+    # On the connections of the calls: each statement is short, and what it misses comes again.
+    deliverer = Deliverer(database, Sender(networks), Signer(allowed.quotas, SystemClock()), messages.batch_name)
+    webhook_servicer = WebhookServicer(database, deliverer, networks, allowed.quotas)
+    host_servicer = HostServicer(database, settings.heartbeat_timeout_s)
+
+    def add_services(grpc_server: grpc.aio.Server) -> None:
+        batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server)
+        host_service_pb2_grpc.add_HostServiceServicer_to_server(host_servicer, grpc_server)
+        webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server(webhook_servicer, grpc_server)
+
+    server = await rpc_server.serve(
         settings,
         settings.gateway_port,
-        lambda grpc_server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server),
-        (SERVICE,),
-        access.of(settings, SystemClock()),
+        add_services,
+        (BATCH_SERVICE, HOST_SERVICE, WEBHOOK_SERVICE),
+        allowed,
+        # For the watchdog, which does not know the ports of several gateways.
+        socket=settings.probe_address(process_name()) if config.is_supervised() else "",
     )
-    surveying = Database(url, "gateway-metrics", TIMEOUT_S, connections=1)
+    surveying = database.apart(1, TIMEOUT_S)
     metrics.serve(
-        settings.metrics_host, settings.gateway_metrics_port, GatewayCollector(presence, surveying, settings.lease_s)
+        settings.metrics_host,
+        settings.gateway_metrics_port,
+        GatewayCollector(presence, surveying, settings.lease_s),
+        WebhookCollector(deliverer, surveying, FRESH_S),
     )
     await server.set_health("", True)
+    for service in (HOST_SERVICE, WEBHOOK_SERVICE):
+        await server.set_health(service, True)
     log.info("gateway_serving", address=server.address)
-    following = asyncio.create_task(presence.follow())
-    housekeeping = asyncio.create_task(Housekeeping(keeping, settings.retention_s).follow())
+    following = asyncio.create_task(presence.follow(), name="presence")
+    keeper = Housekeeping(
+        keeping, settings.retention_s, presence.is_unserved, settings.host_forgotten_s, allowed.quotas
+    )
+    housekeeping = asyncio.create_task(keeper.follow(), name="housekeeping")
+    reports = LossReports(looking, SystemClock(), host_of(settings.worker_id), presence.now)
+    reporting = asyncio.create_task(reports.follow(), name="losses")
+    delivering = asyncio.create_task(deliverer.follow(), name="webhooks")
+    beat = ServerBeat(database, settings.own_id("gateway"), "gateway", server.address, settings.heartbeat_interval_s)
+    beating = asyncio.create_task(beat.follow(), name="beat")
     stopping = asyncio.create_task(stop.wait())
-    tasks: set[asyncio.Task[Any]] = {following, housekeeping, stopping}
+    lasting = (following, housekeeping, reporting, delivering, beating)
+    tasks: set[asyncio.Task[Any]] = {*lasting, stopping}
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    # They never end by themselves: without one of them the process would run, but be useless.
+    failed = [task for task in lasting if programs.has_failed(task, log)]
     log.info("gateway_draining")
-    housekeeping.cancel()
+    for task in (housekeeping, reporting, delivering, beating):
+        task.cancel()
     servicer.end_streams()
     await server.end(GRACE_S)
+    await beat.end()
     following.cancel()
-    await asyncio.wait({following, housekeeping})
-    await channels.close_all()
-    for task in (following, housekeeping):
-        if not task.cancelled():
-            task.result()
+    # A task that waits for something at this very moment may not hear that it is cancelled.
+    await asyncio.wait({*lasting, asyncio.create_task(channels.close_all())}, timeout=END_TIMEOUT_S)
     log.info("gateway_ended")
+    return 1 if failed else 0
 
 
 def main(arguments: Sequence[str]) -> int:
     """Checks the settings, then serves."""
-    parser = argparse.ArgumentParser(prog="python -m service.gateway", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="check the settings and end")
-    options = parser.parse_args(arguments)
-    settings = config.load()
-    if options.check:
+    description = "Runs the gateway: serves the BatchService API and forwards new batches to a live worker."
+    settings = programs.read_settings(arguments, programs.parser("service.gateway", description, HELP))
+    if settings is None:
         return 0
-    processes.die_with_parent()
-    processes.allow_many_files()
-    logs.configure("gateway", settings.log_level)
-    tracing.configure("gateway", settings.otlp_endpoint)
-    asyncio.run(serve(settings))
-    tracing.close()
-    return 0
+    programs.run("gateway", settings, serve)
 
 
 if __name__ == "__main__":

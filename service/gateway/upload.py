@@ -1,4 +1,4 @@
-"""An upload on its way to a worker: peeked at to choose one, and kept while it is small, to try another."""
+"""An upload on its way to a worker: read ahead to choose one, and kept while small, so that another can be tried."""
 
 import asyncio
 import contextlib
@@ -8,30 +8,29 @@ from typing import Any
 
 import grpc
 
-from service.calls import Metadata
+from service.api import named_models
+from service.api.uploads import BOM, PIECE_TIMEOUT_S
 from service.errors import ApiError
-from service.gateway import wanted
-from service.gateway.links import LostError
-from service.streams import FromThread
+from service.gateway.thread_stream import FromThread
+from service.insight.links import LostError
+from service.rpc.call_context import Metadata
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1.batch_service_pb2_grpc import BatchServiceStub
 
-# What is kept of an upload. The first line is within it, but for a very long one.
+# How much of an upload is kept. The first line fits unless it is very long.
 KEPT_BYTES = 256 << 10
-# What a message costs beside its data: they may be tiny.
+# The overhead of a message: its data may be tiny.
 MESSAGE_BYTES = 500
-# A client that sends nothing for this long has gone.
-PIECE_TIMEOUT_S = 60.0
-
-_BOM = b"\xef\xbb\xbf"
 
 
 class Upload:
-    """The messages of one upload. `request_id` is that of the client; the one given here where it gave none."""
+    """The messages of one upload. `request_id` is the client's or, if it sets none, the one given here."""
 
     def __init__(self, source: AsyncIterator[pb.UploadBatchRequest], request_id: str) -> None:
         self._source = source
         self.request_id = request_id
+        # The client's, once they have arrived.
+        self.options = pb.BatchOptions()
         self._kept: list[pb.UploadBatchRequest] = []
         self._kept_bytes = 0
         self._is_at_end = False
@@ -39,11 +38,11 @@ class Upload:
 
     @property
     def is_repeatable(self) -> bool:
-        """True while all that was read is kept."""
+        """True while everything read is still kept."""
         return self._kept_bytes <= KEPT_BYTES
 
     async def models(self) -> frozenset[str]:
-        """The model that the first line names. Raises DEADLINE_EXCEEDED for a client that does not send it."""
+        """The model that the first line names. Raises DEADLINE_EXCEEDED if the client does not send it in time."""
         head = b""
         try:
             async with asyncio.timeout(PIECE_TIMEOUT_S):
@@ -52,12 +51,12 @@ class Upload:
                     if b"\n" in head or not self.is_repeatable:
                         break
         except TimeoutError as error:
-            why = f"upload stopped: no line came for {PIECE_TIMEOUT_S:.0f} s"
+            why = f"upload stopped: the first line did not arrive within {PIECE_TIMEOUT_S:.0f} s"
             raise ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, why) from error
-        return wanted.of_line(head.removeprefix(_BOM).partition(b"\n")[0])
+        return named_models.of_line(head.removeprefix(BOM).partition(b"\n")[0])
 
     async def messages(self) -> AsyncIterator[pb.UploadBatchRequest]:
-        """All messages from the first. Again only as long as `is_repeatable`."""
+        """All messages from the first. Can be repeated only while `is_repeatable`."""
         place = 0
         while True:
             if place == len(self._kept):
@@ -70,14 +69,14 @@ class Upload:
             yield message
 
     async def close(self) -> None:
-        """Ends a read that nobody waits for any more."""
+        """Cancels a read that nobody waits for any more."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
 
     async def _read(self) -> bool:
-        """Reads one message more into what is kept. False: there is none."""
-        # Whoever waits for it may give up; what the client sends next must not be lost with that.
+        """Reads one more message and keeps it. False: there is none."""
+        # Shielded: if the caller gives up, the client's next message must not be lost.
         self._reading = self._reading or asyncio.ensure_future(self._next())
         message = await asyncio.shield(self._reading)
         self._reading = None
@@ -92,14 +91,15 @@ class Upload:
         message = None if self._is_at_end else await anext(self._source, None)
         if message is not None and message.WhichOneof("piece") == "options":
             self.request_id = message.options.request_id = message.options.request_id or self.request_id
+            self.options = message.options
         return message
 
 
 async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float, metadata: Metadata) -> pb.UploadBatchResponse:
-    """UploadBatch by gRPC's blocking API.
+    """UploadBatch through gRPC's blocking API.
 
-    The one for asyncio puts INTERNAL in the place of what a server says that ends a call before it has read all of
-    it (github.com/grpc/grpc/issues/36066).
+    If a server ends a call before it has read all of it, the asyncio API reports INTERNAL instead of the server's
+    status (github.com/grpc/grpc/issues/36066).
     """
     loop = asyncio.get_running_loop()
     pieces = FromThread(upload.messages(), loop)
@@ -111,10 +111,12 @@ async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float, metadat
         try:
             answer.set_result(call.result())
         except grpc.FutureCancelledError:
-            # Not by us: then the answer would have been given up before.
+            # Not cancelled by us: then `answer` would be done already.
             answer.set_exception(LostError("the channel was closed"))
         except grpc.RpcError as error:
-            answer.set_exception(pieces.failure or error)
+            # Cancelled by nobody: the channel was closed because the worker is gone.
+            lost = LostError("the channel was closed") if error.code() is grpc.StatusCode.CANCELLED else error
+            answer.set_exception(pieces.failure or lost)
 
     call: Any = stub.UploadBatch.future(_until_aborted(pieces), timeout=timeout_s, metadata=metadata)
     call.add_done_callback(lambda _: loop.call_soon_threadsafe(hand_over))
@@ -126,6 +128,6 @@ async def send(stub: BatchServiceStub, upload: Upload, timeout_s: float, metadat
 
 
 def _until_aborted(pieces: FromThread[pb.UploadBatchRequest]) -> Iterator[pb.UploadBatchRequest]:
-    """gRPC goes on asking when the call is over, and logs what it is told then."""
+    """Ends quietly: gRPC keeps reading after the call has ended, and would log these errors."""
     with contextlib.suppress(CancelledError, ConnectionAbortedError):
         yield from pieces

@@ -1,6 +1,7 @@
-"""The heart: a thread that beats, renews leases, and holds the lock of the worker's identity, from start to end."""
+"""The heart: a thread that beats, and with each beat renews the leases on chunks and on the worker's name."""
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -8,91 +9,127 @@ from dataclasses import asdict, dataclass, field
 
 import peewee
 
-from service import logs, metrics
-from service.db import batches, chunks, heartbeats
-from service.db.connection import Unreachable, end_earlier_sessions, lock_worker
+from service import processes
+from service.db import chunks, endings, heartbeats, identity, losses, sharing, suspects
+from service.db.availability import AvailabilityLog, DatabaseAwayError, database_away
+from service.db.chunks import Holder
+from service.db.connection import within
 from service.db.deadlines import Deadlines
-from service.db.heartbeats import Beat
-from service.worker.life import Life
+from service.db.heartbeats import Beat, SeenBeat
+from service.processes import Leader
+from service.telemetry import logs, metrics
+from service.worker.database_clock import DatabaseClock
+from service.worker.ear import Ear
 
-# How often it is looked whether there is something new to say before the next beat is due.
+# How often to check whether the phase has changed before the next beat is due, and to look for workers that are lost.
 LOOK_INTERVAL_S = 1.0
+# Beats that may fail to come in time before it counts as an outage.
+MISSED_BEATS = 3
 
 log = logs.get("heart")
 
 
 class IdentityTakenError(Exception):
-    """Another process lives under this worker's identity."""
+    """Another process has this worker's name. `is_final`: waiting for it would be in vain."""
+
+    def __init__(self, why: str, *, is_final: bool = False) -> None:
+        super().__init__(why)
+        self.is_final = is_final
 
 
 @dataclass
 class Heart:
-    """Beats every `interval_s` on a connection of its own, so that nothing else in the process can hold it up.
+    """Beats every `interval_s` on its own connection, so that nothing else in the process can hold it up.
 
-    The lock lives and dies with that connection. When it is lost with Postgres and another process has taken it,
-    this one has no right to go on: `on_identity_taken` is called, once. `connection` has an application_name that
-    nobody else uses, by which earlier sessions of this process are known.
-    `beat` gives what to say; `held` the chunks to renew; `on_leases_lost` is told which are no longer ours.
+    The first beat takes the worker's name, once its last holder is gone or has let its lease run out; that ends the
+    holder's sessions. If another process takes it from us, this one must not continue: `on_identity_taken` is called
+    once. The `application_name` of each session of this process ends with its incarnation. `beat` returns the
+    heartbeat, `held` the chunks to renew; `on_leases_lost` receives those that are no longer ours. Between beats it
+    listens to what other workers say.
     """
 
     connection: peewee.PostgresqlDatabase
-    life: Life
+    holder: Holder
     interval_s: float
-    lease_s: float
-    # Of all that is said to Postgres at one beat.
+    # For all statements of one beat together.
     timeout_s: float
     beat: Callable[[], Beat]
     held: Callable[[], list[int]]
     on_leases_lost: Callable[[Sequence[int]], None]
     on_identity_taken: Callable[[], None]
+    # Called after work of others became available.
+    on_taken_over: Callable[[], None] = lambda: None
+    # Receives what other workers say, in this thread.
+    on_notice: Callable[[str], None] = lambda _: None
 
     _deadlines: Deadlines = field(default_factory=Deadlines)
-    _has_lock: bool = False
+    _clock: DatabaseClock = field(init=False)
+    _is_connected: bool = False
+    # The heartbeat of the life that had the name when we first looked.
+    _holder: SeenBeat | None = None
+    # Why the name cannot be had; None: not known yet, "": it is ours.
+    _refusal: str | None = None
+    _is_steady: bool = False
     _said: str = ""
-    _is_database_away: bool = False
-    _wake: threading.Event = field(default_factory=threading.Event)
+    _availability: AvailabilityLog = field(default_factory=lambda: AvailabilityLog(log))
+    _ear: Ear = field(default_factory=Ear)
     _is_ending: bool = False
-    _locked: threading.Event = field(default_factory=threading.Event)
+    _settled: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
+    def __post_init__(self) -> None:
+        gap_s = MISSED_BEATS * max(LOOK_INTERVAL_S, self.interval_s)
+        self._clock = DatabaseClock(self.holder.lease_s, gap_s)
+
     def start(self) -> None:
-        """Starts to beat."""
-        self._thread = threading.Thread(target=self._live, name="heart", daemon=True)
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._follow, name="heart", daemon=True)
         self._thread.start()
 
-    def wait_for_lock(self, timeout_s: float) -> bool:
-        """Waits until the identity is ours. False: not within `timeout_s`."""
-        return self._locked.wait(timeout_s)
+    def wait_for_identity(self, timeout_s: float) -> None:
+        """Waits until the worker's name is ours. Raises IdentityTakenError if it cannot be had within `timeout_s`."""
+        self._settled.wait(timeout_s)
+        if self._refusal is None and self._holder is not None:
+            raise IdentityTakenError(self._describe(self._holder.beat, f"and still did after {timeout_s:.0f} s"))
+        if self._refusal is None:
+            raise IdentityTakenError(f"Postgres did not answer for {timeout_s:.0f} s")
+        if self._refusal:
+            raise IdentityTakenError(self._refusal)
 
     def hurry(self) -> None:
-        """Beats now: there is something new to say."""
-        self._wake.set()
+        """Triggers a beat now."""
+        self._ear.wake()
 
     def stop(self, timeout_s: float) -> None:
-        """Beats once more and ends."""
+        """Beats once more and stops; waits up to `timeout_s`."""
         self._is_ending = True
-        self._wake.set()
+        self._ear.wake()
         if self._thread is not None:
             self._thread.join(timeout_s)
 
-    def _live(self) -> None:
+    def _follow(self) -> None:
         while True:
             is_last = self._is_ending
+            if is_last and self._refusal is None:
+                self.connection.close()
+                self._settled.set()
+                return
             try:
-                self._once()
-                if self._is_database_away:
-                    log.info("database_back")
-                self._is_database_away = False
-            except IdentityTakenError:
-                # Before the first lock: an earlier life is still ending. Wait for it.
-                if self._locked.is_set():
-                    log.error("identity_taken", worker_id=self.life.worker_id)
+                self._once(functools.partial(self._speak, is_last))
+                self._availability.back()
+            except IdentityTakenError as error:
+                if self._refusal == "":
+                    log.error("identity_taken", worker_id=self.holder.worker_id, cause=str(error))
                     self.on_identity_taken()
                     return
-            except Unreachable as error:
+                if error.is_final:
+                    self._refusal = str(error)
+                    self._settled.set()
+                    is_last = True
+            except DatabaseAwayError as error:
                 self._lose(error)
             except Exception as error:
-                # A heart that dies of a statement that Postgres refused would cost the whole worker.
+                # A statement that Postgres refuses must not end the thread, and with it the worker.
                 log.exception("beat_failed")
                 self._lose(error)
             if is_last:
@@ -101,52 +138,111 @@ class Heart:
             self._rest()
 
     def _rest(self) -> None:
-        """Until the next beat is due, or there is something new to say."""
-        due_s = time.monotonic() + (self.interval_s if self._has_lock else min(1.0, self.interval_s))
-        while (left_s := due_s - time.monotonic()) > 0:
-            if self._wake.wait(min(LOOK_INTERVAL_S, left_s)) or self.beat().phase != self._said:
-                break
-        self._wake.clear()
+        """Waits until the next beat is due, or there is something new to report.
 
-    def _once(self) -> None:
-        with metrics.database_call("beat", Unreachable):
+        Meanwhile listens to other workers, and takes over what is lost.
+        """
+        due_s = time.monotonic() + (self.interval_s if self._is_connected else min(1.0, self.interval_s))
+        look_s = time.monotonic() + LOOK_INTERVAL_S
+        connection = None if self.connection.is_closed() else self.connection.connection()
+        while (now_s := time.monotonic()) < due_s:
+            is_woken, notices = self._ear.wait(connection, max(0.0, min(look_s, due_s) - now_s))
+            for notice in notices:
+                self.on_notice(notice)
+            if is_woken:
+                break
+            # Notices may come at any rate: they neither hold this up nor make it more frequent.
+            if time.monotonic() < look_s:
+                continue
+            look_s = time.monotonic() + LOOK_INTERVAL_S
+            if self.beat().phase != self._said:
+                break
+            if self._is_connected and self._is_steady:
+                try:
+                    self._once(self._take_over)
+                except Exception as error:  # noqa: BLE001 - the next beat tells more
+                    self._lose(error)
+                    break
+
+    def _once(self, what: Callable[[], None]) -> None:
+        with metrics.database_call("beat", DatabaseAwayError), database_away():
             if self.connection.is_closed():
                 self.connection.connect()
-            with self._deadlines.within(self.connection.connection(), self.timeout_s):
-                self._speak()
+            with within(self._deadlines, self.connection, self.timeout_s):
+                what()
 
-    def _speak(self) -> None:
-        if not self._has_lock:
-            if not lock_worker(self.connection, self.life.worker_id):
-                if end_earlier_sessions(self.connection):
-                    log.info("earlier_session_ended", worker_id=self.life.worker_id)
-                    return
-                raise IdentityTakenError
-            if not self._locked.is_set():
-                burial = chunks.bury(self.connection, self.life.worker_id)
-                log.info("identity_locked", worker_id=self.life.worker_id, **asdict(burial))
-            self._has_lock = True
-            self._locked.set()
-        beat = self.beat()
-        heartbeats.write(self.connection, beat)
+    def _speak(self, is_last: bool) -> None:
+        beat, mine = self.beat(), str(self.holder.incarnation)
+        if self._refusal is None:
+            self._take(beat)
+        else:
+            if not self._is_connected and identity.end_sessions(self.connection, f"heart-{mine}"):
+                # Postgres, frozen for a while, has not noticed that we are gone from an earlier connection.
+                log.info("earlier_session_ended", worker_id=self.holder.worker_id)
+            # With its last beat it gives the name back: the next life need not wait.
+            if not heartbeats.write(self.connection, beat, 0 if is_last else self.holder.lease_s):
+                raise IdentityTakenError("another process took the name")
+        if not self._is_connected:
+            sharing.listen(self.connection)
+            self._is_connected = True
         self._said = beat.phase
         held = self.held()
         if held:
-            renewed = chunks.renew(self.connection, held, self.life.incarnation, self.lease_s)
-            # A chunk may have been finished meanwhile: it is not lost, and telling so does no harm.
+            renewed = chunks.renew(self.connection, self.holder, held)
+            # A chunk finished in the meantime is reported as lost too, which does no harm.
             lost = [chunk for chunk in held if chunk not in renewed]
             if lost:
                 self.on_leases_lost(lost)
-                chunks.drop_cancelled(self.connection, lost, self.life.incarnation)
-        batches.settle_cancelled(self.connection)
-        released = chunks.release_expired(self.connection, self.lease_s)
-        if released:
-            log.warning("expired_leases_released", chunks=released)
+                chunks.drop_cancelled(self.connection, self.holder, lost)
+        endings.settle_cancelled(self.connection)
+        self._is_steady = self._clock.is_steady(chunks.time_s(self.connection), time.monotonic())
+        if self._is_steady:
+            expired = losses.release_expired(self.connection, self.holder.lease_s)
+            if released := losses.released(expired):
+                log.warning("expired_leases_released", chunks=released)
+            self._take_over()
+
+    def _take_over(self) -> None:
+        for loss in losses.take_over(self.connection, self.holder.lease_s):
+            log.warning("lost_worker_replaced", lost=loss.worker_id, life=loss.incarnation, **asdict(loss.burial))
+            self.on_taken_over()
+
+    def _take(self, beat: Beat) -> None:
+        """Takes the worker's name and buries its last life. Raises IdentityTakenError while another has it."""
+        before, sessions = next(iter(heartbeats.read(self.connection, beat.worker_id)), None), 0
+        if before is not None and before.beat.incarnation != beat.incarnation:
+            self._check_gone(before, beat)
+            sessions = identity.end_sessions(self.connection, str(before.beat.incarnation))
+        if not heartbeats.begin(self.connection, beat, self.holder.lease_s, before):
+            raise IdentityTakenError("another process was faster")
+        burial = suspects.bury(self.connection, beat.worker_id)
+        log.info("identity_locked", worker_id=beat.worker_id, sessions_ended=sessions, **asdict(burial))
+        self._refusal = ""
+        self._settled.set()
+
+    def _check_gone(self, before: SeenBeat, beat: Beat) -> None:
+        theirs, place = before.beat, beat.place
+        is_running = processes.is_running(Leader(theirs.pid, theirs.start_ticks))
+        if identity.is_free(before, place, is_running, identity.SILENT_BEATS * self.interval_s):
+            return
+        first = self._holder
+        if first is None or first.beat.incarnation != theirs.incarnation:
+            self._holder = first = before
+        # On this machine it may still be draining; elsewhere one more beat proves that it will not go away.
+        is_final = not identity.is_ours(before, place) and first.last_seen != before.last_seen
+        raise IdentityTakenError(self._describe(theirs, f"seen {before.age_s:.1f} s ago"), is_final=is_final)
+
+    def _describe(self, theirs: Beat, more: str) -> str:
+        ours = self.beat()
+        where = "another process" if theirs.place.machine == ours.place.machine else "another machine"
+        return (
+            f"{where} runs as {theirs.worker_id}, at {theirs.address} (pid {theirs.pid}, {more}); this one is at"
+            f" {ours.address} (pid {ours.pid})"
+        )
 
     def _lose(self, error: Exception) -> None:
-        if not self._is_database_away:
-            log.warning("database_away", cause=str(error).strip())
-        self._is_database_away = True
-        self._has_lock = False
-        with contextlib.suppress(*Unreachable):
+        self._availability.away(error)
+        self._clock.lost()
+        self._is_connected = False
+        with contextlib.suppress(DatabaseAwayError), database_away():
             self.connection.close()

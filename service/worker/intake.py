@@ -1,4 +1,4 @@
-"""Intake: the lines of a new batch, from the stream of a client into Postgres, with constant memory."""
+"""Intake: streams the lines of a new batch from the client into Postgres, in constant memory."""
 
 import asyncio
 import hashlib
@@ -8,32 +8,41 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterator, Set
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import msgspec
 import psycopg2.errors
 from google.protobuf.json_format import MessageToDict
 
-from service.db import batches
-from service.db.batches import Batch, Content, Limits, Options
-from service.db.connection import Database, Unreachable
+from service.api.messages import creation_error, too_large
+from service.api.uploads import BOM, PIECE_TIMEOUT_S
+from service.db import creation
+from service.db.availability import DatabaseAwayError
+from service.db.batches import Batch
+from service.db.connection import Database
+from service.db.creation import Content, Options
+from service.db.limits import FullError, Limits
+from service.db.run_order import RunOrder
 from service.errors import ApiError, Violation, invalid
-from service.lines import MAX_VIOLATIONS, LineError, parse
-from service.messages import creation_error, too_large
+from service.worker.lines import MAX_VIOLATIONS, LineError, format_of, not_json, parse
+from service.worker.survey import Survey
 from vllm_batch.v1 import batch_service_pb2 as pb
 
-# A client that sends nothing for this long has gone.
-PIECE_TIMEOUT_S = 60.0
-# The longest that one upload may take, all in all; and the transaction at its end, which makes the chunks.
+# For a whole upload, and for the transaction at its end, which creates the chunks.
 STORE_TIMEOUT_S = 3600.0
 CREATE_TIMEOUT_S = 300.0
-# What is not more than this goes in with its batch; more of it by pieces of this size.
+# How much more is read after the first invalid line, to report the others too.
+READ_ON_BYTES = 64 << 20
+# Number of requests whose names are remembered, to report every repetition. Postgres knows all names and reports the
+# first repetition.
+REMEMBERED = 100_000
+# Smaller batches are stored in one transaction; larger ones are staged in pieces of this size.
 STAGE_BYTES = 4 << 20
 
-_BOM = b"\xef\xbb\xbf"
-_COPY_ROW = re.compile(r"COPY requests, line (\d+)")
-_DUPLICATE = re.compile(r"\(batch_id, custom_id\)=\(\d+, (.*)\) already exists", re.DOTALL)
+# Messages are in the server's language: only numbers and names are the same in all languages.
+_COPY_ROW = re.compile(r"COPY requests\D*(\d+)")
+_DUPLICATE = re.compile(r"\(batch_id, custom_id\)=\(\d+, (.*)\)[^)]*\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large one batch may be."""
+    """Limits on the size of one batch."""
 
     requests: int
     line_bytes: int
@@ -54,25 +63,34 @@ class Sizes:
 
 
 def file_place(number: int) -> str:
-    """How the request on a line of a file (from 1) is named in errors."""
+    """Names a line of a file (from 1) in errors."""
     return f"line {number}"
 
 
 def inline_place(number: int) -> str:
-    """How the inline request of a number (from 1) is named in errors."""
+    """Names an inline request (from 1) in errors."""
     return f"requests[{number - 1}]"
 
 
 class Rows:
-    """The requests of one new batch as rows for COPY, checked line by line as the pieces of their file come.
+    """Turns the pieces of a file into rows for COPY, checking each line.
 
-    `feed` and `end` raise ApiError for lines that are wrong.
+    `feed` and `end` raise ApiError for invalid lines: for all of them together, up to a number. There are no more rows
+    once a line is invalid. `run_order` is the client's: with `prefix` the rows have the keys of their prompts.
     """
 
     def __init__(
-        self, batch_id: int, offer: Offer, sizes: Sizes, place: Callable[[int], str] = file_place, salt: bytes = b""
+        self,
+        batch_id: int,
+        offer: Offer,
+        sizes: Sizes,
+        place: Callable[[int], str] = file_place,
+        salt: bytes = b"",
+        run_order: RunOrder = "prefix",
     ) -> None:
         self.total = 0
+        self._run_order = run_order
+        self._survey = Survey()
         self._models: set[str] = set()
         self._batch_id = str(batch_id).encode()
         self._offer = offer
@@ -81,21 +99,27 @@ class Rows:
         self._place = place
         self._hash = hashlib.sha256(salt)
         self._line_number = 0
-        # Rows before which a blank line was skipped, to get from the row that COPY names to its line.
+        # For each skipped blank line the number of rows before it: maps a row that COPY names to its line.
         self._blank_before: list[int] = []
         self._rest = b""
+        self._names: set[str] = set()
+        self._violations: list[Violation] = []
+        # Of the batch, when the first wrong line was found.
+        self._bytes_until_wrong = 0
 
     @property
     def content(self) -> Content:
-        """What it came to so far."""
-        return Content(self.total, sorted(self._models), self._hash.digest())
+        """Number of requests, models, digest, estimated tokens and order so far."""
+        survey = self._survey
+        plan = survey.plan(is_input_order=self._run_order == "input")
+        return Content(self.total, sorted(self._models), self._hash.digest(), survey.tokens, plan)
 
     def place_of_row(self, row: int) -> str:
-        """How the row of a number (from 1) is named in errors."""
+        """Names a row (from 1) in errors."""
         return self._place(row + bisect_right(self._blank_before, row - 1))
 
     def feed(self, piece: bytes) -> bytes:
-        """The rows of the lines that this piece completes."""
+        """Returns the rows of the lines that this piece completes."""
         self._hash.update(piece)
         self._bytes += len(piece)
         if self._bytes > self._sizes.batch_bytes:
@@ -103,24 +127,29 @@ class Rows:
         lines = (self._rest + piece).split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) > self._sizes.line_bytes:
-            # Read no further; it is refused with its number as any line that is too long.
+            # Do not read on: `_rows` refuses it by its number, like any line that is too long.
             lines.append(self._rest)
         return self._rows(lines)
 
     def end(self) -> bytes:
-        """The row of a last line without an end, if there is one."""
+        """Returns the row of a last line that has no line break, if any."""
         rows = self._rows([self._rest]) if self._rest else b""
+        if self._violations:
+            raise invalid(self._violations)
         if self.total == 0:
-            raise invalid([Violation("requests", "there are none: a batch has at least one")])
+            raise invalid([Violation("requests", "must contain at least one request")])
         return rows
 
     def _rows(self, lines: list[bytes]) -> bytes:
         rows = []
-        violations: list[Violation] = []
+        tokens, keys, body_bytes = [], [], 0
+        with_prefix = self._run_order == "prefix"
         for line in lines:
             self._line_number += 1
             if self._line_number == 1:
-                line = line.removeprefix(_BOM)
+                line = line.removeprefix(BOM)
+                if found := format_of(line):
+                    raise invalid([Violation("file", f"is {found}: give JSON lines in UTF-8")])
             if not line or line.isspace():
                 self._blank_before.append(self.total)
                 continue
@@ -130,42 +159,66 @@ class Rows:
             if self.total >= self._sizes.requests:
                 raise too_large("requests of the batch", self._sizes.requests, self.total + 1)
             try:
-                parsed = parse(line, place, self._offer.models, self._offer.urls)
+                parsed = parse(line, place, self._offer.models, self._offer.urls, with_prefix)
             except LineError as error:
-                violations += error.violations
-                if len(violations) >= MAX_VIOLATIONS:
-                    break
+                self._note_wrong(error.violations)
                 continue
+            if parsed.custom_id in self._names:
+                self._note_wrong([Violation(f"{place}: custom_id", _used_before(parsed.custom_id))])
+                continue
+            if len(self._names) < REMEMBERED:
+                self._names.add(parsed.custom_id)
             fields = (parsed.custom_id.encode(), parsed.url.encode(), parsed.body)
             if parsed.model is not None:
                 self._models.add(parsed.model)
-            rows.append(b"\t".join((self._batch_id, str(self.total).encode(), *map(_escape, fields))))
+            key = b"\\\\x" + parsed.prefix.hex().encode() if parsed.prefix else b"\\N"
+            estimate = str(parsed.estimated_tokens).encode()
+            rows.append(b"\t".join((self._batch_id, str(self.total).encode(), *map(_escape, fields), key, estimate)))
             self.total += 1
-        if violations:
-            raise invalid(violations[:MAX_VIOLATIONS])
+            tokens.append(parsed.estimated_tokens)
+            body_bytes += len(parsed.body)
+            if parsed.prefix:
+                keys.append(parsed.prefix)
+        if tokens:
+            self._survey.add(tokens, body_bytes, keys)
+        if self._violations:
+            if self._bytes - self._bytes_until_wrong > READ_ON_BYTES:
+                raise invalid(self._violations)
+            return b""
         return b"\n".join(rows) + b"\n" if rows else b""
+
+    def _note_wrong(self, violations: list[Violation]) -> None:
+        self._bytes_until_wrong = self._bytes_until_wrong or self._bytes
+        self._violations += violations
+        if len(self._violations) >= MAX_VIOLATIONS:
+            raise invalid(self._violations[:MAX_VIOLATIONS])
+
+
+def _used_before(custom_id: str) -> str:
+    return f"{custom_id!r} is already used by an earlier request"
 
 
 def _escape(field: bytes) -> bytes:
-    """A value in COPY's text format."""
+    """Escapes a value for COPY's text format."""
     field = field.replace(b"\\", b"\\\\")
     return field.replace(b"\t", b"\\t").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
 
 
 def inline_lines(request: pb.CreateBatchRequest) -> bytes:
-    """Inline requests as the lines of a file. Raises INVALID_ARGUMENT for a body that is given twice or not at all."""
+    """Converts inline requests to the lines of a file. Raises INVALID_ARGUMENT unless each has exactly one body."""
     lines, violations = [], []
     for number, item in enumerate(request.requests):
         if item.HasField("body") == bool(item.body_json):
-            violations.append(Violation(f"requests[{number}]: body", "give one of `body` and `body_json`"))
+            violations.append(Violation(f"requests[{number}]: body", "give exactly one of `body` and `body_json`"))
             continue
         body = json.dumps(_integers(MessageToDict(item.body))) if item.HasField("body") else item.body_json
         try:
             msgspec.json.decode(body, type=msgspec.Raw)
         except (msgspec.DecodeError, RecursionError) as error:
-            violations.append(Violation(f"requests[{number}]: body_json", f"not JSON: {error}"))
+            what = not_json(item.body_json.encode(), error)
+            violations.append(Violation(f"requests[{number}]: body_json", what))
             continue
-        # Between JSON tokens a line break means as much as a space, and within them there is none.
+        # In JSON line breaks occur only between tokens, where a space means the same.
         body = body.replace("\n", " ")
         head = json.dumps({"custom_id": item.custom_id, "method": item.method or "POST", "url": item.url})
         lines.append(f'{head[:-1]}, "body": {body}}}\n')
@@ -175,7 +228,7 @@ def inline_lines(request: pb.CreateBatchRequest) -> bytes:
 
 
 def _integers(value: Any) -> Any:
-    """A Struct has doubles alone: whole ones are written as the integers that the client meant."""
+    """Converts whole doubles back to the integers that the client meant: a Struct has only doubles."""
     if isinstance(value, dict):
         return {name: _integers(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -183,21 +236,57 @@ def _integers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@dataclass
-class _Staging:
-    """Rows on their way into Postgres: all with the batch if they are few, else by pieces, one while the next comes."""
+class Destination(Protocol):
+    """Where the rows of a batch go. All of it may raise psycopg2's UniqueViolation for a repeated custom_id."""
+
+    async def stage(self, rows: bytes) -> None:
+        """Stores some of them, which nobody sees yet."""
+
+    async def create(self, content: Content, rows: bytes, is_staged: bool) -> Batch:
+        """Makes a batch of what was staged, if anything, and of these rows."""
+
+    async def abandon(self) -> None:
+        """Removes what was staged."""
+
+
+@dataclass(frozen=True)
+class NewBatch:
+    """A batch that exists once it is whole."""
 
     database: Database
-    rows: Rows
     batch_id: int
+    options: Options
+    limits: Limits
+
+    async def stage(self, rows: bytes) -> None:
+        """For as long as an upload may take."""
+        await self.database.run(creation.stage, self.batch_id, rows, 2 * STORE_TIMEOUT_S)
+
+    async def create(self, content: Content, rows: bytes, is_staged: bool) -> Batch:
+        """Raises DuplicateError, FullError too."""
+        return await self.database.run(
+            creation.create, self.batch_id, self.options, content, rows, is_staged, CREATE_TIMEOUT_S, self.limits
+        )
+
+    async def abandon(self) -> None:
+        """Soon, by the gateway."""
+        await self.database.run(creation.abandon, self.batch_id)
+
+
+@dataclass
+class _Staging:
+    """Writes rows to Postgres: few of them together with the batch, more in pieces, each while the next arrives."""
+
+    destination: Destination
+    rows: Rows
     _waiting: list[bytes] = field(default_factory=list)
     _size: int = 0
     _storing: asyncio.Task[None] | None = None
-    # Requests in the pieces that went before.
+    # Number of requests in earlier pieces.
     _staged: int = 0
 
     async def add(self, rows: bytes) -> None:
-        """Takes rows; with enough of them a piece is stored. Raises what storing an earlier one raised."""
+        """Adds rows and stores a piece once there are enough. Raises the exception of an earlier piece, if any."""
         self._waiting.append(rows)
         self._size += len(rows)
         if self._size >= STAGE_BYTES:
@@ -205,39 +294,30 @@ class _Staging:
             self._storing = asyncio.create_task(self._stage(self._staged, self._take()))
             self._staged = self.rows.total
 
-    async def create(self, options: Options, limits: Limits) -> Batch:
-        """Creates the batch with what is left."""
+    async def create(self) -> Batch:
+        """Creates the batch with the remaining rows."""
         await self.settle()
         content, is_staged = self.rows.content, self._staged > 0
         with self._telling_duplicates(self._staged):
-            return await self.database.run(
-                batches.create,
-                self.batch_id,
-                options,
-                content,
-                self._take(),
-                is_staged,
-                CREATE_TIMEOUT_S,
-                limits,
-            )
+            return await self.destination.create(content, self._take(), is_staged)
 
     async def settle(self) -> None:
-        """Waits for the piece that is being stored. Raises what that raised."""
+        """Waits for the piece that is being stored. Raises its exception, if any."""
         if self._storing is not None:
-            # A thread is at it, which hears of no cancellation.
+            # A thread does the work, and a thread cannot be cancelled.
             await asyncio.shield(self._storing)
 
     async def abandon(self) -> None:
-        """Nothing of this will be a batch."""
+        """Removes what was staged."""
         if self._storing is None:
             return
         await asyncio.wait({self._storing})
-        with suppress(*Unreachable):
-            await self.database.run(batches.abandon, self.batch_id)
+        with suppress(DatabaseAwayError):
+            await self.destination.abandon()
 
     async def _stage(self, before: int, rows: bytes) -> None:
         with self._telling_duplicates(before):
-            await self.database.run(batches.stage, self.batch_id, rows, 2 * STORE_TIMEOUT_S)
+            await self.destination.stage(rows)
 
     def _take(self) -> bytes:
         taken, self._waiting, self._size = b"".join(self._waiting), [], 0
@@ -251,8 +331,26 @@ class _Staging:
             row = _COPY_ROW.search(error.diag.context or "")
             key = _DUPLICATE.search(error.diag.message_detail or "")
             place = self.rows.place_of_row(before + int(row[1])) if row else "requests"
-            what = f"{key[1] if key else ''!r} was used on an earlier line"
-            raise invalid([Violation(f"{place}: custom_id", what)]) from None
+            raise invalid([Violation(f"{place}: custom_id", _used_before(key[1] if key else ""))]) from None
+
+
+async def fill(rows: Rows, pieces: AsyncIterator[bytes], destination: Destination) -> Batch:
+    """Checks the lines in `pieces` and stores them, all or nothing.
+
+    Raises ApiError for wrong lines and for pieces that take too long, and what the destination raises.
+    """
+    staging = _Staging(destination, rows)
+    try:
+        async with _upload_timeout(STORE_TIMEOUT_S, f"it took longer than {STORE_TIMEOUT_S:.0f} s"):
+            async for piece in _timely(pieces):
+                # In a thread: parsing a large piece would block the event loop.
+                await staging.add(await asyncio.to_thread(rows.feed, piece))
+            await staging.add(await asyncio.to_thread(rows.end))
+            return await staging.create()
+    except BaseException:
+        # Shielded: gRPC may cancel the call of a client that has gone more than once.
+        await asyncio.shield(staging.abandon())
+        raise
 
 
 @dataclass(frozen=True)
@@ -266,37 +364,29 @@ class Intake:
     async def store(
         self, options: Options, salt: bytes, pieces: AsyncIterator[bytes], offer: Offer, place: Callable[[int], str]
     ) -> Batch:
-        """Stores a batch from its lines, whole or not at all. The same again under its request_id gives the first.
+        """Stores a batch from its lines, all or nothing. Repeated with the same request_id, returns the first batch.
 
-        Raises ApiError: INVALID_ARGUMENT naming each wrong line and field, ALREADY_EXISTS; or one of `Unreachable`.
+        Raises DatabaseAwayError, or ApiError: INVALID_ARGUMENT naming each invalid line and field, ALREADY_EXISTS.
         """
         try:
-            batch_id = await self.database.run(batches.reserve, self.limits)
-        except batches.FullError as error:
+            batch_id = await self.database.run(creation.reserve, self.limits, options)
+        except FullError as error:
             raise creation_error(error) from None
-        rows = Rows(batch_id, offer, self.sizes, place, salt)
-        staging = _Staging(self.database, rows, batch_id)
+        rows = Rows(batch_id, offer, self.sizes, place, salt, options.run_order)
         try:
-            async with _upload_timeout(STORE_TIMEOUT_S, "it took too long"):
-                async for piece in _timely(pieces):
-                    # In a thread: a piece may be large, and others want to be heard meanwhile.
-                    await staging.add(await asyncio.to_thread(rows.feed, piece))
-                await staging.add(await asyncio.to_thread(rows.end))
-                return await staging.create(options, self.limits)
-        except BaseException as error:
-            # As a task of its own: the call of a client that has gone is cancelled more than once.
-            await asyncio.shield(staging.abandon())
-            if isinstance(error, batches.DuplicateError) and error.batch.digest == rows.content.digest:
+            return await fill(rows, pieces, NewBatch(self.database, batch_id, options, self.limits))
+        except creation.DuplicateError as error:
+            if error.batch.digest == rows.content.digest:
                 return error.batch
-            if isinstance(error, batches.DuplicateError | batches.FullError):
-                raise creation_error(error) from None
-            raise
+            raise creation_error(error) from None
+        except FullError as error:
+            raise creation_error(error) from None
 
 
 async def _timely(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The pieces, as long as each comes in time."""
+    """Yields the pieces. Raises DEADLINE_EXCEEDED if one takes longer than PIECE_TIMEOUT_S."""
     while True:
-        async with _upload_timeout(PIECE_TIMEOUT_S, f"nothing came for {PIECE_TIMEOUT_S:.0f} s"):
+        async with _upload_timeout(PIECE_TIMEOUT_S, f"no data arrived for {PIECE_TIMEOUT_S:.0f} s"):
             piece = await anext(pieces, None)
         if piece is None:
             return

@@ -1,33 +1,33 @@
-"""What the worker holds, for Prometheus: read when somebody scrapes."""
+"""Prometheus gauges of the worker, read at each scrape."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from service.metrics import Scraped
-from service.worker.engine import Engine
-from service.worker.life import Life
+from service.telemetry.metrics import Scraped
+from service.worker.engine.protocol import Engine
 from service.worker.runner import Runner
+from service.worker.state import WorkerState
 
 
 @dataclass(frozen=True, eq=False)
 class WorkerCollector(Scraped):
-    """The window and its fill, the chunks held, the engine's steps."""
+    """Exports the window and its fill, the chunks held and the engine's steps."""
 
-    life: Life
+    state: WorkerState
     runner: Runner
     engine: Engine
 
     def collect(self) -> Iterator[Metric]:
-        """Reads what other threads write; each number is whole, and together they may be a moment apart."""
-        identity = {"worker_id": self.life.worker_id, "incarnation": str(self.life.incarnation)}
-        yield InfoMetricFamily("vllm_batch_worker", "Which worker this is, in which life.", identity)
+        """Reads values that other threads write: each is consistent in itself, but not with the others."""
+        identity = {"worker_id": self.state.worker_id, "incarnation": str(self.state.incarnation)}
+        yield InfoMetricFamily("vllm_batch_worker", "This worker and its incarnation.", identity)
         gauges = (
-            ("window_size", "How many requests the worker keeps in the engine.", self.engine.window),
+            ("window_size", "Requests that the worker tries to keep in the engine.", self.engine.window),
             ("requests_in_engine", "Requests in the engine.", self.runner.in_engine),
-            ("requests_held", "Requests taken from the queue and not stored yet.", self.runner.queued),
-            ("chunks_held", "Chunks under a lease of this worker.", len(self.runner.held)),
+            ("requests_held", "Requests taken from the queue whose results are not stored yet.", self.runner.queued),
+            ("chunks_held", "Chunks that this worker holds under a lease.", len(self.runner.held)),
         )
         for name, about, value in gauges:
             yield GaugeMetricFamily(f"vllm_batch_{name}", about, value)

@@ -1,33 +1,33 @@
-"""The progress lease: whether the engine moves. Pure: times, steps and processor time are given.
+"""The progress lease: whether the engine makes progress. Pure: times, steps and processor time are passed in.
 
-A thread that is alive proves nothing about the engine, and vLLM's own check_health says ok of one that is frozen.
+A live thread proves nothing about the engine, and vLLM's own check_health reports OK for a frozen one.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# An engine with work that neither steps nor computes for so long does not move.
+# A busy engine that neither steps nor computes for this long has stalled.
 LEASE_S = 8.0
-# One that computes may take longer for a step: a long prefill on a slow machine, a compilation. But not for ever:
-# a deadlock may spin.
+# An engine that computes may take longer for a step (a long prefill on a slow machine, a compilation), but not for
+# ever: a deadlock can spin.
 COMPUTING_LEASE_S = 120.0
-# Whatever the steps have been seen to take, this many times as long is no hang.
+# A step may take this many times the longest recent step.
 STEP_FACTOR = 4.0
 MAX_LEASE_S = 600.0
-# The longest step seen counts for a few minutes: half of it after 350 s of looks, twice a second.
+# The longest step fades at each look: to half after 350 s at two looks a second.
 FADING = 0.999
-# Processor time, as a share of the time passed, from which on an engine computes.
+# Minimum share of one core's time for an engine to count as computing.
 COMPUTING_SHARE = 0.2
-# Whoever looks as late as this was held up itself, most likely with all the machine: it can say nothing of the engine.
+# A look this late means that we were held up, most likely with the whole machine: it proves nothing about the engine.
 LATE_S = 3.0
 
 
 @dataclass
 class ProgressLease:
-    """Renewed by steps of the engine. Look at it about twice a second."""
+    """A lease that the engine's steps renew. Call `look` about twice a second."""
 
     looked_s: float
-    # When it moved last, by its steps or for want of work; and when it was seen to compute.
+    # When the engine last stepped or was idle, and when it was last seen computing.
     moved_s: float = 0.0
     computed_s: float = 0.0
     steps: int = 0
@@ -35,10 +35,10 @@ class ProgressLease:
     _processor_s: float | None = None
 
     def look(self, now_s: float, steps: int, is_busy: bool, processor_s: Callable[[], float | None]) -> bool:
-        """True while the engine moves, or has nothing to do.
+        """Returns True while the engine makes progress or is idle.
 
-        `steps` has grown when it moved; `is_busy` when there is work in it. `processor_s` gives the processor time
-        used by all its processes, None when one of them is stopped; it is asked only when nothing else is known.
+        `steps` is its step count; `is_busy`: it has work. `processor_s` returns the processor time of all its
+        processes, or None if one of them is stopped; it is called only when steps fail to appear.
         """
         passed_s, self.looked_s = now_s - self.looked_s, now_s
         if passed_s > LATE_S:

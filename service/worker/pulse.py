@@ -1,4 +1,4 @@
-"""The pulse: watches whether the engine moves, and has an idle one prove it with a request of one token."""
+"""The pulse: watches the engine's progress, and tests an idle engine with a one-token request (the canary)."""
 
 import asyncio
 import os
@@ -8,14 +8,14 @@ from typing import Any
 
 import psutil
 
-from service import logs
 from service.clock import Clock
 from service.db.heartbeats import Phase
-from service.worker.life import Life
+from service.telemetry import logs
 from service.worker.progress import LATE_S, ProgressLease
+from service.worker.state import WorkerState
 
 LOOK_INTERVAL_S = 0.5
-# An engine that was idle for this long is asked for a token.
+# An engine that has been idle this long gets a canary.
 CANARY_INTERVAL_S = 5.0
 
 log = logs.get("pulse")
@@ -23,13 +23,13 @@ log = logs.get("pulse")
 
 @dataclass
 class Pulse:
-    """Turns the phase to `stalled` when the progress lease is lost, and back to `ready` when the engine moves again.
+    """Sets the phase to `stalled` when the progress lease is lost, and back to `ready` once the engine moves again.
 
-    Runs in the main loop, apart from the engine's: that one may be blocked with it. `steps` and `in_engine` are read
-    from there; `prove` runs a harmless request through the engine.
+    Runs in the main loop, because the engine may block its own. `steps` and `in_engine` read the engine's state;
+    `prove` runs a harmless request through it.
     """
 
-    life: Life
+    state: WorkerState
     clock: Clock
     steps: Callable[[], int]
     in_engine: Callable[[], int]
@@ -42,27 +42,27 @@ class Pulse:
         self.begin()
 
     def begin(self) -> None:
-        """What was before does not count: loading has steps of its own."""
+        """Starts over: steps during loading do not count."""
         now_s = self.clock.monotonic()
         self._lease = ProgressLease(now_s, moved_s=now_s, steps=self.steps())
         self._idle_since_s = now_s
 
     def phase(self) -> Phase:
-        """What to say in the heartbeat: `stalled` also while the main loop is blocked, which cannot say so itself.
+        """Returns the phase for the heartbeat: `stalled` also while the main loop is blocked.
 
-        For the heart's thread. Nothing is entered: it is over when the loop goes on.
+        For the heart's thread. Does not change the worker's phase: that resumes with the loop.
         """
         is_blocked = self.clock.monotonic() - self._lease.looked_s > LATE_S
-        return Phase.STALLED if is_blocked and self.life.phase is Phase.READY else self.life.phase
+        return Phase.STALLED if is_blocked and self.state.phase is Phase.READY else self.state.phase
 
     async def follow(self) -> None:
-        """Looks for ever."""
+        """Calls `look` for ever."""
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)
             self.look()
 
     def look(self) -> None:
-        """Looks once."""
+        """Checks once, starts a canary if one is due, and updates the phase."""
         now_s = self.clock.monotonic()
         if self._canary is not None and self._canary.done():
             if not self._canary.cancelled() and (error := self._canary.exception()) is not None:
@@ -71,19 +71,19 @@ class Pulse:
         is_busy = self.in_engine() > 0 or self._canary is not None
         if is_busy:
             self._idle_since_s = now_s
-        elif now_s - self._idle_since_s >= CANARY_INTERVAL_S and self.life.phase is Phase.READY:
+        elif now_s - self._idle_since_s >= CANARY_INTERVAL_S and self.state.phase is Phase.READY:
             self._canary = self.prove()
         moves = self._lease.look(now_s, self.steps(), is_busy, processor_time_s)
-        if not moves and self.life.phase is Phase.READY:
+        if not moves and self.state.phase is Phase.READY:
             log.error("engine_stalled", silent_s=round(now_s - self._lease.moved_s, 1), in_engine=self.in_engine())
-            self.life.enter(Phase.STALLED)
-        elif moves and self.life.phase is Phase.STALLED:
+            self.state.enter(Phase.STALLED)
+        elif moves and self.state.phase is Phase.STALLED:
             log.info("engine_moves_again")
-            self.life.enter(Phase.READY)
+            self.state.enter(Phase.READY)
 
 
 def processor_time_s() -> float | None:
-    """What our children have used, the engine's processes among them; None when one of them is stopped."""
+    """Returns the processor time of our child processes, the engine's included; None if one of them is stopped."""
     total_s = 0.0
     for process in _children():
         try:

@@ -1,408 +1,316 @@
-"""The runner: keeps a window of requests in the engine and stores their results in groups."""
+"""The runner: claims chunks, keeps the window full of their requests, and releases what it does not finish."""
 
 import asyncio
-import contextlib
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from uuid import UUID
 
-from service import logs, messages, tracing
-from service.db import chunks, results
-from service.db.batches import CHUNK_SIZE
-from service.db.chunks import Request, Work
-from service.db.connection import Database, Unreachable
+from service.clock import Clock
+from service.db import chunks, sharing, work
+from service.db.availability import DATABASE_ERRORS, AvailabilityLog
+from service.db.chunks import Holder
+from service.db.connection import Database
 from service.db.results import Result
-from service.worker import counts
-from service.worker.engine import Answer, Engine, EngineDeadError
+from service.db.run_order import CHUNK_SIZE
+from service.db.sharing import Wish
+from service.telemetry import logs
+from service.worker import counters
+from service.worker.engine.protocol import Engine, EngineDeadError
+from service.worker.held_chunks import HeldChunks
+from service.worker.result_writer import ResultWriter
+from service.worker.sharing import Sharing
+from service.worker.starter import Starter
+from service.worker.suspects import Suspects
+from service.worker.wakeup import IDLE_S, Wakeup
+from service.worker.window import Window
 
-# How long to wait before looking for work again when there was none, or when Postgres was away.
-IDLE_S = 1.0
-# Results stored by one statement at most.
-GROUP = 500
-# Suspects run alone for this long at a time; then the other work has its turn for as long as that took.
-APART_S = 30.0
-# What the engine must answer before a suspect runs alone: one that dies of nothing must not be a suspect's fault.
-# And what it answers when it is idle, to show that it moves. Completions first: they need no chat template.
-PROOF = {
-    "/v1/completions": '{"prompt": "Hello", "max_tokens": 1}',
-    "/v1/embeddings": '{"input": "Hello"}',
-    "/classify": '{"input": "Hello"}',
-    "/pooling": '{"input": "Hello"}',
-    "/score": '{"text_1": "Hello", "text_2": "Hello"}',
-}
+# Between looks for work that notices cause: many batches may come at once.
+NOTICE_INTERVAL_S = 0.05
+# Between two wishes, unless something was claimed meanwhile: in a fleet all others hear each of them.
+ASK_INTERVAL_S = 0.2
+# An engine with requests that made no step for so long asks for no more.
+STILL_S = 2.0
 
 log = logs.get("runner")
 
 
-@dataclass
 class Runner:
-    """Runs in the engine's loop. Chunks are claimed as the window needs them, never the whole batch.
+    """Runs in the engine's loop. Claims chunks as the window needs them, never the whole batch.
 
-    Every request that it takes ends as a result that was handed to Postgres, or goes back to the queue with its
-    chunk: when the engine dies, the lease is lost, or the worker drains.
+    Every claimed request either gets a stored result or goes back to the queue with its chunk: when the engine dies,
+    the lease is lost, or the worker drains.
     """
 
-    engine: Engine
-    database: Database
-    worker_id: str
-    incarnation: UUID
-    lease_s: float
-    group_interval_s: float
-
-    # Requests of our chunks that are not in the engine yet.
-    _ready: deque[Request] = field(default_factory=deque)
-    # What runs in the engine.
-    _running: dict[asyncio.Task[None], Request] = field(default_factory=dict)
-    # Finished and not stored yet.
-    _finished: deque[Result] = field(default_factory=deque)
-    # Requests of each chunk held that are not stored yet.
-    _unstored: dict[int, int] = field(default_factory=dict)
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
-    _wake_writer: asyncio.Event = field(default_factory=asyncio.Event)
-    # When to look for work again, in the loop's time; and when suspects may run alone again.
-    _look_at: float = 0
-    _apart_at: float = 0
-    # Chunks that are one suspect each.
-    _suspects: set[int] = field(default_factory=set)
-    _are_alone_waiting: bool = False
-    _is_proven: bool = False
-    # The chunks that had a request in the engine when it died.
-    _died_with: set[int] = field(default_factory=set)
-    _task: "asyncio.Task[None] | None" = None
-    _is_draining: bool = False
-    _is_dead: bool = False
-    _is_database_away: bool = False
+    def __init__(
+        self, engine: Engine, database: Database, holder: Holder, group_interval_s: float, clock: Clock
+    ) -> None:
+        self._engine = engine
+        self._database = database
+        self._holder = holder
+        self._clock = clock
+        self._wakeup = Wakeup()
+        self._availability = AvailabilityLog(log)
+        self._held = HeldChunks()
+        self._writer = ResultWriter(
+            database, holder.incarnation, group_interval_s, self._availability, self._results_stored
+        )
+        self._window = Window(engine, self._writer, self._wakeup)
+        self._starter = Starter(database, holder, self._held, self._window, self._availability)
+        self._suspects = Suspects(
+            database,
+            holder,
+            self._held,
+            self._window,
+            self._starter,
+            self._writer,
+            self._wakeup,
+            self._availability,
+            clock,
+        )
+        self._sharing = Sharing()
+        # When to look for work again, and when it was last looked for.
+        self._look_at_s = 0.0
+        self._looked_s = float("-inf")
+        # Something was created or given since.
+        self._is_noticed = False
+        # The engine's steps as last seen to change, and when.
+        self._steps, self._moved_s = 0, float("-inf")
+        # When others were last asked in vain.
+        self._asked_s = float("-inf")
+        # Until when a claim may turn up whose answer was lost in an outage: then its lease ends.
+        self._unsure_until_s = 0.0
+        # A batch was created, and no claim has followed.
+        self._has_arrival = False
+        # Takes no new work until told otherwise, and has nothing left.
+        self._is_resting = False
+        self._rests = False
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def held(self) -> list[int]:
-        """Ids of the chunks that are held. May be read from any thread."""
-        return list(self._unstored)
+        """Ids of the chunks held. May be read from any thread."""
+        return self._held.ids
 
     @property
     def queued(self) -> int:
-        """Requests held that are not stored yet."""
-        return len(self._ready) + len(self._running) + len(self._finished)
+        """Number of requests held whose results are not stored yet."""
+        return len(self._held.ready) + len(self._window) + self._writer.unstored
 
     @property
     def in_engine(self) -> int:
-        """Requests in the engine."""
-        return len(self._running)
+        """Number of requests in the engine."""
+        return len(self._window)
 
     def work_arrived(self) -> None:
-        """Looks for work now rather than at the next interval. Call in the runner's loop, as all that follow."""
-        self._look_at = 0
-        self._wake.set()
+        """Looks for work now: a new batch may be next. Call this and the methods below in the runner's loop."""
+        self._look_at_s = 0
+        self._has_arrival = True
+        self._wakeup.set()
+
+    def work_noticed(self) -> None:
+        """Looks for work as soon as there is room for it: there is something to claim."""
+        self._is_noticed = True
+        self._look_at_s = min(self._look_at_s, self._looked_s + NOTICE_INTERVAL_S)
+        self._wakeup.set()
+
+    def wished(self, wish: Wish) -> None:
+        """Gives an idle worker what it wishes of what waits here."""
+        if wish.worker_id != self._holder.worker_id:
+            self._sharing.wished(wish, self._clock.monotonic())
+            self._wakeup.set()
 
     def leases_lost(self, ids: Sequence[int]) -> None:
-        """Stops the work on chunks that belong to others now, so that no inference is burnt on them."""
-        lost = set(ids) & self._unstored.keys()
+        """Stops work on chunks that belong to others now, so that no inference is wasted on them."""
+        lost = set(ids) & set(self._held.ids)
         if not lost:
             return
-        log.warning("leases_lost", chunks=sorted(lost))
-        self._drop(lost)
+        # A chunk whose last results have just been stored is done, and not lost: they are not counted here yet.
+        at_work = lost & (self._held.waiting | self._window.chunks)
+        if at_work:
+            log.warning("leases_lost", chunks=sorted(at_work))
+        self._held.drop(lost)
+        self._window.cancel(lost)
+        self._wakeup.set()
 
     def drain(self) -> None:
-        """Takes no new work; what is in the engine may finish, the rest goes back. `run` returns once it has."""
-        self._is_draining = True
-        self._wake.set()
+        """Takes no new work and releases what is not in the engine. `run` returns once the engine is empty."""
+        self._window.close()
+
+    def rest(self, is_resting: bool) -> None:
+        """Takes no new work until called with False, finishes what is in the engine and releases the rest."""
+        self._is_resting = is_resting
+        self._look_at_s = 0
+        self._wakeup.set()
+
+    @property
+    def rests(self) -> bool:
+        """True while it takes no new work and has none left. May be read from any thread."""
+        return self._rests
 
     def abandon(self) -> None:
-        """Ends `run` without waiting for what is in the engine: that goes back too."""
+        """Ends `run` without waiting for the engine: its requests go back to the queue."""
         if self._task is not None:
             self._task.cancel()
 
+    async def prove(self) -> None:
+        """Runs a harmless request through the engine."""
+        await self._window.prove()
+
     async def run(self) -> None:
-        """Works until drained. Raises EngineDeadError when the engine dies, with all chunks given back."""
+        """Works until drained. Raises EngineDeadError if the engine dies, after releasing all chunks."""
         self._task = asyncio.current_task()
-        writer = asyncio.create_task(self._write_groups())
+        writing = asyncio.create_task(self._writer.follow())
+        # Nobody waits for it: it goes on as long as we do.
+        writing.add_done_callback(self._writing_ended)
         try:
-            await self._feed()
-            await self._empty()
-            # What has finished is worth waiting for, except for the dead with Postgres away too.
-            while self._finished and not (self._is_dead and self._is_database_away):
-                await self._wait()
+            while self._window.is_open:
+                await self._feed()
+                await self._window.empty()
+                # Wait until all results are stored, unless the engine is dead and Postgres is away.
+                while self._writer.unstored and not (self._window.is_dead and self._availability.is_away):
+                    await self._wakeup.wait()
+                if self._window.is_open:
+                    await self._rest()
         finally:
-            for task in list(self._running):
-                task.cancel()
-            writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await writer
+            self._window.cancel()
+            writing.cancel()
+            await asyncio.wait({writing})
             await self._give_back()
-        if self._is_dead:
+            if not writing.cancelled():
+                writing.result()
+        if self._window.is_dead:
             raise EngineDeadError("the engine died; its requests went back to the queue")
 
+    def _writing_ended(self, writing: "asyncio.Task[None]") -> None:
+        """Without it nothing is stored any more: the run ends, and with it the process."""
+        if not writing.cancelled() and self._task is not None:
+            self._task.cancel()
+
+    async def _rest(self) -> None:
+        """Releases what is left, and waits until work may be taken again."""
+        await self._give_back()
+        log.info("work_put_down")
+        # What an outage hides from us keeps its lease until that ends, and others see it.
+        self._rests = True
+        while self._is_resting and self._window.is_open:
+            await self._wakeup.wait()
+            self._window.watch_engine()
+        self._rests = False
+
     async def _feed(self) -> None:
-        window = self.engine.window
-        loop = asyncio.get_running_loop()
-        while not (self._is_draining or self._is_dead):
-            if self._are_alone_waiting and loop.time() >= self._apart_at:
-                await self._run_apart()
-            # With Postgres away results pile up; a few windows of them is all that is held in memory.
-            while self._ready and len(self._running) < window and len(self._finished) < 4 * window:
-                self._start(self._ready.popleft())
-            claimed = False
-            if len(self._ready) < max(CHUNK_SIZE, window // 4) and loop.time() >= self._look_at:
-                claimed = await self._claim(1 + window // (4 * CHUNK_SIZE))
-                self._look_at = 0 if claimed else loop.time() + IDLE_S
+        size = self._window.size
+        while self._window.is_open and not self._is_resting:
+            if self._suspects.have_turn:
+                await self._suspects.take_turn()
+            self._held.returned(self._window.take_returned())
+            is_scarce = self._sharing.is_scarce(self._clock.monotonic())
+            most = self._engine.concurrency if is_scarce else size
+            # While Postgres is away results pile up: hold at most a few windows of them in memory.
+            room = most - len(self._window) if self._writer.unstored < 4 * size else 0
+            await self._starter.start(max(0, room))
+            await self._share()
+            claimed, wait_s = False, IDLE_S
+            if (wanted := self._wanted(is_scarce)) > 0:
+                wait_s = min(IDLE_S, self._look_at_s - self._clock.monotonic())
+                if wait_s <= 0:
+                    self._has_arrival = self._is_noticed = False
+                    claimed = await self._claim(wanted)
+                    # What came meanwhile was perhaps not seen.
+                    wait_s = NOTICE_INTERVAL_S if self._is_noticed else IDLE_S
+                    self._look_at_s = 0 if claimed else self._clock.monotonic() + wait_s
             if not claimed:
-                await self._wait()
-            self._watch_engine()
+                await self._wakeup.wait(wait_s)
+            self._window.watch_engine()
 
-    def _watch_engine(self) -> None:
-        """Takes note of an engine that died without anybody waiting for it."""
-        if self.engine.is_dead:
-            self._note_death("found dead")
+    @property
+    def _room(self) -> int:
+        """How many requests more could begin at once."""
+        return self._engine.concurrency - len(self._window) - len(self._held.ready)
 
-    def _note_death(self, cause: str) -> None:
-        if self._is_dead:
-            return
-        self._is_dead = True
-        self._died_with = {request.chunk_id for request in self._running.values()}
-        log.error("engine_died", cause=cause, in_engine=len(self._running))
-        self._wake.set()
+    def _wanted(self, is_scarce: bool) -> int:
+        """How many requests to claim; not positive if there are enough."""
+        if is_scarce:
+            return self._room
+        size = self._window.size
+        enough = max(CHUNK_SIZE, size // 4) * (2 if self._has_arrival else 1)
+        return CHUNK_SIZE + size // 4 if len(self._held.ready) < enough else 0
 
-    async def _empty(self) -> None:
-        """Waits until nothing is in the engine, or the engine is dead."""
-        while self._running and not self._is_dead:
-            await self._wait()
-            self._watch_engine()
-
-    async def _run_apart(self) -> None:
-        """Runs suspects of two deaths, one at a time with nothing else in the engine and nothing else held.
-
-        Whatever dies now dies of the one request that is held. Other work has its turn in between.
-        """
-        await self._empty()
-        if not self._is_proven and not self._is_dead:
-            await self.prove()
-        while self._finished and not self._is_dead:
-            await self._wait()
-        if self._is_dead or self._is_draining or not await self._release_ready():
-            return
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while not (self._is_dead or self._is_draining) and loop.time() - began < APART_S:
-            try:
-                work = await self.database.run(
-                    chunks.take_alone, self.worker_id, self.incarnation, self.engine.models, self.lease_s
-                )
-            except Unreachable as error:
-                self._database_away(error)
-                break
-            self._load(work)
-            if not work.chunks:
-                break
-            [(chunk, _)] = work.chunks
-            suspect = messages.request_name(chunk.batch_id, chunk.first_index)
-            log.warning("suspect_runs_alone", chunk=chunk.id, request=suspect)
-            while self._ready:
-                self._start(self._ready.popleft())
-            await self._empty()
-            while self._unstored and not self._is_dead:
-                await self._wait()
-        self._apart_at = loop.time() + (loop.time() - began)
-
-    async def prove(self) -> None:
-        """Has the engine answer a harmless request."""
-        url = next((url for url in PROOF if url in self.engine.urls), None)
-        if url is None:
-            self._is_proven = True
-            return
+    async def _claim(self, wanted: int) -> bool:
+        """Claims chunks and loads their requests. Returns False if there are none or Postgres is away."""
+        self._looked_s = self._clock.monotonic()
+        known = self._held.ids if self._availability.is_away or self._looked_s < self._unsure_until_s else None
         try:
-            await self.engine.run(url, PROOF[url])
-        except EngineDeadError as error:
-            self._note_death(str(error))
-        else:
-            self._is_proven = True
-
-    async def _release_ready(self) -> bool:
-        """Puts back what is held and not in the engine. False: Postgres is away."""
-        try:
-            await self.database.run(chunks.release, self.held, self.incarnation)
-        except Unreachable as error:
-            self._database_away(error)
+            taken = await self._database.run(
+                work.take,
+                *(self._holder, self._engine.models, wanted, self._held.suspects, known),
+                room := self._room if self._may_ask() else 0,
+            )
+        except DATABASE_ERRORS as error:
+            # Chunks may have been claimed all the same, or be claimed once Postgres goes on.
+            self._unsure_until_s = self._clock.monotonic() + self._holder.lease_s
+            self._availability.away(error)
             return False
-        self._unstored.clear()
-        self._suspects.clear()
-        self._ready.clear()
-        return True
+        self._availability.back(unstored=self._writer.unstored)
+        self._suspects.are_waiting = taken.are_alone_waiting
+        if taken.is_scarce:
+            self._sharing.note_scarcity(self._clock.monotonic())
+        if room > 0 or taken.chunks:
+            self._asked_s = float("-inf") if taken.chunks else self._looked_s
+        self._held.load(taken)
+        return bool(taken.chunks)
 
-    async def _claim(self, limit: int) -> bool:
-        """Takes chunks and loads their requests. False: there are none, or Postgres is away."""
-        held = len(self._suspects & self._unstored.keys())
-        mine = (self.worker_id, self.incarnation, self.engine.models)
-        try:
-            work = await self.database.run(chunks.take, *mine, limit, held, self.lease_s)
-        except Unreachable as error:
-            # A chunk that was claimed and not loaded is not renewed, so its lease ends by itself.
-            self._database_away(error)
-            return False
-        self._database_back()
-        self._load(work)
-        return bool(work.chunks)
+    def _may_ask(self) -> bool:
+        """False if others were just asked in vain, or while the engine may hang: what they gave would hang with it."""
+        now_s = self._clock.monotonic()
+        if self._engine.steps != self._steps or not len(self._window):
+            self._steps, self._moved_s = self._engine.steps, now_s
+        return now_s - self._moved_s < STILL_S and now_s - self._asked_s >= ASK_INTERVAL_S
 
-    def _load(self, work: Work) -> None:
-        self._are_alone_waiting = work.are_alone_waiting
-        for chunk, requests in work.chunks:
-            if requests:
-                self._unstored[chunk.id] = len(requests)
-                self._ready.extend(requests)
-            if chunk.deaths:
-                self._suspects.add(chunk.id)
-            batch = messages.batch_name(chunk.batch_id)
-            log.debug("chunk_claimed", chunk=chunk.id, batch=batch, requests=len(requests))
-
-    def _start(self, request: Request) -> None:
-        task = asyncio.create_task(self._run_one(request))
-        self._running[task] = request
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.pop(task, None)
-        self._wake.set()
-
-    async def _run_one(self, request: Request) -> None:
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        try:
-            answer = await self._ask(request)
-        except EngineDeadError as error:
-            self._note_death(str(error))
+    async def _share(self) -> None:
+        """Gives idle workers what waits here, also in the engine. Whatever is given does not begin here any more."""
+        batches = self._sharing.batches(self._clock.monotonic())
+        if batches:
+            may_give = self._held.may_give(batches)
+            waiting = sum(map(may_give, self._held.ready)) + sum(map(may_give, self._window.waiting))
+            wanted = self._sharing.wanted(waiting)
+            given = self._held.ready.take_last(wanted, may_give)
+            self._held.offer(self._sharing.parts(given))
+            self._window.take_back(wanted - len(given), may_give)
+        if self._held.giving or self._window.leaving:
+            self._sharing.note_scarcity(self._clock.monotonic())
+        if not self._held.giving:
             return
-        except Exception as error:
-            name = messages.request_name(request.batch_id, request.index)
-            log.error("request_failed", request=name, exc_info=error)
-            message = f"{type(error).__name__} in the worker"
-            self._finished.append(_error(request, "INTERNAL_ERROR", message))
-        else:
-            self._is_proven = True
-            counts.answered(request.url, loop.time() - began_s)
-            self._finished.append(_result(request, answer))
-        self._wake_writer.set()
-
-    async def _ask(self, request: Request) -> Answer:
-        """Runs it under the name of its result and, if its client has one, in the client's trace."""
-        name = messages.request_name(request.batch_id, request.index)
-        headers = {"x-request-id": name}
-        if request.traceparent is None:
-            return await self.engine.run(request.url, request.body, headers)
-        with tracing.span("run_request", request.traceparent) as span:
-            headers[tracing.HEADER] = span.traceparent or request.traceparent
-            answer = await self.engine.run(request.url, request.body, headers)
-            span.note({"request": name, "http.response.status_code": answer.status_code})
-            return answer
-
-    async def _write_groups(self) -> None:
-        while True:
-            await self._wake_writer.wait()
-            self._wake_writer.clear()
-            await asyncio.sleep(self.group_interval_s)
-            while self._finished:
-                group = [self._finished[i] for i in range(min(GROUP, len(self._finished)))]
-                try:
-                    await self.database.run(results.write, group, self.incarnation)
-                except Unreachable as error:
-                    self._database_away(error)
-                    await asyncio.sleep(IDLE_S)
-                    continue
-                except Exception as error:  # noqa: BLE001 - one result that cannot be stored must not stop the rest
-                    group = await self._write_singly(group, error)
-                self._database_back()
-                counts.stored([result for result in group if result.chunk_id in self._unstored])
-                for result in group:
-                    self._finished.popleft()
-                    self._stored(result)
-                self._wake.set()
-
-    async def _write_singly(self, group: list[Result], error: Exception) -> list[Result]:
-        """Stores a refused group one by one, with an error for each result that Postgres will not have."""
-        log.error("result_group_refused", results=len(group), exc_info=error)
-        for place, result in enumerate(group):
-            try:
-                await self.database.run(results.write, [result], self.incarnation)
-            except Unreachable:
-                return group[:place]
-            except Exception as refused:  # noqa: BLE001 - becomes the result
-                message = f"its result cannot be stored: {type(refused).__name__}"
-                substitute = _error(result, "RESULT_NOT_STORABLE", message)
-                await self.database.run(results.write, [substitute], self.incarnation)
-        return group
-
-    def _stored(self, result: Result) -> None:
-        left = self._unstored.get(result.chunk_id)
-        if left is None:
+        parts = list(self._held.giving)
+        try:
+            requests = await self._database.run(sharing.give, self._holder, parts)
+        except DATABASE_ERRORS as error:
+            # It may have been given all the same: it does not begin here until that is known.
+            self._availability.away(error)
             return
-        if left == 1:
-            del self._unstored[result.chunk_id]
-            if result.chunk_id in self._suspects:
-                self._suspects.discard(result.chunk_id)
-                # The next suspects are few at a time: they wait for this.
-                self._look_at = 0
-        else:
-            self._unstored[result.chunk_id] = left - 1
+        self._held.given(parts)
+        log.info("requests_given", requests=requests, parts=len(parts))
 
-    def _drop(self, ids: set[int]) -> None:
-        for chunk_id in ids:
-            self._unstored.pop(chunk_id, None)
-        self._ready = deque(request for request in self._ready if request.chunk_id not in ids)
-        for task, request in list(self._running.items()):
-            if request.chunk_id in ids:
-                task.cancel()
-        self._wake.set()
+    def _results_stored(self, stored: Sequence[Result]) -> None:
+        counters.results_stored([result for result in stored if result.chunk_id in self._held])
+        for result in stored:
+            if self._held.result_stored(result.chunk_id):
+                # Few suspects are claimed at a time: now there is room for the next.
+                self._look_at_s = 0
+        self._wakeup.set()
 
     async def _give_back(self) -> None:
-        """Releases what is held, for whoever is next. Without Postgres the leases end by themselves.
+        """Releases all chunks. While Postgres is away their leases expire instead.
 
-        After a death of the engine what was in it is suspect; what only waited for it is not.
+        If the engine died, the requests that were in it become suspects; those that only waited for it do not.
         """
-        held = self.held
-        died_with = self._died_with & self._unstored.keys()
-        self._unstored.clear()
-        self._ready.clear()
+        held = self._held.ids
+        died_with = self._window.died_with & set(held)
+        self._held.clear()
         if not held:
             return
         try:
-            released = await self.database.run(
-                chunks.release, [chunk for chunk in held if chunk not in died_with], self.incarnation
-            )
+            innocent = [chunk for chunk in held if chunk not in died_with]
+            released = await self._database.run(chunks.release, self._holder, innocent)
             log.info("chunks_given_back", chunks=released)
             if died_with:
-                burial = await self.database.run(chunks.bury, self.worker_id)
-                log.warning("suspects_made", **asdict(burial))
-        except Unreachable as error:
-            self._database_away(error)
-
-    async def _wait(self) -> None:
-        """Until something happened, or the interval is over."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), IDLE_S)
-        self._wake.clear()
-
-    def _database_away(self, error: Exception) -> None:
-        if not self._is_database_away:
-            log.warning("database_away", cause=str(error).strip())
-        self._is_database_away = True
-
-    def _database_back(self) -> None:
-        if self._is_database_away:
-            log.info("database_back", unstored=len(self._finished))
-        self._is_database_away = False
-
-
-def _error(of: Request | Result, code: str, message: str) -> Result:
-    return Result(of.chunk_id, of.batch_id, of.index, error_code=code, error_message=message, custom_id=of.custom_id)
-
-
-def _result(request: Request, answer: Answer) -> Result:
-    return Result(
-        request.chunk_id,
-        request.batch_id,
-        request.index,
-        status_code=answer.status_code,
-        # One line, so that it can be one of a file; within a text JSON has no line breaks of its own.
-        body=answer.body.replace("\n", " ").replace("\r", " "),
-        prompt_tokens=answer.prompt_tokens,
-        completion_tokens=answer.completion_tokens,
-        custom_id=request.custom_id,
-    )
+                await self._suspects.bury()
+        except DATABASE_ERRORS as error:
+            self._availability.away(error)

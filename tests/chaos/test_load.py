@@ -1,6 +1,6 @@
-"""Many clients, slow ones and ones that never read: others are served, memory stays bounded, the end is graceful.
+"""Many clients, some slow, some never reading: others are served, memory stays bounded, shutdown is graceful.
 
-`LOAD=full` for 200 clients and 5,000 watches of each kind.
+`LOAD=full` runs 200 clients and 5,000 watches of each kind.
 """
 
 import asyncio
@@ -22,24 +22,24 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.db.connection import Database, migrate
-from tests.integration.conftest import PostgresServer, Server, Stack
-from tests.integration.test_front_door import finished, lines
-from tests.ports import free_port
-from tests.waiting import until
-from vllm_batch.client import CallError, Client
+from tests.support.batches import finished, lines
+from tests.support.ports import free_port
+from tests.support.servers import PostgresServer, Server, Stack
+from tests.support.waiting import until
+from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 CLIENTS, WATCHES, CONNECTIONS = (200, 5000, 500) if os.environ.get("LOAD") == "full" else (50, 300, 150)
 RESULTS = 2000
 RESULT_BYTES = 50_000
-# Of the gateway, per stream: one of a client that does not read holds a page, one that waits next to nothing.
+# Gateway memory per stream: a client that does not read holds a page, one that waits next to nothing.
 READER_MB = 1.5
 WATCH_MB = 0.06
-# For all else that comes with more clients: threads, pools, what the allocator keeps.
+# For everything else that grows with clients: threads, pools, what the allocator keeps.
 REST_MB = 60
 SERVICE = "vllm_batch.v1.BatchService"
-# Or channels to one target share a connection.
+# Otherwise channels to one target share a connection.
 OWN = (("grpc.use_local_subchannel_pool", 1),)
 
 pytestmark = pytest.mark.timeout(900)
@@ -47,8 +47,8 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def stack() -> Iterator[Stack]:
-    """A gateway that was given few open files, and one worker."""
-    # Not pytest's folder: that is deep, and a socket's path is short.
+    """A gateway with a low limit of open files, and one worker."""
+    # Not in pytest's folder: its path is too long for a socket.
     with tempfile.TemporaryDirectory(prefix="vbl-", ignore_cleanup_errors=True) as home:
         server = PostgresServer(Path(home))
         server.start()
@@ -75,7 +75,7 @@ def memory_mb(server: Server) -> float:
 
 
 def large_batch(stack: Stack, client: Client) -> str:
-    """A batch that ended, with results of some size."""
+    """Creates a completed batch with results of 50 KB each."""
     batch_id = client.submit_lines(lines(RESULTS)).id
     assert finished(client, batch_id).counts.completed == RESULTS
     with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
@@ -85,7 +85,7 @@ def large_batch(stack: Stack, client: Client) -> str:
 
 
 def idle_batches(stack: Stack, count: int) -> list[str]:
-    """Batches that go on without anybody working on them."""
+    """Creates batches in progress that no worker works on."""
     with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute(
             "INSERT INTO batches (state, digest, metadata, priority, models, total)"
@@ -96,7 +96,7 @@ def idle_batches(stack: Stack, count: int) -> list[str]:
 
 
 async def reads_slowly(stream: Any) -> int:
-    """Reads all of a stream of results with pauses. Returns how many there were."""
+    """Reads a stream of results to its end, with pauses. Returns how many there were."""
     count = 0
     while (page := await stream.read()) is not grpc.aio.EOF:
         count += len(page.results)
@@ -105,7 +105,7 @@ async def reads_slowly(stream: Any) -> int:
 
 
 async def end_of(stream: Any) -> tuple[grpc.StatusCode, str]:
-    """With what a stream ends."""
+    """The code and reason that a stream ends with."""
     try:
         while await stream.read() is not grpc.aio.EOF:
             pass
@@ -116,7 +116,7 @@ async def end_of(stream: Any) -> tuple[grpc.StatusCode, str]:
 
 
 def use(target: str) -> int:
-    """What one more client does. Returns how many results it got."""
+    """Does what another client would do. Returns how many results it got."""
     with Client(target, patience_s=0) as client:
         batch = client.submit_lines(lines(5))
         assert finished(client, batch.id).counts.completed == 5
@@ -170,14 +170,14 @@ async def load(stack: Stack, large: str, idle: list[str]) -> None:
         gateway.process.terminate()
         ends = Counter(await asyncio.gather(*(end_of(watch) for watch in watches)))
         assert ends == {(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"): len(watches)}
-    # Those who read nothing are gone: nobody is left to wait for.
+    # The clients that read nothing have disconnected, so there is nobody left to wait for.
     assert await asyncio.to_thread(gateway.process.wait, 120) == 0
 
 
 def test_load(stack: Stack) -> None:
-    """With many watches, slow readers and clients that never read, other clients get all they ask for."""
+    """With many watches, slow readers and clients that never read, others are served and memory stays bounded."""
     with Client(stack.target) as client:
         large = large_batch(stack, client)
     asyncio.run(load(stack, large, idle_batches(stack, WATCHES)))
     assert not [event for name in ("call_failed", "call_without_database") for event in stack.servers[0].events(name)]
-    until(lambda: stack.servers[0].events("gateway_ended"), "its last word")
+    until(lambda: stack.servers[0].events("gateway_ended"), "the gateway to log its end")

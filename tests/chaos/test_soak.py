@@ -1,6 +1,6 @@
-"""Busy is not broken: no restart in a stack that is saturated, slow, paused and cut off, but well; and nothing lost.
+"""Busy is not broken: a saturated, slow, paused and disconnected but healthy stack is not restarted and loses nothing.
 
-`SOAK=<minutes>` for longer; `SOAK_SEED=…` for the same order once more.
+`SOAK=<minutes>` runs longer; `SOAK_SEED=…` repeats an order of events.
 """
 
 import hashlib
@@ -17,18 +17,18 @@ import pytest
 
 from service import processes
 from service.processes import Mark
-from tests.chaos.faults import Faults
-from tests.stacks import ROOT, FullStack, full_stack
-from tests.waiting import until
-from vllm_batch.client import Client
+from tests.support.faults import Faults
+from tests.support.stacks import ROOT, FullStack, full_stack
+from tests.support.waiting import until
+from vllm_batch import Client
 
 LASTS_S = 60 * float(os.environ.get("SOAK", 0.6))
 WINDOW = 32
-# Of a batch. As many are always left in the last two, so that the engine is full all the time.
+# Requests per batch. As many are always left in the last two batches, so that the engine is always full.
 REQUESTS = 1000
-# What no verdict may be made of: the heartbeat's timeout is 10 s, a restart for a port that does not answer takes 20 s.
+# Too short for any verdict: the heartbeat times out after 10 s, and an unresponsive port is restarted after 20 s.
 LONGEST_PAUSE_S = 8.0
-# Postgres is as good as away when this is frozen for longer, the machine when all is.
+# A worker paused for longer would count as frozen. A paused Postgres counts as away, a paused machine as stalled.
 WORKER_PAUSE_S = 3.0
 SLOW_PROBE = "import time; time.sleep(2.5)"
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(LASTS_S + 400)
 
 
 def body(batch: int, number: int) -> str:
-    """As sent. The first of a batch are long prefills: the engine computes and makes no step for 12 s."""
+    """The body as sent. In every third batch the first request is a long prefill: 12 s of computing without a step."""
     pace = "prefill" if number == 0 and batch % 3 == 0 else 0.2
     message = {"role": "user", "content": f"{batch}: {number}"}
     return json.dumps({"model": "tiny", "messages": [message], "vllm_xargs": {"simulate": pace}})
@@ -48,7 +48,7 @@ def lines(batch: int) -> Iterator[bytes]:
 
 
 class Trouble:
-    """What a healthy stack has to bear."""
+    """What a healthy stack has to withstand."""
 
     def __init__(self, stack: FullStack, dice: random.Random) -> None:
         self.stack = stack
@@ -62,7 +62,7 @@ class Trouble:
         self._pause(self._family("watchdog"), LONGEST_PAUSE_S)
 
     def pause_worker(self) -> None:
-        """Without its engine."""
+        """Pauses the worker without its engine."""
         self._pause(self._family("worker")[:1], WORKER_PAUSE_S)
 
     def pause_worker_and_engine(self) -> None:
@@ -72,7 +72,7 @@ class Trouble:
         self._pause(self._family("postgres"), LONGEST_PAUSE_S)
 
     def pause_machine(self) -> None:
-        """All at once, longer than any timeout; they come back one after the other."""
+        """Pauses everything at once, longer than any timeout; processes resume in random order."""
         everything = processes.marked(Mark(self.stack.home))
         self.dice.shuffle(everything)
         self._pause(everything, 2 * LONGEST_PAUSE_S)
@@ -113,7 +113,7 @@ class Trouble:
             process.resume()
 
     def _last(self, longest_s: float) -> None:
-        # Not a wait for anything: the length of the trouble.
+        # The length of the trouble, not a wait for a condition.
         time.sleep(self.dice.uniform(0.3, 1) * longest_s)
 
 
@@ -142,7 +142,7 @@ def stack() -> Iterator[FullStack]:
 
 
 def test_soak(stack: FullStack) -> None:
-    """A worker that is well is never restarted, whatever goes on around it, and each request has its one result."""
+    """A healthy worker is never restarted, whatever happens around it, and each request has one correct result."""
     seed = int(os.environ.get("SOAK_SEED", random.SystemRandom().randrange(1_000_000)))
     dice = random.Random(seed)
     sys.stdout.write(f"\nSOAK_SEED={seed}, {LASTS_S:.0f} s\n")
@@ -166,7 +166,7 @@ def test_soak(stack: FullStack) -> None:
                 struck[kind.__name__] += 1
                 keep_busy()
                 before = finished(ids[-2:])
-                until(lambda before=before: finished(ids[-2:]) > before, f"work to go on after {kind.__name__}")  # type: ignore[misc]
+                until(lambda before=before: finished(ids[-2:]) > before, f"work to continue after {kind.__name__}")  # type: ignore[misc]
                 check_untouched(stack, worker, seed)
                 if time.monotonic() > ends_s:
                     break
@@ -185,7 +185,7 @@ def test_soak(stack: FullStack) -> None:
 
 
 def check_untouched(stack: FullStack, worker: int, seed: int) -> None:
-    """No restart is begun, and the worker is the one of the beginning."""
+    """Checks that no restart was begun and the worker is still the original process."""
     begun = stack.sql("SELECT verdict, reason, evidence FROM recovery_events WHERE kind IN ('restart', 'gave_up')")
     assert not begun, (seed, begun, stack.logs())
     assert stack.pid("worker") == worker

@@ -1,4 +1,7 @@
-"""A logits processor that kills the engine on request: `"vllm_xargs": {"crash": 1}` in a body. For tests of poison."""
+"""A logits processor that ends the engine on request, for tests of poison requests.
+
+`"vllm_xargs": {"crash": 1}` in a body kills the engine, `{"raise": 1}` makes it raise an exception.
+"""
 
 import os
 import signal
@@ -8,7 +11,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 
 class CrashOnRequest(LogitsProcessor):
-    """Looks at the requests that come into the engine's batch."""
+    """Inspects the requests that enter the engine's batch."""
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         pass
@@ -21,5 +24,8 @@ class CrashOnRequest(LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         for added in batch_update.added if batch_update else ():
-            if (added[1].extra_args or {}).get("crash"):
+            asked = added[1].extra_args or {}
+            if asked.get("crash"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if asked.get("raise"):
+                raise RuntimeError("CUDA error: out of memory")

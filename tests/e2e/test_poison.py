@@ -1,12 +1,12 @@
-"""Real vLLM and a request that kills it: it costs itself alone, and three deaths."""
+"""Real vLLM and a request that kills it: after three deaths it alone fails, and all others complete."""
 
 import json
 from collections.abc import Iterator
 
 import pytest
 
-from tests.stacks import full_stack
-from vllm_batch.client import Client
+from tests.support.stacks import full_stack
+from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
@@ -25,7 +25,7 @@ def lines(with_killer: bool) -> Iterator[bytes]:
 
 
 def test_poison_costs_only_itself() -> None:
-    """The killer gets its error after three deaths of the engine; all others of its batch and of the next complete."""
+    """The killer gets its error after three deaths of the engine, and all other requests of two batches complete."""
     settings = {
         "BATCH_ENGINE_ARGS": "--logits-processors tests.e2e.crashing_processor:CrashOnRequest",
         "BATCH_WINDOW": "8",
@@ -46,6 +46,6 @@ def test_poison_costs_only_itself() -> None:
     [crashed] = [result for result in results if result.HasField("error")]
     assert (crashed.custom_id, crashed.error.code) == (f"c{KILLER}", "REQUEST_CRASHED_ENGINE")
     assert "died 3 times" in crashed.error.message
-    # Each for a death of the engine, seen by the worker or by supervisord; two events may share one.
+    # One for each death of the engine, seen by the worker or by supervisord; two deaths may share a restart.
     assert 2 <= len(restarts) <= 3
     assert {event.verdict for event in restarts} <= {rpb.VERDICT_ENGINE_DEAD, rpb.VERDICT_CRASHED}

@@ -10,26 +10,26 @@ import pytest
 
 from service.db import recoveries
 from service.processes import is_alive
-from tests.stacks import FullStack, full_stack
-from tests.waiting import until
-from vllm_batch.client import Client
+from tests.support.stacks import FullStack, full_stack
+from tests.support.waiting import until
+from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
 pytestmark = pytest.mark.timeout(600)
 COUNT = 120
-# A few that are soon done, by which the kill is timed; the rest take far longer than a look at the batch.
+# A few that finish early, to time the kill; the rest take far longer than a query of the batch.
 SHORT = 10
 
 
 def tokens(number: int) -> int:
-    """How many tokens request `number` makes."""
+    """How many tokens request `number` generates."""
     return 10 + number if number < SHORT else 250 + number
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[FullStack]:
-    """One stack for all: a start takes half a minute."""
+    """One stack for all tests: a start takes half a minute."""
     with full_stack(BATCH_WINDOW="8") as stack:
         started = stack.script("start-all.sh")
         assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
@@ -53,16 +53,19 @@ def engine_processes(pid: int) -> list[psutil.Process]:
 
 
 def shared_memory(members: list[psutil.Process]) -> set[str]:
-    """The files in /dev/shm that these processes use."""
+    """The files in /dev/shm that these processes have mapped."""
     return {used.path for p in members for used in p.memory_maps() if used.path.startswith("/dev/shm/")}
 
 
 def run_and_break(
     stack: FullStack, victim: str, number: int = signal.SIGKILL
 ) -> tuple[rpb.RecoveryEvent, list[psutil.Process]]:
-    """Runs a batch and signals the worker or its engine in the middle; checks all results. Returns the restart."""
+    """Runs a batch and signals the worker or its engine in the middle; checks all results.
+
+    Returns the restart and the processes of the old engine.
+    """
     before = len(stack.restarts())
-    # Known beforehand: the batch must not be done before the kill.
+    # Determined in advance: the batch must not be done before the kill.
     worker = stack.pid("worker")
     engine = engine_processes(worker)
     core = next(process for process in engine if "EngineCore" in process.cmdline()[0])
@@ -71,7 +74,7 @@ def run_and_break(
         until(lambda: client.get(batch.id).counts.completed >= SHORT, "a few results", 60)
         os.kill(worker if victim == "worker" else core.pid, number)
         assert client.get(batch.id).counts.completed < COUNT, "the batch was done before the kill: nothing was proven"
-        until(lambda: stack.recovered(before + 1), "the worker to be back", 240)
+        until(lambda: stack.recovered(before + 1), "the worker to be recovered", 240)
         *_, done = client.watch(batch.id)
         results = list(client.results(batch.id))
     assert done.state == pb.BATCH_STATE_COMPLETED
@@ -86,7 +89,7 @@ def run_and_break(
 
 
 def test_worker_killed_in_the_middle(stack: FullStack) -> None:
-    """SIGKILL of the worker: restarted once as CRASHED, its orphaned engine swept, every request answered once."""
+    """After SIGKILL the worker is restarted once as CRASHED, its engine is gone, and every request has one result."""
     event, engine = run_and_break(stack, "worker")
     assert event.verdict == rpb.VERDICT_CRASHED
     assert len(engine) == 1
@@ -95,14 +98,14 @@ def test_worker_killed_in_the_middle(stack: FullStack) -> None:
 
 
 def test_engine_killed_in_the_middle(stack: FullStack) -> None:
-    """SIGKILL of EngineCore: no request gets the death as its result, the worker is restarted as ENGINE_DEAD."""
+    """After SIGKILL of EngineCore no request fails, and the worker is restarted as ENGINE_DEAD."""
     event, engine = run_and_break(stack, "engine")
     assert event.verdict == rpb.VERDICT_ENGINE_DEAD
     assert not any(is_alive(process) for process in engine)
 
 
 def test_engine_frozen_in_the_middle(stack: FullStack) -> None:
-    """SIGSTOP of EngineCore, of which vLLM's own check says ok: not serving, stalled, restarted as ENGINE_STALLED."""
+    """After SIGSTOP of EngineCore, which vLLM's own health check misses, the worker is restarted as ENGINE_STALLED."""
     event, engine = run_and_break(stack, "engine", signal.SIGSTOP)
     assert event.verdict == rpb.VERDICT_ENGINE_STALLED
     seen = json.loads(event.evidence_json)
@@ -111,13 +114,13 @@ def test_engine_frozen_in_the_middle(stack: FullStack) -> None:
 
 
 def test_operator_stop_stays(stack: FullStack) -> None:
-    """supervisorctl stop: the worker drains, ends with all of its engine and its memory, and stays so until started."""
+    """After `supervisorctl stop` engine and shared memory are gone, and the worker stays stopped until started."""
     before = len(stack.restarts())
     worker = stack.pid("worker")
     engine = engine_processes(worker)
     shared = shared_memory([psutil.Process(worker), *engine])
     assert "stopped" in stack.supervisorctl("stop", "worker")
-    until(lambda: stack.status().verdict == rpb.VERDICT_OPERATOR_STOP, "the watchdog to see it")
+    until(lambda: stack.status().verdict == rpb.VERDICT_OPERATOR_STOP, "the watchdog to see the stop")
     assert not any(is_alive(process) for process in engine)
     assert not [path for path in shared if os.path.exists(path)]
     assert "started" in stack.supervisorctl("start", "worker")

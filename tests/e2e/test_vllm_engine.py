@@ -1,4 +1,4 @@
-"""The adapter on the installed vLLM: what it answers is what vLLM's own batch runner answers."""
+"""The adapter on the installed vLLM gives the same answers as vLLM's own batch runner."""
 
 import asyncio
 import json
@@ -15,11 +15,11 @@ from prometheus_client import REGISTRY
 
 from service.config import Settings
 from service.processes import is_alive
-from service.worker.engine import EngineDeadError
-from service.worker.vllm_engine import EngineArgumentError, VllmEngine
-from tests.collector import CLIENT_SPAN, TRACE, Collector, collecting
-from tests.e2e.engines import Running, check_same, run_batch
-from tests.waiting import until
+from service.worker.engine.protocol import EngineDeadError
+from service.worker.engine.vllm import EngineArgumentError, VllmEngine
+from tests.support.collector import CLIENT_SPAN, TRACE, Collector, collecting
+from tests.support.engines import Running, case_lines, check_same, run_batch
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,13 +54,13 @@ BODIES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Short: the settings hold BATCH_HOME to what a socket's path may have.
+    # Short, because BATCH_HOME is limited to what a socket's path allows.
     return Path(os.path.relpath(tmp_path_factory.mktemp("h")))
 
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    """Gets vLLM's spans."""
+    """Receives vLLM's spans."""
     with collecting() as collector:
         yield collector
 
@@ -75,22 +75,26 @@ def running(home: Path, collector: Collector) -> Iterator[Running]:
 
 
 def test_what_it_serves(running: Running) -> None:
-    """A chat model is offered at the endpoints of a chat model, under its name."""
+    """A chat model serves the endpoints of a chat model, under its name."""
     assert running.engine.models == ("tiny",)
     assert running.engine.urls == {CHAT, "/v1/completions", "/v1/responses"}
     assert running.engine.window >= 2
 
 
 def test_same_bodies_as_run_batch(running: Running, home: Path, tmp_path: Path) -> None:
-    """vLLM's own batch runner gives the same bodies for the same lines, up to ids and times."""
+    """The adapter answers with the same bodies as vLLM's own batch runner, apart from ids and times."""
     requests = [(CHAT, body) for body in BODIES]
-    theirs = run_batch(home, tmp_path, requests, *FLAGS)
-    assert [their["response"]["status_code"] for their in theirs] == [200, 200, 200, 200, 400, 200, 200]
-    check_same(running, theirs, requests)
+    # From public bug reports: meanings of parameters, a null model, a stream, an endpoint that does not exist.
+    reported = case_lines("semantics_chat") + case_lines("model_null") + case_lines("stream_true") + case_lines("audio")
+    theirs = run_batch(home, tmp_path, requests + reported, *FLAGS)
+    statuses = [their["response"]["status_code"] for their in theirs]
+    assert statuses[: len(BODIES)] == [200, 200, 200, 200, 400, 200, 200]
+    assert set(statuses[len(BODIES) :]) == {200, 400}
+    check_same(running, theirs, requests + reported)
 
 
 def test_other_endpoints(running: Running) -> None:
-    """Endpoints that run-batch does not offer work too, with their token counts."""
+    """Endpoints that vLLM's run_batch does not offer work too, with their token counts."""
     completion = running.run({"prompt": "abc", "max_tokens": 4, "temperature": 0}, "/v1/completions")
     response = running.run({"input": "abc", "max_output_tokens": 16}, "/v1/responses")
     assert json.loads(completion.body)["object"] == "text_completion"
@@ -99,9 +103,28 @@ def test_other_endpoints(running: Running) -> None:
     assert response.prompt_tokens > 0
 
 
+def test_cached_tokens(running: Running) -> None:
+    """A prompt that the engine has met before is counted as cached, as its usage says, at every endpoint."""
+    text = "the same words again and again " * 20
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": text, "max_tokens": 1}),
+        (CHAT, {"messages": [{"role": "user", "content": text}], "max_tokens": 1}),
+        ("/v1/responses", {"input": text, "max_output_tokens": 16}),
+    ]
+    for url, body in asked:
+        running.run(body, url)
+        again = running.run(body, url)
+        usage = json.loads(again.body)["usage"]
+        details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+        assert 0 < again.cached_tokens == details["cached_tokens"] <= again.prompt_tokens, url
+
+
 def test_wrong_parameters_are_refused(running: Running) -> None:
-    """A body that the endpoint does not take is a 400 that names the parameter; the engine goes on."""
-    for body, param in (({"messages": "x"}, "messages"), ({"messages": MESSAGES, "temperature": -1}, "temperature")):
+    """An invalid parameter is a 400 that names it, and the engine keeps working."""
+    for body, param in (
+        ({"messages": "x"}, "body.messages"),
+        ({"messages": MESSAGES, "temperature": -1}, "temperature"),
+    ):
         answer = running.run(body, CHAT)
         assert answer.status_code == 400
         assert json.loads(answer.body)["error"]["param"] == param
@@ -109,14 +132,14 @@ def test_wrong_parameters_are_refused(running: Running) -> None:
 
 
 def test_steps_count_while_it_works(running: Running) -> None:
-    """The progress counter moves with the engine and stands still without work."""
+    """The progress counter advances with at least every generated token."""
     before = running.engine.steps
     running.run({"messages": MESSAGES, "max_tokens": 30, "ignore_eos": True}, CHAT)
     assert running.engine.steps >= before + 30
 
 
 def test_engine_knows_a_request_by_its_name_and_trace(running: Running, collector: Collector) -> None:
-    """The id in the body is that of the result, and vLLM's span belongs to the trace that the request runs in."""
+    """The id in the body is the result's id, and vLLM's span belongs to the trace of the request."""
     for url, body in ((CHAT, {"messages": MESSAGES}), ("/v1/completions", {"prompt": "abc"})):
         answer = running.run(body | {"max_tokens": 1}, url)
         assert json.loads(answer.body)["id"].endswith("-batch_req_7_12")
@@ -125,7 +148,7 @@ def test_engine_knows_a_request_by_its_name_and_trace(running: Running, collecto
 
 
 def test_vllms_own_metrics_are_exported(running: Running) -> None:
-    """What the dashboard asks of vLLM is in the registry that the worker exports."""
+    """Every vLLM metric that the dashboard queries is in the registry that the worker exports."""
     running.run({"messages": MESSAGES, "max_tokens": 1}, CHAT)
     dashboard = (ROOT / "conf/grafana-dashboard.json").read_text()
     exported = {sample.name for family in REGISTRY.collect() for sample in family.samples}
@@ -135,7 +158,7 @@ def test_vllms_own_metrics_are_exported(running: Running) -> None:
 
 
 async def steps(engine: VllmEngine, count: int) -> None:
-    """Waits until the engine has made that many steps more."""
+    """Waits until the engine has made this many more steps."""
     goal = engine.steps + count
     async with asyncio.timeout(60):
         while engine.steps < goal:  # noqa: ASYNC110 - the counter is all that the engine has
@@ -143,7 +166,7 @@ async def steps(engine: VllmEngine, count: int) -> None:
 
 
 def test_cancelling_aborts_in_the_engine(running: Running) -> None:
-    """A request that nobody waits for any more stops costing inference."""
+    """Cancelling a request aborts it in the engine."""
     body = json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 2000, "ignore_eos": True})
 
     async def start_and_cancel() -> None:
@@ -159,14 +182,14 @@ def test_cancelling_aborts_in_the_engine(running: Running) -> None:
 
 
 def test_wrong_engine_argument(home: Path) -> None:
-    """A flag that vLLM does not know is an error that names the setting, not the end of the process."""
+    """An unknown engine flag raises an error that names the setting, instead of exiting the process."""
     engine = VllmEngine(Settings(home=home, engine_args="--no-such-flag 1"))
     with pytest.raises(EngineArgumentError, match=r"BATCH_ENGINE_ARGS.*no-such-flag"):
         asyncio.run(engine.start())
 
 
 def test_engine_death_is_no_answer(running: Running) -> None:
-    """A killed EngineCore raises in all who wait and is known at once; nothing is left after stopping."""
+    """When EngineCore is killed, waiting requests raise, the cause is known, and stopping leaves no engine process."""
     children = psutil.Process().children(recursive=True)
     core = next(child for child in children if child.cmdline() and "EngineCore" in child.cmdline()[0])
     body = json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 2000, "ignore_eos": True})
@@ -180,7 +203,8 @@ def test_engine_death_is_no_answer(running: Running) -> None:
     outcomes = running.call(kill_in_the_middle())
     assert [type(outcome) for outcome in outcomes] == [EngineDeadError] * 8
     assert running.engine.is_dead
+    assert running.call(running.engine.death_cause()).text == "EngineCore was killed by signal 9 (out of memory?)"
     with pytest.raises(EngineDeadError):
         running.run({"messages": MESSAGES}, CHAT)
     running.call(running.engine.stop())
-    until(lambda: not is_alive(core), "its end")
+    until(lambda: not is_alive(core), "the engine process to end")

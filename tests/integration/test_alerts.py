@@ -1,4 +1,4 @@
-"""What Sentry gets, by the real SDK, at a receiver of our own."""
+"""What Sentry receives: the real SDK sends to a local receiver."""
 
 from collections.abc import Iterator
 
@@ -6,20 +6,20 @@ import pytest
 from pydantic import SecretStr
 
 from service.config import Settings
-from tests.integration.sentry_receiver import Receiver, receiving
-from tests.waiting import until
+from tests.support.sentry_receiver import Receiver, receiving
+from tests.support.waiting import until
 from watchdog.alerts import Alerts
 
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    """What Sentry would be."""
+    """A local stand-in for Sentry."""
     with receiving() as server:
         yield server
 
 
 def test_an_alert_arrives_whole(receiver: Receiver) -> None:
-    """Level, environment, cause for grouping, evidence and timings arrive; settings and variables do not."""
+    """An alert carries level, environment, fingerprint, evidence and timings, but no secrets from the settings."""
     secret = "postgresql://user:hunter2@db/batch"
     settings = Settings(sentry_dsn=SecretStr(receiver.dsn), environment="staging", database_url=SecretStr(secret))
     alerts = Alerts(settings)
@@ -40,7 +40,7 @@ def test_an_alert_arrives_whole(receiver: Receiver) -> None:
 
 
 def test_a_fault_of_ours_tells_where_and_not_what(receiver: Receiver) -> None:
-    """The text of an exception may hold anything, as a password in an address: it stays here."""
+    """A watchdog error is reported with its location but without its text, which may hold secrets."""
     alerts = Alerts(Settings(sentry_dsn=SecretStr(receiver.dsn)))
     try:
         raise ValueError("invalid dsn: hunter2")
@@ -55,7 +55,7 @@ def test_a_fault_of_ours_tells_where_and_not_what(receiver: Receiver) -> None:
 
 
 def test_no_dsn_no_traffic() -> None:
-    """Without a DSN nothing is sent, and nothing fails."""
+    """Without a DSN nothing is sent and nothing fails."""
     alerts = Alerts(Settings())
     assert alerts._client.transport is None
     alerts.tell("budget_spent", "CRASHED", "w", "fatal", "gave up", {})

@@ -1,4 +1,4 @@
-"""What a client installs, on a whole stack: the wheel elsewhere, its types, the examples, the screen."""
+"""The installed client on a whole stack: the wheel in its own environment, types, examples, `top`."""
 
 import asyncio
 import fcntl
@@ -18,13 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Stack
-from tests.integration.test_front_door import line, lines
-from tests.stacks import ROOT, FullStack, full_stack
-from tests.waiting import until
-from tests.wheels import build_wheel, make_environment
-from vllm_batch.aio import AsyncClient
-from vllm_batch.calls import CallError
+from tests.support.batches import line, lines
+from tests.support.servers import Stack
+from tests.support.stacks import ROOT, FullStack, full_stack
+from tests.support.waiting import until
+from tests.support.wheels import build_wheel, make_environment
+from vllm_batch import AsyncClient, CallError
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 BIN = Path(sys.executable).parent
@@ -32,8 +31,7 @@ PYTHON_EXAMPLES = ("sync_client.py", "async_client.py", "from_openai_batch.py")
 TYPED = """
 import asyncio
 import grpc
-from vllm_batch.aio import AsyncClient
-from vllm_batch.client import CallError, Client
+from vllm_batch import AsyncClient, CallError, Client
 from vllm_batch.v1 import batch_service_pb2, batch_service_pb2_grpc, recovery_service_pb2, recovery_service_pb2_grpc
 
 def one(client: Client) -> list[str]:
@@ -43,6 +41,8 @@ def one(client: Client) -> list[str]:
 
 async def two(client: AsyncClient) -> int:
     batch = await client.submit_lines([{"custom_id": "a"}], metadata={"a": "b"})
+    status: batch_service_pb2.GetServiceStatusResponse = await client.service_status()
+    assert status.accepting or (await client.accepting()).upper()
     return sum([result.index async for result in client.results(batch.id)])
 
 def three(channel: grpc.Channel) -> str:
@@ -54,9 +54,10 @@ async def four(channel: grpc.aio.Channel) -> int:
     stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
     return (await stub.GetStatus(recovery_service_pb2.GetStatusRequest(), timeout=10)).workers[0].pid
 """
-# A line for each mistake.
+# One mistake per line, from the third line on.
 WRONG = """
 def wrong(client: Client, stub: batch_service_pb2_grpc.BatchServiceStub) -> None:
+    from vllm_batch import Cleint
     client.submit_lines([3])
     client.submit_lines([], prioritty=1)
     client.get("a").status
@@ -66,7 +67,7 @@ def wrong(client: Client, stub: batch_service_pb2_grpc.BatchServiceStub) -> None
 
 @pytest.fixture(scope="module")
 def full() -> Iterator[FullStack]:
-    """A stack for all of this file."""
+    """One stack for all tests of this file."""
     with full_stack(BATCH_ENGINE="simulated", BATCH_SIMULATED_REQUEST_S="0.02", BATCH_CHECK_INTERVAL_S="1") as stack:
         started = stack.script("start-all.sh")
         assert started.returncode == 0, started.stderr
@@ -75,7 +76,7 @@ def full() -> Iterator[FullStack]:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a second virtual environment that has the wheel, what it asks for, and types for mypy."""
+    """The Python of a separate virtual environment with the wheel, its dependencies, and types for mypy."""
     folder = tmp_path_factory.mktemp("wheel")
     return make_environment(folder / "venv", build_wheel(folder), "types-grpcio", "types-protobuf")
 
@@ -88,7 +89,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> "subprocess.CompletedPro
 
 
 def test_wheel_in_another_environment(full: FullStack, elsewhere: Path, tmp_path: Path) -> None:
-    """The wheel needs nothing of the server: from an environment of its own it submits a batch and gets its results."""
+    """The wheel needs nothing from the server: in an environment of its own it submits a batch and fetches results."""
     absent = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])"
     names = ("vllm", "peewee", "psycopg2", "supervisor", "service", "watchdog", "tests")
     assert run(elsewhere, "-c", absent % (names,), cwd=tmp_path).stdout == "[]\n"
@@ -102,7 +103,7 @@ def test_wheel_in_another_environment(full: FullStack, elsewhere: Path, tmp_path
 
 
 def test_types(elsewhere: Path, tmp_path: Path) -> None:
-    """`mypy --strict` accepts programs that use client, asyncio client, stubs, and finds the mistakes of others."""
+    """`mypy --strict` accepts correct uses of both clients and the stubs, and reports every mistake."""
     (tmp_path / "typed.py").write_text(TYPED)
     (tmp_path / "wrong.py").write_text(TYPED + WRONG)
     mypy = (BIN / "mypy", "--strict", "--config-file=", "--python-executable", elsewhere)
@@ -111,11 +112,11 @@ def test_types(elsewhere: Path, tmp_path: Path) -> None:
     bad = run(*mypy, "wrong.py", cwd=tmp_path)
     first = len(TYPED.splitlines()) + 3
     found = {int(number) for number in re.findall(r"^wrong.py:(\d+): error", bad.stdout, re.MULTILINE)}
-    assert found == set(range(first, first + 4)), bad.stdout
+    assert found == set(range(first, first + 5)), bad.stdout
 
 
 def test_examples_in_python(full: FullStack, elsewhere: Path, tmp_path: Path) -> None:
-    """The examples do what they say; the one that came from OpenAI's API writes its lines of output."""
+    """The Python examples do what they say, and the one for OpenAI's format writes that format."""
     sync, aio, openai = (ROOT / "examples" / name for name in PYTHON_EXAMPLES)
     done = run(elsewhere, sync, full.target, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -133,7 +134,7 @@ def test_examples_in_python(full: FullStack, elsewhere: Path, tmp_path: Path) ->
     assert set(written[0]["response"]) == {"status_code", "request_id", "body"}
 
 
-# The calls of grpcurl by buf, for where grpcurl is not installed.
+# Implements the grpcurl calls with buf, where grpcurl is not installed.
 SHIM = """#!/usr/bin/env bash
 shift
 data='{}'
@@ -144,7 +145,7 @@ exec %s curl --protocol grpc --http2-prior-knowledge -d "$data" "http://$1/$2"
 
 
 def test_example_of_grpcurl(full: FullStack, tmp_path: Path) -> None:
-    """By reflection alone a batch is made, waited for and read."""
+    """The grpcurl example creates a batch, waits for it and reads its results, using reflection alone."""
     if not shutil.which("grpcurl"):
         (tmp_path / "grpcurl").write_text(SHIM % (BIN / "buf", BIN / "buf"))
         (tmp_path / "grpcurl").chmod(0o755)
@@ -153,7 +154,7 @@ def test_example_of_grpcurl(full: FullStack, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
     assert "vllm_batch.v1.BatchService" in done.stdout
     assert "BATCH_STATE_COMPLETED" in done.stdout
-    # As the contract has it or as JSON does: that differs between builds of grpcurl.
+    # The field's name differs between builds of grpcurl: as in the contract or as in JSON.
     assert len(re.findall(r'"body_?json"', done.stdout, re.IGNORECASE)) == 3
 
 
@@ -178,18 +179,18 @@ class Terminal:
         os.write(self._outer, key.encode())
 
     def read(self) -> str:
-        """All that was written so far."""
+        """All output so far."""
         while select.select([self._outer], [], [], 0)[0]:
             self._raw += os.read(self._outer, 65536)
         return self._raw.decode(errors="ignore")
 
     def screen(self) -> str:
-        """What was drawn last, without its colours."""
+        """The last frame drawn, without colours."""
         *_, frame = self.read().split("\x1b[H")
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame)
 
     def wait_for(self, *texts: str) -> str:
-        """The first screen with all of the texts."""
+        """Waits for a screen with all of the texts, and returns it."""
 
         def look() -> str:
             assert self.process.poll() is None, self.read()
@@ -202,7 +203,7 @@ class Terminal:
             raise AssertionError(f"{error}\n{self.screen()}") from None
 
     def ended(self) -> int:
-        """The exit status."""
+        """Waits for the program to end and returns its exit status."""
         until(lambda: self.read() and self.process.poll() is not None, "the program to end")
         return self.process.returncode
 
@@ -228,14 +229,14 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 def is_restored(terminal: Terminal) -> bool:
-    """The terminal is as before: its modes, its screen, its cursor."""
+    """True if the terminal's modes, screen and cursor are as before."""
     last = terminal.read()
     shown = last.rfind("\x1b[?1049l") > last.rfind("\x1b[?1049h") and last.rfind("\x1b[?25h") > last.rfind("\x1b[?25l")
     return shown and termios.tcgetattr(terminal.inner) == terminal.before
 
 
 def test_top(full: FullStack, terminal: Callable[..., Terminal], tmp_path: Path) -> None:
-    """In a terminal of 80 columns: the worker's verdict and signals, the bar of a running batch; q restores all."""
+    """On 80 columns `top` shows verdict, signals and a running batch, and `q` restores the terminal."""
     (tmp_path / "slow.jsonl").write_bytes(b"".join(lines(400, vllm_xargs={"simulate": 1})))
     submitted = run(BIN / "vllm-batch", "--target", full.target, "submit", "slow.jsonl", cwd=tmp_path)
     batch_id = submitted.stdout.strip()
@@ -248,7 +249,7 @@ def test_top(full: FullStack, terminal: Callable[..., Terminal], tmp_path: Path)
 
 
 def test_top_when_all_is_down(full: FullStack, terminal: Callable[..., Terminal]) -> None:
-    """A gateway or a watchdog that is down is said, the other is shown; Ctrl-C ends it well."""
+    """`top` says whether the gateway or the watchdog is down and still shows the other; Ctrl-C exits cleanly."""
     alone = terminal("--target", "127.0.0.1:1", "top", "--watchdog-target", full.watchdog)
     alone.wait_for("gateway   does not answer", "HEALTHY")
     other = terminal("--target", full.target, "top", "--watchdog-target", "127.0.0.1:1")
@@ -260,16 +261,16 @@ def test_top_when_all_is_down(full: FullStack, terminal: Callable[..., Terminal]
 
 
 def test_status_as_json(full: FullStack, tmp_path: Path) -> None:
-    """One object with everything of the screen."""
+    """`status --json` prints one object with gateway, watchdog, workers, last restart and batches."""
     command = (BIN / "vllm-batch", "--target", full.target, "status", "--watchdog-target", full.watchdog, "--json")
     found = json.loads(run(*command, cwd=tmp_path).stdout)
     assert found["gateway"] == {"accepts_new_work": True, "failure": "", "refusal": ""}
     assert [each["verdict"] for each in found["workers"]] == ["VERDICT_HEALTHY"]
-    assert set(found) == {"gateway", "watchdog", "workers", "last_restart", "batches"}
+    assert set(found) == {"gateway", "watchdog", "workers", "last_restart", "models", "batches"}
 
 
 def test_asyncio_client(full: FullStack) -> None:
-    """Submitting from an iterator or a file, waiting with progress, reading, listing, deleting; errors with details."""
+    """AsyncClient submits, waits with progress, reads, lists and deletes, and its errors carry details."""
 
     async def use() -> None:
         async with AsyncClient(full.target, patience_s=0) as client:
@@ -291,7 +292,7 @@ def test_asyncio_client(full: FullStack) -> None:
 
 
 def test_asyncio_client_is_told_why_an_upload_is_refused(full: FullStack) -> None:
-    """Also when the server ends the upload long before it has read all of it."""
+    """AsyncClient reports why an upload was rejected even if the server stops reading long before its end."""
 
     async def use() -> None:
         async with AsyncClient(full.target, patience_s=0) as client:
@@ -303,13 +304,13 @@ def test_asyncio_client_is_told_why_an_upload_is_refused(full: FullStack) -> Non
 
 
 def test_asyncio_client_outlives_the_gateway(stack: Stack) -> None:
-    """A submission waits for a gateway and is one batch; its results go on behind the last when the gateway dies."""
+    """AsyncClient waits for a gateway, submits one batch, and resumes its results when the gateway dies."""
     told: list[CallError] = []
 
     async def use() -> list[str]:
         async with AsyncClient(stack.target, patience_s=90, on_retry=lambda error, _: told.append(error)) as client:
             submitting = asyncio.create_task(client.submit_lines(lines(600, vllm_xargs={"simulate": 0.05})))
-            await asyncio.to_thread(until, lambda: told, "a first try")
+            await asyncio.to_thread(until, lambda: told, "a first attempt")
             gateway = stack.gateway()
             stack.worker()
             batch = await submitting

@@ -1,20 +1,20 @@
-"""The end of a worker that is told to end: it finishes what it has begun, says so to the last, and leaves nothing."""
+"""A worker that is told to stop finishes its requests, reports `draining` meanwhile, and leaves nothing behind."""
 
 import psutil
 import psycopg2
 
 from service.processes import is_alive
-from tests.integration.conftest import Stack
-from tests.integration.test_front_door import count, finished, health, lines
-from tests.waiting import until
-from vllm_batch.client import Client
+from tests.support.batches import count, finished, health, lines
+from tests.support.servers import Stack
+from tests.support.waiting import until
+from vllm_batch import Client
 
 COUNT, WINDOW = 250, 32
 BATCH_SERVICE = "vllm_batch.v1.BatchService"
 
 
 def beat(stack: Stack) -> tuple[str, float]:
-    """The phase in the heartbeat, and when that was written."""
+    """The phase in the heartbeat, and when it was written."""
     with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT phase, extract(epoch FROM last_seen)::float8 FROM heartbeats")
         [row] = cursor.fetchall()
@@ -22,12 +22,12 @@ def beat(stack: Stack) -> tuple[str, float]:
 
 
 def claimed(stack: Stack) -> int:
-    """How many requests the workers have taken to run them, in all lives so far."""
+    """How many requests the workers have claimed, in all lives so far."""
     return sum(int(str(event["requests"])) for event in stack.servers[-1].events("chunk_claimed"))
 
 
 def test_draining_worker_says_so_to_its_end(stack: Stack, client: Client) -> None:
-    """It claims nothing more, finishes what is in the engine, beats as draining meanwhile, ends with all its own."""
+    """A draining worker claims nothing, finishes what is in its engine, keeps beating, and ends all its processes."""
     stack.gateway()
     worker = stack.worker(log_level="DEBUG", window=WINDOW, simulated_window=WINDOW)
     stack.wait_until_accepting()
@@ -38,10 +38,10 @@ def test_draining_worker_says_so_to_its_end(stack: Stack, client: Client) -> Non
     before = claimed(stack)
 
     worker.process.terminate()
-    until(lambda: beat(stack)[0] == "draining", "the heartbeat to say so")
+    until(lambda: beat(stack)[0] == "draining", "a heartbeat that says draining")
     assert health(f"127.0.0.1:{worker.port}", BATCH_SERVICE) == "NOT_SERVING"
     _, first_s = beat(stack)
-    until(lambda: beat(stack) > ("draining", first_s), "the heartbeat to go on")
+    until(lambda: beat(stack) > ("draining", first_s), "another heartbeat while draining")
     assert worker.process.wait(30) == 0
 
     assert beat(stack)[0] == "stopping"
@@ -58,7 +58,7 @@ def test_draining_worker_says_so_to_its_end(stack: Stack, client: Client) -> Non
 
 
 def test_drain_that_never_ends(stack: Stack, client: Client) -> None:
-    """A request that takes longer than the drain may is given back without blame, and the worker ends in time."""
+    """A request that outlasts the drain timeout is released without blame, and the worker ends."""
     stack.gateway()
     worker = stack.worker(drain_timeout_s=0.5)
     stack.wait_until_accepting()

@@ -1,4 +1,4 @@
-"""What is kept of a life that is ended, of real processes."""
+"""The evidence kept of real processes before they are ended."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from service.processes import Mark
-from watchdog import evidence_folder
+from watchdog.act import evidence_folder
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CODE = """
@@ -21,7 +21,7 @@ a_function_to_be_found()
 
 
 def test_stacks_of_a_frozen_process(tmp_path: Path) -> None:
-    """A process that is stopped and cannot help gives its stack; log tail, memory and the event are beside it."""
+    """The stack of a stopped process is kept, beside log tail, memory, heartbeat and event."""
     env = os.environ | {"BATCH_HOME": str(tmp_path), "SUPERVISOR_PROCESS_NAME": "worker"}
     process = subprocess.Popen([sys.executable, "-c", CODE], env=env, stdout=subprocess.PIPE)
     try:
@@ -48,7 +48,7 @@ def test_stacks_of_a_frozen_process(tmp_path: Path) -> None:
 
 
 def test_what_fails_is_told_in_its_place(tmp_path: Path) -> None:
-    """A log that is not there does not keep the rest from being written."""
+    """A missing log file is reported in its place, and everything else is still written."""
     folder = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), WHEN, "1", {}, None, [tmp_path / "none.log"])
     assert folder is not None
     assert "FileNotFoundError" in (folder / "none.log").read_text()
@@ -56,9 +56,17 @@ def test_what_fails_is_told_in_its_place(tmp_path: Path) -> None:
 
 
 def test_old_folders_are_removed(tmp_path: Path) -> None:
-    """The newest stay."""
+    """The newest folders are kept, and the one just written even if the clock was set back."""
     for number in range(5):
         when = WHEN.replace(minute=number)
-        evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), when, str(number), {}, None, [tmp_path / "none.log"])
-    evidence_folder.prune(tmp_path, kept=2)
-    assert sorted(path.name[-1] for path in (tmp_path / "crash").iterdir()) == ["3", "4"]
+        latest = evidence_folder.keep(
+            tmp_path, Mark(tmp_path, "worker"), when, str(number), {}, None, [tmp_path / "none.log"]
+        )
+    assert latest is not None
+    evidence_folder.prune(latest, kept=3)
+    assert sorted(path.name[-1] for path in (tmp_path / "crash").iterdir()) == ["2", "3", "4"]
+    when = WHEN.replace(year=2025)
+    latest = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), when, "5", {}, None, [tmp_path / "none.log"])
+    assert latest is not None
+    evidence_folder.prune(latest, kept=3)
+    assert sorted(path.name[-1] for path in (tmp_path / "crash").iterdir()) == ["3", "4", "5"]

@@ -1,7 +1,7 @@
-"""Every fault in every situation, on a whole stack: what is concluded, done and written down, and that nothing is lost.
+"""Every fault in every situation, on a whole stack: verdict, action and audit log are right, and nothing is lost.
 
-In each cell every request submitted ends with its one right result. `MATRIX=all` runs all cells; without
-it those of CI, which have each fault once and each situation several times.
+In each cell every request ends with exactly one correct result. `MATRIX=all` runs all cells; the default is CI's
+selection, with each fault once and each situation several times.
 """
 
 import hashlib
@@ -10,16 +10,17 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import grpc
 import pytest
 from _pytest.mark.structures import ParameterSet
 
-from tests.chaos.faults import Faults
-from tests.stacks import ROOT, FullStack, full_stack
-from tests.waiting import until
-from vllm_batch.client import Client
+from tests.support.faults import Faults
+from tests.support.stacks import ROOT, FullStack, full_stack
+from tests.support.waiting import until
+from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from watchdog.policy import State
@@ -44,53 +45,60 @@ SETTINGS = {
     "BATCH_STOP_TIMEOUT_S": "2",
     "BATCH_MAX_RESTARTS_PER_HOUR": "1000",
     "BATCH_RESTART_BACKOFF_MAX_S": "0.2",
-    # Faults from within the processes.
+    # Injects faults inside the processes.
     "PYTHONPATH": str(ROOT / "tests" / "chaos" / "inject"),
 }
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is to come of a fault: verdict and action told while it lasts, and the verdicts of all restarts in the end.
+    """What must follow a fault: the verdict and action while it lasts, and the verdicts of all restarts in the end.
 
-    `A|B` where it may be either.
+    `A|B` where either may occur.
     """
 
     verdict: str
     action: str
     restarts: tuple[str, ...]
-    # What the worker said of itself, as written down with the restart.
+    # The phase in the worker's heartbeat, as recorded with the restart.
     phase: str = ""
+    # Whom verdict and action are about.
+    is_of_gateway: bool = False
 
 
 def restart(verdict: str, phase: str = "", times: int = 1) -> Expected:
-    """Restarted for that reason."""
+    """The worker is restarted with this verdict."""
     return Expected(verdict, "RESTART", (verdict,) * times, phase)
 
 
 def hold(verdict: str) -> Expected:
-    """Known for what it is, and left alone."""
+    """The fault is recognized, and nothing is restarted."""
     return Expected(verdict, "HOLD", ())
 
 
 def finish(verdict: str) -> Expected:
-    """The one restart, for that reason, is taken up by the next watchdog."""
+    """The next watchdog finishes the one open restart, which has this verdict."""
     return Expected("INTERRUPTED", "RESTART", (verdict,))
 
 
-# A worker that drains ends by itself, and nobody but the watchdog starts another: at once, or when it can.
+def of_gateway(expected: Expected) -> Expected:
+    """The same, of the gateway."""
+    return replace(expected, is_of_gateway=True)
+
+
+# A draining worker ends by itself, and only the watchdog starts another: at once, or when it can.
 DRAINED = Expected("CRASHED", "HOLD|RESTART", ("CRASHED",))
-# Whether the watchdog has read that it drains before Postgres went is chance. If not, it is one that answers nothing.
+# Whether the watchdog saw it drain before Postgres went away is chance. If not, it looks like a worker that is frozen.
 DRAINED_UNHEARD = Expected("CRASHED|FROZEN", "HOLD|RESTART", ("CRASHED|FROZEN",))
 ONLY_LOADING = "a worker loads while it starts, and at no other time"
 
-# What is a text is why there is no such cell.
+# A text says why there is no such cell.
 TABLE: dict[str, dict[str, Expected | str]] = {
     "kill_worker": dict.fromkeys((STARTING, IDLE, SATURATED, DRAINING), restart("CRASHED")),
     "exit_worker": dict.fromkeys((STARTING, IDLE, SATURATED, DRAINING), restart("CRASHED")),
     "orphan_engine": dict.fromkeys((STARTING, IDLE, SATURATED, DRAINING), restart("CRASHED")),
     "freeze_worker": {
-        # It has said that it loads: that may take its time.
+        # It has reported that it is loading, which may take long.
         STARTING: restart("START_TIMEOUT", "loading"),
         IDLE: restart("FROZEN"),
         SATURATED: restart("FROZEN"),
@@ -103,7 +111,7 @@ TABLE: dict[str, dict[str, Expected | str]] = {
         DRAINING: restart("RPC_WEDGED", "draining"),
     },
     "stop_heart": {
-        # It loads to its end, and serves.
+        # It finishes loading, and serves.
         STARTING: restart("HEARTBEAT_LOST", "loading"),
         IDLE: restart("HEARTBEAT_LOST"),
         SATURATED: restart("HEARTBEAT_LOST"),
@@ -117,7 +125,7 @@ TABLE: dict[str, dict[str, Expected | str]] = {
         # The worker's own deadline, or the watchdog's.
         DRAINING: restart("CRASHED|DRAINING"),
     },
-    # /dev/shm belongs to the whole machine, so it is not filled: the engine gets what the kernel gives then.
+    # /dev/shm belongs to the whole machine, so it is not filled: the engine gets the kernel's error instead.
     "refuse_shm": {
         STARTING: restart("CRASHED"),
         IDLE: ONLY_LOADING,
@@ -167,16 +175,30 @@ TABLE: dict[str, dict[str, Expected | str]] = {
         SATURATED: hold("SUPERVISOR_AWAY"),
         DRAINING: Expected("SUPERVISOR_AWAY", "HOLD", ("CRASHED",)),
     },
+    # Of the gateway: the worker is left alone, and goes on.
+    "stop_answering": {
+        STARTING: of_gateway(restart("RPC_WEDGED")),
+        IDLE: of_gateway(restart("RPC_WEDGED")),
+        SATURATED: of_gateway(restart("RPC_WEDGED")),
+        # And the worker, which has drained.
+        DRAINING: of_gateway(Expected("RPC_WEDGED", "RESTART", ("CRASHED|RPC_WEDGED",) * 2)),
+    },
+    "stop_gateway": {
+        STARTING: of_gateway(hold("OPERATOR_STOP")),
+        IDLE: of_gateway(hold("OPERATOR_STOP")),
+        SATURATED: of_gateway(hold("OPERATOR_STOP")),
+        DRAINING: of_gateway(Expected("OPERATOR_STOP", "HOLD", ("CRASHED",))),
+    },
     # The next supervisord starts everything by itself.
     "kill_supervisord": dict.fromkeys((STARTING, IDLE, SATURATED, DRAINING), hold("HEALTHY")),
     "kill_watchdog_before_start": {
         STARTING: finish("ENGINE_DEAD"),
         IDLE: finish("ENGINE_DEAD"),
         SATURATED: finish("ENGINE_DEAD"),
-        # Ended by itself, not stopped by the watchdog: the next one finds it gone, and the restart half done.
+        # It ended by itself, not by the watchdog: the next watchdog finds it gone, and the restart half done.
         DRAINING: DRAINED,
     },
-    # As a new version is brought out: no fault at all, and no restart of ours.
+    # As when a new version is deployed: no fault at all, and no restart by the watchdog.
     "redeploy_worker": {
         STARTING: hold("HEALTHY"),
         IDLE: hold("HEALTHY"),
@@ -213,6 +235,8 @@ IN_CI = {
     ("cut_connections", STARTING),
     ("shift_clock", SATURATED),
     ("remove_socket", IDLE),
+    ("stop_answering", SATURATED),
+    ("stop_gateway", IDLE),
     ("kill_supervisord", DRAINING),
     ("kill_watchdog_before_start", SATURATED),
     ("redeploy_worker", SATURATED),
@@ -222,7 +246,7 @@ IN_CI = {
 
 
 def cells(*situations: str) -> list[ParameterSet]:
-    """The cells of these situations: fault, situation, what is expected."""
+    """The cells of these situations: fault, situation, expectation."""
     found = []
     for fault, row in TABLE.items():
         assert row.keys() == {STARTING, IDLE, SATURATED, DRAINING}
@@ -236,16 +260,21 @@ def cells(*situations: str) -> list[ParameterSet]:
 
 @dataclass
 class Sent:
-    """A batch and what was asked in it, by `custom_id`; the poison among it."""
+    """A batch, the client of its tenant, its request bodies by `custom_id`, and which requests are poison."""
 
+    client: Client
     id: str
     bodies: dict[str, str]
     killers: frozenset[str]
 
-    def check(self, client: Client) -> None:
-        """Each request has one result, the right one."""
-        until(lambda: client.get(self.id).state == pb.BATCH_STATE_COMPLETED, f"{self.id} to be completed")
-        results = list(client.results(self.id))
+    def completed(self) -> int:
+        """The number of requests that are done."""
+        return self.client.get(self.id).counts.completed
+
+    def check(self) -> None:
+        """Checks that every request has exactly one result, and the right one."""
+        until(lambda: self.client.get(self.id).state == pb.BATCH_STATE_COMPLETED, f"{self.id} to complete")
+        results = list(self.client.results(self.id))
         assert [result.custom_id for result in results] == list(self.bodies)
         for result in results:
             if result.custom_id in self.killers:
@@ -256,10 +285,11 @@ class Sent:
 
 
 def submit(client: Client, count: int, simulate: float, killers: int = 0) -> Sent:
-    """Submits a batch of requests that take `simulate` seconds each, the first of them `killers`."""
+    """Submits a batch of requests that take `simulate` seconds each; the first `killers` of them crash the worker."""
     bodies = {}
     for number in range(count):
-        message = {"role": "user", "content": f"number {number}"}
+        # Groups share the beginning of their prompts, so that chunks are not cut in the file's order.
+        message = {"role": "user", "content": f"group {number % 3}: {'read this first. ' * 50}number {number}"}
         pace: object = "crash" if number < killers else simulate
         body = {"model": "tiny", "messages": [message], "vllm_xargs": {"simulate": pace}}
         bodies[f"c{number}"] = json.dumps(body)
@@ -267,7 +297,7 @@ def submit(client: Client, count: int, simulate: float, killers: int = 0) -> Sen
         f'{{"custom_id": "{name}", "url": "/v1/chat/completions", "body": {body}}}'.encode()
         for name, body in bodies.items()
     )
-    return Sent(client.submit_lines(lines).id, bodies, frozenset(list(bodies)[:killers]))
+    return Sent(client, client.submit_lines(lines).id, bodies, frozenset(list(bodies)[:killers]))
 
 
 def verdict_name(number: int) -> str:
@@ -279,50 +309,59 @@ def action_name(number: int) -> str:
 
 
 def has_said(stack: FullStack, what: str) -> bool:
-    """Whether this holds of the heartbeat of the process that runs."""
+    """True if this holds for the heartbeat of the running process."""
     return bool(stack.sql(f"SELECT 1 FROM heartbeats WHERE pid = {stack.pid('worker')} AND {what}"))
 
 
 def is_well(stack: FullStack, client: Client) -> bool:
-    """Healthy, no restart open, new work accepted."""
+    """True if the worker is healthy, no restart is open, and new work is accepted."""
     try:
-        status = stack.status()
-        is_healthy = status.verdict == rpb.VERDICT_HEALTHY and not status.HasField("intent")
-        return is_healthy and not client.accepting()
+        both = [stack.status("worker"), stack.status("gateway")]
+        are_healthy = all(one.verdict == rpb.VERDICT_HEALTHY and not one.HasField("intent") for one in both)
+        return are_healthy and not client.accepting()
     except (grpc.RpcError, ValueError):
         return False
 
 
-def bring_about(stack: FullStack, client: Client, situation: str) -> Sent:
-    """Brings the stack into a situation, with work that is not done in all but `idle`."""
+def bring_about(stack: FullStack, tenants: list[Client], situation: str) -> list[Sent]:
+    """Brings the stack into a situation, with unfinished work of each tenant in all but `idle`."""
+
+    def submit_each(count: int, simulate: float) -> list[Sent]:
+        return [submit(client, count, simulate) for client in tenants]
+
     if situation == IDLE:
-        sent = submit(client, WINDOW, 0)
-        sent.check(client)
+        sent = submit_each(WINDOW // 2, 0)
+        for each in sent:
+            each.check()
     elif situation == SATURATED:
-        sent = submit(client, 6 * WINDOW, 0.25)
-        until(lambda: client.get(sent.id).counts.completed > 0, "the first results")
+        sent = submit_each(3 * WINDOW, 0.25)
+        until(lambda: sent[0].completed() > 0, "the first results")
     elif situation == STARTING:
-        sent = submit(client, 4 * WINDOW, 0.5)
+        sent = submit_each(2 * WINDOW, 0.5)
         stack.supervisor.stop("worker")
-        until(lambda: stack.supervisor.info("worker").state is State.STOPPED, "the worker to end")
+        until(lambda: stack.supervisor.info("worker").state is State.STOPPED, "the worker to stop")
         stack.supervisor.start("worker")
-        until(lambda: has_said(stack, "phase = 'loading'"), "the worker to load")
+        until(lambda: has_said(stack, "phase = 'loading'"), "the worker to be loading")
     else:
-        sent = submit(client, 2, 3)
+        sent = submit_each(1, 3)
         until(lambda: has_said(stack, "(detail->>'in_engine')::int = 2"), "the requests to run")
         os.kill(stack.pid("worker"), signal.SIGTERM)
-        until(lambda: has_said(stack, "phase = 'draining'"), "the worker to drain")
+        until(lambda: has_said(stack, "phase = 'draining'"), "the worker to be draining")
     if situation != IDLE:
-        assert client.get(sent.id).counts.completed < len(sent.bodies), "all was done before the fault"
+        assert all(each.completed() < len(each.bodies) for each in sent), "a batch was done before the fault"
     return sent
 
 
 def check_cell(stack: FullStack, fault: str, situation: str, expected: Expected) -> None:
-    """Strikes, waits for what follows, mends what an operator has to, and looks at all that is left."""
-    with Client(stack.target, patience_s=90) as client:
-        until(lambda: is_well(stack, client), "the stack to be well")
+    """Causes the fault, waits for what must follow, repairs what an operator would, and checks the result."""
+    with ExitStack() as opened:
+        tenants = [
+            opened.enter_context(Client(stack.target, patience_s=90, token=token)) for token in stack.tokens.values()
+        ]
+        client = tenants[0]
+        until(lambda: is_well(stack, client), "the stack to be healthy")
         before, noted = len(stack.restarts()), len(stack.audit())
-        sent = [bring_about(stack, client, situation)]
+        sent = bring_about(stack, tenants, situation)
         end_of_log = stack.mark("watchdog")
         mend = None
         if fault == "poison":
@@ -330,16 +369,16 @@ def check_cell(stack: FullStack, fault: str, situation: str, expected: Expected)
         else:
             mend = Faults(stack, random.Random(0)).strike(fault)
         try:
-            until(told(stack, end_of_log, expected), f"{expected.verdict} to be told")
+            until(told(stack, end_of_log, expected), f"{expected.verdict} to be reported")
             check_held(stack, expected)
         finally:
             if mend is not None:
                 mend()
-        until(lambda: is_well(stack, client), "the stack to be well again")
+        until(lambda: is_well(stack, client), "the stack to be healthy again")
         # It also works.
         sent.append(submit(client, WINDOW, 0))
         for each in sent:
-            each.check(client)
+            each.check()
     # What was done while Postgres was away may be written a little later.
     until(lambda: len(stack.restarts()) >= before + len(expected.restarts), f"{len(expected.restarts)} restarts")
     restarts = stack.restarts()[before:]
@@ -347,7 +386,7 @@ def check_cell(stack: FullStack, fault: str, situation: str, expected: Expected)
     assert len(verdicts) == len(expected.restarts), (verdicts, [event.reason for event in restarts])
     for verdict, wanted in zip(verdicts, expected.restarts, strict=True):
         assert verdict in wanted.split("|")
-    # One that dies again before it is seen healthy has failed; the last has not.
+    # A restart whose worker dies before it is seen healthy has failed; the last one has not.
     may_fail = {"failed"} if len(restarts) > 1 else set()
     assert {event.outcome for event in restarts} <= {"recovered"} | may_fail
     assert all(event.outcome == "recovered" for event in restarts[-1:])
@@ -364,15 +403,17 @@ def check_cell(stack: FullStack, fault: str, situation: str, expected: Expected)
 
 
 def told(stack: FullStack, since: int, expected: Expected) -> Callable[[], bool]:
-    """Whether the watchdog has come to the expected conclusion since a mark in its log, or still holds to it."""
+    """A condition: the watchdog has reported the expected verdict since a mark in its log, or reports it now."""
     verdicts, actions = expected.verdict.split("|"), expected.action.split("|")
 
     def is_told() -> bool:
         for event in stack.events("watchdog", "verdict_changed", since):
+            if event["worker_id"].endswith(":gateway") is not expected.is_of_gateway:
+                continue
             if event["verdict"] in verdicts and event["action"] in actions:
                 return True
         try:
-            status = stack.status()
+            status = stack.status("gateway" if expected.is_of_gateway else "worker")
         except (grpc.RpcError, ValueError):
             return False
         return verdict_name(status.verdict) in verdicts and action_name(status.action) in actions
@@ -381,13 +422,13 @@ def told(stack: FullStack, since: int, expected: Expected) -> Callable[[], bool]
 
 
 def check_held(stack: FullStack, expected: Expected) -> None:
-    """What is held for a reason of its own stays so when the watchdog looks again and again."""
+    """Checks that a verdict that holds lasts over several checks of the watchdog."""
     if expected.action != "HOLD" or expected.restarts or "HEALTHY" in expected.verdict:
         return
     looks: set[int] = set()
 
     def looked() -> bool:
-        status = stack.status()
+        status = stack.status("gateway" if expected.is_of_gateway else "worker")
         if verdict_name(status.verdict) != expected.verdict:
             looks.clear()
         else:
@@ -401,18 +442,19 @@ def check_held(stack: FullStack, expected: Expected) -> None:
 def stack() -> Iterator[FullStack]:
     """One stack for all cells of a class."""
     with full_stack(**SETTINGS) as stack:
+        stack.require_tokens("alpha", "beta")
         started = stack.script("start-all.sh")
         assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
         yield stack
 
 
-# In two classes, which run at the same time.
+# Two classes, which run in parallel.
 class TestChanging:
-    """Faults of a worker that is on its way."""
+    """Faults of a worker that is starting or draining."""
 
     @pytest.mark.parametrize(("fault", "situation", "expected"), cells(STARTING, DRAINING))
     def test_cell(self, stack: FullStack, fault: str, situation: str, expected: Expected) -> None:
-        """A worker that starts or drains: the right conclusion, as many restarts as needed, nothing lost."""
+        """A fault while the worker starts or drains gives the right verdict, the expected restarts, and no loss."""
         check_cell(stack, fault, situation, expected)
 
 
@@ -421,12 +463,12 @@ class TestReady:
 
     @pytest.mark.parametrize(("fault", "situation", "expected"), cells(IDLE, SATURATED))
     def test_cell(self, stack: FullStack, fault: str, situation: str, expected: Expected) -> None:
-        """A worker with or without work: the right conclusion, as many restarts as needed, nothing lost."""
+        """A fault of an idle or saturated worker gives the right verdict, the expected restarts, and no loss."""
         check_cell(stack, fault, situation, expected)
 
 
 def test_table_is_complete() -> None:
-    """CI has each fault, each situation several times, and no cell that is not there."""
+    """CI's selection has every fault, every situation several times, and only cells that exist."""
     assert {fault for fault, _ in IN_CI} == TABLE.keys()
     for situation in (STARTING, IDLE, SATURATED, DRAINING):
         assert sum(where == situation for _, where in IN_CI) >= 3

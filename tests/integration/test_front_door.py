@@ -1,4 +1,4 @@
-"""What a client sees: gateway and worker as processes, real Postgres, real gRPC over sockets."""
+"""What clients see of gateway and worker processes, with real Postgres and real gRPC over sockets."""
 
 import json
 import os
@@ -6,70 +6,25 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import psutil
 import psycopg2
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.integration.conftest import Server, Stack
-from tests.waiting import until
-from vllm_batch.client import CallError, Client
+from tests.support.batches import URL, count, finished, health, line, lines, ready, refused, run_sql
+from tests.support.servers import Server, Stack
+from tests.support.waiting import until
+from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
-URL = "/v1/chat/completions"
-
-
-def line(custom_id: str, **body: object) -> bytes:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": f"hello {custom_id}"}]} | body
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": URL, "body": body}).encode() + b"\n"
-
-
-def lines(count: int, **body: object) -> Iterator[bytes]:
-    return (line(f"c{i}", **body) for i in range(count))
-
-
-def finished(client: Client, batch_id: str) -> pb.Batch:
-    *_, last = client.watch(batch_id)
-    return last
-
-
-def refused(call: Callable[[], object]) -> CallError:
-    with pytest.raises(CallError) as caught:
-        call()
-    return caught.value
-
-
-def count(stack: Stack, table: str) -> int:
-    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
-        cursor.execute(f"SELECT count(*) FROM {table}")
-        [found] = cursor.fetchone() or (0,)
-        return int(found)
-
-
-def ready(stack: Stack) -> int:
-    """How many workers say that they are ready."""
-    return count(stack, "heartbeats WHERE phase = 'ready'")
-
-
-def run_sql(stack: Stack, statement: str) -> None:
-    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
-        cursor.execute(statement)
-
-
-def health(target: str, service: str) -> str:
-    with grpc.insecure_channel(target) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 def test_batch_from_upload_to_results(serving: Stack, client: Client) -> None:
-    """Every request of an uploaded file has one result, in the order of the file."""
+    """Every request of an uploaded file gets one result, in the order of the file."""
     batch = client.submit_lines(lines(500), metadata={"who": "me"}, priority=3)
     done = finished(client, batch.id)
     assert done.state == pb.BATCH_STATE_COMPLETED
@@ -81,7 +36,7 @@ def test_batch_from_upload_to_results(serving: Stack, client: Client) -> None:
 
 
 def test_inline_batch(serving: Stack, client: Client) -> None:
-    """A batch typed in by hand runs too, with its body as a structure or as text."""
+    """An inline batch runs too, with bodies as structures or as text."""
     with grpc.insecure_channel(serving.target) as channel:
         stub = batch_service_pb2_grpc.BatchServiceStub(channel)
         text = pb.InlineRequest(custom_id="b", url=URL, body_json='{"model": "tiny",\n "messages": []}')
@@ -93,23 +48,42 @@ def test_inline_batch(serving: Stack, client: Client) -> None:
     assert (first["usage"]["completion_tokens"], second["usage"]["completion_tokens"]) == (7, 16)
 
 
+def test_a_batch_without_a_model(serving: Stack, client: Client) -> None:
+    """A missing, null or empty model means the worker's own model, in a file and inline."""
+    bodies = ('{"messages": []}', '{"model": null, "messages": []}', '{"model": "", "messages": []}')
+    file = [
+        f'{{"custom_id": "c{number}", "method": "POST", "url": "{URL}", "body": {body}}}\n'.encode()
+        for number, body in enumerate(bodies)
+    ]
+    texts = [pb.InlineRequest(custom_id=f"c{n}", url=URL, body_json=body) for n, body in enumerate(bodies)]
+    structure = pb.InlineRequest(custom_id="c3", url=URL)
+    structure.body.update({"model": None, "messages": []})
+    with grpc.insecure_channel(serving.target) as channel:
+        stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+        inline = stub.CreateBatch(pb.CreateBatchRequest(requests=[*texts, structure]), timeout=10).batch
+    for batch in (client.submit_lines(file), inline):
+        done = finished(client, batch.id)
+        assert (done.counts.completed, done.counts.total, list(done.models)) == (batch.counts.total,) * 2 + ([],)
+        assert all(json.loads(r.response.body_json)["model"] == "tiny" for r in client.results(batch.id))
+
+
 @pytest.mark.parametrize(
     ("given", "field", "description"),
     [
         ([b"{\n"], "line 1", "not JSON"),
-        ([line("a"), line("b"), line("a")], "line 3: custom_id", "earlier line"),
-        ([line("a"), b"\n", line("b"), b"\n", line("b")], "line 5: custom_id", "earlier line"),
+        ([line("a"), line("b"), line("a")], "line 3: custom_id", "earlier request"),
+        ([line("a"), b"\n", line("b"), b"\n", line("b")], "line 5: custom_id", "earlier request"),
         ([line("a").replace(b"/v1/chat/completions", b"/v1/nothing")], "line 1: url", "is not served"),
         ([line("a", model="gpt-9")], "line 1: body.model", "is not served"),
         ([line("a", stream=True)], "line 1: body.stream", "not streamed"),
-        ([], "requests", "there are none"),
-        ([b"\n\n"], "requests", "there are none"),
+        ([], "requests", "must contain at least one request"),
+        ([b"\n\n"], "requests", "must contain at least one request"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_stored(
     serving: Stack, client: Client, given: list[bytes], field: str, description: str
 ) -> None:
-    """A batch that is wrong anywhere is refused whole, with line and field, and the server goes on."""
+    """A batch with any error is rejected as a whole, naming line and field, and the server keeps working."""
     error = refused(lambda: client.submit_lines(given))
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert [found for found, _ in error.violations] == [field]
@@ -119,14 +93,14 @@ def test_bad_input_is_named_and_nothing_is_stored(
 
 
 def test_all_wrong_lines_are_named(serving: Stack, client: Client) -> None:
-    """Somebody with several wrong lines is told of them together."""
+    """All wrong lines and fields are reported together."""
     error = refused(lambda: client.submit_lines([b"{", line("ok"), line("", model="x"), b"[]"]))
     fields = [field for field, _ in error.violations]
     assert fields == ["line 1", "line 3: custom_id", "line 3: body.model", "line 4"]
 
 
 def test_creation_is_idempotent(serving: Stack, client: Client) -> None:
-    """The same request_id and content is the same batch; with other content it is refused, naming the first."""
+    """The same request_id with the same content returns the first batch; with other content it is rejected."""
     first = client.submit_lines(lines(3), request_id="mine")
     again = client.submit_lines(lines(3), request_id="mine")
     assert (again.id, count(serving, "batches"), count(serving, "requests")) == (first.id, 1, 3)
@@ -137,7 +111,7 @@ def test_creation_is_idempotent(serving: Stack, client: Client) -> None:
 
 
 def test_listing_pages(serving: Stack, client: Client) -> None:
-    """Pages hold every batch once, newest first, though new ones come in between."""
+    """Pages list every batch once, newest first, even if new ones arrive in between."""
     ids = [client.submit_lines(lines(1)).id for _ in range(5)]
     with grpc.insecure_channel(serving.target) as channel:
         stub = batch_service_pb2_grpc.BatchServiceStub(channel)
@@ -152,7 +126,7 @@ def test_listing_pages(serving: Stack, client: Client) -> None:
 
 
 def test_results_resume_by_token(serving: Stack, client: Client) -> None:
-    """A stream taken up again by its token goes on without gap or repeat, in either order, also while work goes on."""
+    """A result stream resumed by token has neither gaps nor repeats, in either order and while work goes on."""
     batch = client.submit_lines(lines(2500))
     for order in ("RESULT_ORDER_INPUT", "RESULT_ORDER_FINISHED"):
         found, token, pages = [], "", 0
@@ -169,13 +143,13 @@ def test_results_resume_by_token(serving: Stack, client: Client) -> None:
 
 
 def test_unknown_batch(serving: Stack, client: Client) -> None:
-    """A name that no batch has is NOT_FOUND, whatever it looks like."""
+    """An unknown or malformed batch name is NOT_FOUND."""
     for name in ("batch_999", "batch_", "nonsense", "batch_99999999999999999999"):
         assert refused(lambda name=name: client.get(name)).code is grpc.StatusCode.NOT_FOUND  # type: ignore[misc]
 
 
 def test_line_over_the_limit(serving: Stack, client: Client) -> None:
-    """A line that is too long is refused with the limit and the value, without being read to its end."""
+    """A line that is too long is rejected with its number and the limit, and nothing is stored."""
     error = refused(lambda: client.submit_lines([line("a"), b"x" * 10_000_000]))
     assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error.message.startswith("bytes of line 2: ")
@@ -184,7 +158,7 @@ def test_line_over_the_limit(serving: Stack, client: Client) -> None:
 
 
 def test_limits(stack: Stack, client: Client) -> None:
-    """Each limit is an error of its own with limit and value, and nothing is stored."""
+    """Each limit has its own error with limit and value, and a batch over a limit is not stored."""
     stack.gateway(max_open_batches=2, max_queued_requests=8)
     stack.worker(
         max_requests_per_batch=5,
@@ -200,14 +174,14 @@ def test_limits(stack: Stack, client: Client) -> None:
         error = refused(lambda given=given: client.submit_lines(given))  # type: ignore[misc]
         assert (error.code, told in error.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True), error.message
     client.submit_lines(lines(5, vllm_xargs={"simulate": 600}))
-    assert "requests queued: 9, at most 8" in refused(lambda: client.submit_lines(lines(4))).message
+    assert "queued requests: 9, at most 8 are allowed, 3 left" in refused(lambda: client.submit_lines(lines(4))).message
     client.submit_lines(lines(3, vllm_xargs={"simulate": 600}))
-    assert "batches open: 3, at most 2" in refused(lambda: client.submit_lines(lines(1))).message
+    assert "open batches: 3, at most 2" in refused(lambda: client.submit_lines(lines(1))).message
     assert count(stack, "batches") == 2
 
 
 def test_refused_in_the_middle_of_an_upload(stack: Stack, client: Client) -> None:
-    """What the worker says while the client is still sending reaches the client, each time."""
+    """A rejection by the worker during an upload reaches the client every time."""
     stack.gateway()
     stack.worker(max_open_batches=1)
     stack.wait_until_accepting()
@@ -215,27 +189,27 @@ def test_refused_in_the_middle_of_an_upload(stack: Stack, client: Client) -> Non
     large = [line(f"c{number}", padding="x" * 300_000) for number in range(3)]
     for _ in range(300):
         error = refused(lambda: client.submit_lines(large))
-        assert (error.code, error.message[:26]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "batches open: 2, at most 1")
+        assert (error.code, error.message[:26]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "open batches: 2, at most 1")
 
 
 def test_cancel_stops_what_runs(stack: Stack, client: Client) -> None:
-    """A cancelled batch is aborted in the engine within seconds; finished results stay; other work goes on."""
+    """Cancelling a batch aborts its requests in the engine, keeps finished results, and frees the engine."""
     stack.gateway()
     stack.worker(window=50)
     stack.wait_until_accepting()
     batch = client.submit_lines([*lines(20), *(line(f"slow{i}", vllm_xargs={"simulate": 600}) for i in range(300))])
-    until(lambda: client.get(batch.id).counts.completed == 20, "the quick ones")
+    until(lambda: client.get(batch.id).counts.completed == 20, "the quick requests to complete")
     assert client.cancel(batch.id).state == pb.BATCH_STATE_CANCELLING
     ended = finished(client, batch.id)
     assert (ended.state, ended.counts.completed) == (pb.BATCH_STATE_CANCELLED, 20)
     assert client.cancel(batch.id).state == pb.BATCH_STATE_CANCELLED
     assert len(list(client.results(batch.id, follow=True))) == 20
-    # The engine's window is free again: it was full of requests of ten minutes.
+    # The engine's window is free again: it was full of ten-minute requests.
     assert finished(client, client.submit_lines(lines(60)).id).counts.completed == 60
 
 
 def test_cancel_reverted(serving: Stack, client: Client) -> None:
-    """A worker that dies while its batch is cancelled does not bring it back."""
+    """If the worker dies while its batch is being cancelled, the batch stays cancelled."""
     batch = client.submit_lines(lines(500, vllm_xargs={"simulate": 600}))
     until(lambda: client.get(batch.id).HasField("start_time"), "the batch to start")
     os.kill(serving.servers[-1].process.pid, signal.SIGSTOP)
@@ -247,7 +221,7 @@ def test_cancel_reverted(serving: Stack, client: Client) -> None:
 
 
 def test_cancel_without_a_worker(stack: Stack, client: Client) -> None:
-    """With no worker at all a batch whose lease is over is cancelled all the same."""
+    """A batch can be cancelled without any worker, once its leases have expired."""
     stack.gateway()
     worker = stack.worker(lease_s=1)
     stack.wait_until_accepting()
@@ -259,7 +233,7 @@ def test_cancel_without_a_worker(stack: Stack, client: Client) -> None:
 
 
 def test_one_result_by_name(serving: Stack, client: Client) -> None:
-    """GetResult gives the result of one request, and tells no result from no request."""
+    """GetResult returns one request's result; a request without a result and an unknown name are NOT_FOUND."""
     batch = client.submit_lines([*lines(3), line("never", vllm_xargs={"simulate": 600})])
     until(lambda: client.get(batch.id).counts.completed == 3, "three results")
     assert client.result(batch.id, "c1").index == 1
@@ -270,7 +244,7 @@ def test_one_result_by_name(serving: Stack, client: Client) -> None:
 
 
 def test_retry_and_delete(serving: Stack, client: Client) -> None:
-    """What failed runs again as a batch of its own; an ended batch can be deleted, a running one cannot."""
+    """A retry runs only the failed requests as a new batch; an ended batch can be deleted, a running one cannot."""
     batch = client.submit_lines([*lines(3), line("bad", vllm_xargs={"simulate": "refuse"})])
     finished(client, batch.id)
     again = client.retry(batch.id, request_id="again")
@@ -282,11 +256,11 @@ def test_retry_and_delete(serving: Stack, client: Client) -> None:
     running = client.submit_lines(lines(2, vllm_xargs={"simulate": 600}))
     error = refused(lambda: client.delete(running.id))
     assert (error.code, error.metadata["state"]) == (grpc.StatusCode.FAILED_PRECONDITION, "in_progress")
-    until(lambda: count(serving, "requests") == 3, "the deleted rows to go")
+    until(lambda: count(serving, "requests") == 3, "the deleted rows to be removed")
 
 
 def test_completion_window(serving: Stack, client: Client) -> None:
-    """A batch that is not complete in its window expires: finished results stay, the rest is `batch_expired`."""
+    """A batch that misses its completion window expires: finished results stay, the others become `batch_expired`."""
     given = [*lines(10), *(line(f"slow{i}", vllm_xargs={"simulate": 600}) for i in range(5))]
     batch = client.submit_lines(given, completion_window_s=2)
     ended = finished(client, batch.id)
@@ -296,7 +270,7 @@ def test_completion_window(serving: Stack, client: Client) -> None:
 
 
 def poison(stack: Stack, client: Client, count: int, killers: int) -> tuple[pb.Batch, int]:
-    """Runs a batch with requests that kill the worker, which is started again. Returns the batch and the deaths."""
+    """Runs a batch with requests that kill the worker, restarting it each time. Returns the batch and the deaths."""
     given = list(lines(count))
     for number in range(killers):
         given.insert(
@@ -314,9 +288,9 @@ def poison(stack: Stack, client: Client, count: int, killers: int) -> tuple[pb.B
     return client.get(batch.id), deaths
 
 
-@pytest.mark.parametrize(("count", "killers"), [(300, 1), (5000, 3)])
+@pytest.mark.parametrize(("count", "killers"), [(300, 1), pytest.param(5000, 3, marks=pytest.mark.thorough)])
 def test_poison_costs_only_itself(stack: Stack, client: Client, count: int, killers: int) -> None:
-    """Requests that kill the worker are found after three deaths each and get their error; the others complete."""
+    """Poison requests cost at most three deaths each and get an error; all other requests complete."""
     stack.gateway()
     stack.worker(simulated_request_s=0.005, window=64)
     stack.wait_until_accepting()
@@ -331,9 +305,9 @@ def test_poison_costs_only_itself(stack: Stack, client: Client, count: int, kill
 
 
 def test_never_a_worker(stack: Stack, client: Client) -> None:
-    """Without any heartbeat new work is refused as offline, while the gateway itself is healthy."""
+    """Before any worker has ever run, new work is refused as offline while the gateway itself is healthy."""
     stack.gateway()
-    until(lambda: "never seen" in client.accepting(), "the gateway to say so")
+    until(lambda: "never seen" in client.accepting(), "the gateway to report that no worker was ever seen")
     error = refused(lambda: client.submit_lines(lines(1)))
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE")
     assert error.retry_delay_s
@@ -342,7 +316,7 @@ def test_never_a_worker(stack: Stack, client: Client) -> None:
 
 
 def test_stale_worker(serving: Stack, client: Client) -> None:
-    """With the worker gone the refusal says since when; what only reads goes on."""
+    """When the worker is gone, the refusal says since when, and reading continues to work."""
     batch = client.submit_lines(lines(2))
     finished(client, batch.id)
     serving.servers[-1].kill()
@@ -359,10 +333,10 @@ def test_stale_worker(serving: Stack, client: Client) -> None:
 
 
 def test_loading_worker(stack: Stack, client: Client) -> None:
-    """While the model loads health is NOT_SERVING, the heartbeat goes on, and new work is told to come back."""
+    """While the model loads, the heartbeat continues and new work is refused as WORKER_LOADING."""
     stack.gateway()
     worker = stack.worker(simulated_load_s=600)
-    until(lambda: "loading" in client.accepting(), "the worker to load")
+    until(lambda: "loading" in client.accepting(), "the worker to be loading")
     error = refused(lambda: client.submit_lines(lines(1)))
     assert (error.reason, error.metadata["phase"]) == ("WORKER_LOADING", "loading")
 
@@ -377,7 +351,7 @@ def test_loading_worker(stack: Stack, client: Client) -> None:
 
 
 def test_worker_crash_strands_job(serving: Stack, client: Client) -> None:
-    """A worker killed in the middle of a batch: its next life finishes it, every request answered once."""
+    """After a worker is killed in the middle of a batch, its next life completes it, with one result per request."""
     batch = client.submit_lines(lines(2000))
     until(lambda: client.get(batch.id).counts.completed > 200, "part of the batch")
     worker = serving.servers[-1]
@@ -395,9 +369,9 @@ def test_worker_crash_strands_job(serving: Stack, client: Client) -> None:
 
 
 def test_engine_death_is_no_result(serving: Stack, client: Client) -> None:
-    """When the engine dies its requests go back to the queue without a result, and the worker says what happened."""
+    """When the engine dies, its requests return to the queue without a result, and new work is refused."""
     batch = client.submit_lines([*lines(50), line("killer", vllm_xargs={"simulate": "engine_dead"})])
-    until(lambda: "engine_dead" in client.accepting(), "the gateway to learn of the dead engine")
+    until(lambda: "engine_dead" in client.accepting(), "the gateway to report the dead engine")
     error = refused(lambda: client.submit_lines(lines(1)))
     assert (error.reason, error.metadata.get("phase")) == ("WORKER_STALLED", "engine_dead"), str(error)
     assert client.get(batch.id).counts.failed == 0
@@ -407,35 +381,35 @@ def test_engine_death_is_no_result(serving: Stack, client: Client) -> None:
             cursor.execute("SELECT count(*) FROM chunks WHERE state = 'leased'")
             return cursor.fetchone() != (0,)
 
-    until(lambda: not leased(), "the chunks to be given back")
+    until(lambda: not leased(), "the chunks to be released")
     assert serving.servers[-1].terminate() == 0
 
 
 def engine_of(worker: Server) -> psutil.Process:
-    """The process of its engine."""
+    """The worker's engine process."""
     children = psutil.Process(worker.process.pid).children(recursive=True)
     return next(child for child in children if "simulated-engine" in child.cmdline())
 
 
 @pytest.mark.parametrize("is_busy", [True, False])
 def test_frozen_engine_is_not_serving(serving: Stack, client: Client, is_busy: bool) -> None:
-    """An engine that is stopped, with work or idle, is known by its steps; it serves again when it moves again."""
+    """A frozen engine, busy or idle, makes the worker NOT_SERVING until it moves again, without losing a request."""
     worker = serving.servers[-1]
     batch = client.submit_lines(lines(500 if is_busy else 1, vllm_xargs={"simulate": 0.2}))
     until(lambda: client.get(batch.id).counts.completed > 0, "the first results")
     engine = engine_of(worker)
     engine.suspend()
-    until(lambda: "stalled" in client.accepting(), "the gateway to learn of the frozen engine")
+    until(lambda: "stalled" in client.accepting(), "the gateway to report the frozen engine")
     target = f"127.0.0.1:{worker.port}"
     assert health(target, "") == "NOT_SERVING"
     engine.resume()
-    until(lambda: not client.accepting(), "the gateway to learn that it moves again")
+    until(lambda: not client.accepting(), "the gateway to accept new work again")
     assert finished(client, batch.id).counts.failed == 0
     assert worker.process.poll() is None
 
 
 def test_refused_request_has_an_error_result(serving: Stack, client: Client) -> None:
-    """What the engine refuses is that request's result, and the batch goes on."""
+    """A request that the engine rejects gets that error as its result, and the batch continues."""
     batch = client.submit_lines([line("good"), line("bad", vllm_xargs={"simulate": "refuse"})])
     done = finished(client, batch.id)
     assert (done.state, done.counts.completed, done.counts.failed) == (pb.BATCH_STATE_COMPLETED, 1, 1)
@@ -445,7 +419,7 @@ def test_refused_request_has_an_error_result(serving: Stack, client: Client) -> 
 
 
 def test_sigterm_drains(serving: Stack, client: Client) -> None:
-    """A worker told to end finishes what is in its engine, gives the rest back, and exits with 0."""
+    """On SIGTERM a worker finishes what is in its engine, releases the rest, and exits with 0."""
     batch = client.submit_lines(lines(600, vllm_xargs={"simulate": 0.3}))
     until(lambda: client.get(batch.id).counts.completed > 0, "the first results")
     worker = serving.servers[-1]
@@ -458,29 +432,36 @@ def test_sigterm_drains(serving: Stack, client: Client) -> None:
     assert finished(client, batch.id).counts.completed == 600
 
 
-def test_replicas_execute_once(serving: Stack, client: Client) -> None:
-    """Several workers share one batch: each request is run by one of them."""
-    serving.worker("second")
-    until(lambda: ready(serving) == 2, "both workers to be ready")
+def test_replicas_execute_once(stack: Stack, client: Client) -> None:
+    """Two workers share one batch: both run some of it, and every request is run and stored exactly once."""
+    stack.gateway()
+    workers = [stack.worker(name, log_level="DEBUG") for name in ("worker", "second")]
+    until(lambda: ready(stack) == 2, "both workers to be ready")
+    stack.wait_until_accepting()
     batch = client.submit_lines(lines(1500, vllm_xargs={"simulate": 0.2}))
     assert finished(client, batch.id).counts.completed == 1500
-    with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT count(DISTINCT incarnation), count(*) FROM results")
         assert cursor.fetchone() == (2, 1500)
+    claimed = [event for worker in workers for event in worker.events("chunk_claimed")]
+    assert len({event["chunk"] for event in claimed}) == len(claimed)
+    # What one gave to the other, which had nothing left, was claimed twice, but not begun before.
+    given = [event for worker in workers for event in worker.events("requests_given")]
+    assert sum(int(str(event["requests"])) for event in claimed) - sum(int(str(e["requests"])) for e in given) == 1500
 
 
 def test_second_process_of_the_same_identity_waits(serving: Stack, client: Client) -> None:
-    """A second process under a worker's name does not run anything while the first lives, and takes over after it."""
+    """A second process with the same worker name gets that identity only once the first has died."""
     second = serving.worker("worker")
-    until(lambda: second.log.read_text().count("identity_locked") == 1, "the first to be the only one")
+    until(lambda: second.log.read_text().count("identity_locked") == 1, "the first process to hold the identity")
     batch = client.submit_lines(lines(100))
     assert finished(client, batch.id).counts.completed == 100
     serving.servers[1].kill()
-    until(lambda: second.log.read_text().count("identity_locked") == 2, "the second to take over")
+    until(lambda: second.log.read_text().count("identity_locked") == 2, "the second process to take over")
 
 
 def test_postgres_connections_cut(serving: Stack, client: Client) -> None:
-    """All connections cut in the middle of a batch: nobody ends, nothing is lost."""
+    """When all connections to Postgres are cut in the middle of a batch, no process ends and nothing is lost."""
     batch = client.submit_lines(lines(1500))
     until(lambda: client.get(batch.id).counts.completed > 100, "part of the batch")
     run_sql(
@@ -495,7 +476,7 @@ def test_postgres_connections_cut(serving: Stack, client: Client) -> None:
 
 
 def test_buf_curl_by_reflection(serving: Stack) -> None:
-    """A client that has never seen the contract finds it by reflection and calls it: buf curl."""
+    """A client without the contract discovers it by reflection and can call it: buf curl."""
     buf = shutil.which("buf", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     assert buf, "buf is installed with the development tools"
 

@@ -1,4 +1,4 @@
-"""Whatever clients send: a clear error or a stored batch, never half of one, and the server goes on."""
+"""Whatever clients send, they get a clear error or a stored batch, never half of one, and the server keeps running."""
 
 import hashlib
 import json
@@ -11,23 +11,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.integration.conftest import Stack
-from tests.integration.test_front_door import count, finished, line, lines, refused
-from tests.waiting import until
-from vllm_batch.client import CallError, Client
+from tests.support.batches import count, finished, line, lines, refused
+from tests.support.servers import Stack
+from tests.support.waiting import until
+from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 SERVICE = "/vllm_batch.v1.BatchService"
 CLEAR = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED}
-# One stack for all examples: they are independent of what is stored.
+# One stack for all examples: they do not depend on what is stored. Fewer than for a pure function: a call costs more.
+EXAMPLES = settings.default.max_examples * 6 // 10
 fuzz = settings(
-    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
 def outcome(call: Callable[[], Any]) -> tuple[Any, CallError | None]:
-    """What a call answers, or the error with which it ends."""
+    """A call's answer, or the error it ends with."""
     try:
         return call(), None
     except CallError as error:
@@ -49,12 +50,12 @@ def raw(custom_id: str, body: bytes) -> bytes:
         (raw("a", b'{"x": "\0"}'), "line 2", "not JSON"),
         (raw("a\\u0000", b"{}"), "line 2: custom_id", "NUL"),
         (raw("a", b'{"stream": true}'), "line 2: body.stream", "not streamed"),
-        (raw("a", b'{"model": ["tiny"]}'), "line 2: body.model", "Expected `str`"),
+        (raw("a", b'{"model": ["tiny"]}'), "line 2: body.model", "Expected `str | null`"),
         (b"\0" * 100, "line 2", "not JSON"),
     ],
 )
 def test_hostile_lines(serving: Stack, client: Client, wrong: bytes, field: str, description: str) -> None:
-    """Deep nesting, broken UTF-8, NUL bytes and wrong types are named with their line, and nothing is stored."""
+    """Deep nesting, broken UTF-8, NUL bytes and wrong types are reported with their line, and nothing is stored."""
     error = refused(lambda: client.submit_lines([line("good"), wrong]))
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert error.violations[0][0] == field
@@ -63,7 +64,7 @@ def test_hostile_lines(serving: Stack, client: Client, wrong: bytes, field: str,
 
 
 def test_huge_numbers_are_the_engines_affair(serving: Stack, client: Client) -> None:
-    """A number beyond any type is stored as given, and is that request's error, if it is one."""
+    """Numbers beyond any type are stored as given; if the engine rejects one, only that request fails."""
     huge = [raw("a", b'{"max_tokens": 1e99999}'), raw("b", b'{"x": ' + b"9" * 100_000 + b"}"), line("c")]
     done = finished(client, client.submit_lines(huge).id)
     assert done.state == pb.BATCH_STATE_COMPLETED
@@ -73,7 +74,7 @@ def test_huge_numbers_are_the_engines_affair(serving: Stack, client: Client) -> 
 
 
 def test_fuzzed_files(serving: Stack, client: Client) -> None:
-    """Files of good lines with bytes changed in them are stored whole or refused with their line."""
+    """A file with random bytes changed is stored whole, or rejected with its line and nothing stored."""
     good = b"".join(lines(5))
 
     @fuzz
@@ -99,7 +100,7 @@ def test_fuzzed_files(serving: Stack, client: Client) -> None:
 
 
 def test_fuzzed_messages(serving: Stack, client: Client) -> None:
-    """Any bytes as a message of any call end that call with a status; the next caller is served."""
+    """Random bytes as the message of any method end that call with a clear status, and the server keeps working."""
     calls = {method.name: method for method in pb.DESCRIPTOR.services_by_name["BatchService"].methods}
 
     @fuzz
@@ -121,7 +122,7 @@ def test_fuzzed_messages(serving: Stack, client: Client) -> None:
 
 
 def test_fuzzed_tokens(serving: Stack, client: Client) -> None:
-    """Tokens, names and states that nobody gave out are invalid or not found, nothing else."""
+    """Random tokens, names and states are INVALID_ARGUMENT or NOT_FOUND, never an internal error."""
     batch = client.submit_lines(lines(3))
     with grpc.insecure_channel(serving.target) as channel:
         stub = batch_service_pb2_grpc.BatchServiceStub(channel)
@@ -144,7 +145,7 @@ def test_fuzzed_tokens(serving: Stack, client: Client) -> None:
 
 
 def test_client_vanishes_in_the_middle_of_an_upload(serving: Stack, client: Client) -> None:
-    """A client that goes away while it uploads leaves nothing, and holds nothing up; nor does one that says no end."""
+    """An upload that is cancelled, or lacks its end message, leaves nothing behind and blocks nothing."""
     with grpc.insecure_channel(serving.target) as channel:
         stub = batch_service_pb2_grpc.BatchServiceStub(channel)
         for _ in range(3):
@@ -152,15 +153,15 @@ def test_client_vanishes_in_the_middle_of_an_upload(serving: Stack, client: Clie
 
             def pieces(is_cancelled: threading.Event = is_cancelled) -> Iterator[pb.UploadBatchRequest]:
                 yield pb.UploadBatchRequest(options=pb.BatchOptions())
-                # Whole lines: nothing about them says that there were to be more.
+                # Whole lines: nothing about them shows that more were to follow.
                 yield pb.UploadBatchRequest(data=b"".join(lines(400, filler="x" * 20_000)))
                 is_cancelled.wait(30)
 
             call: Any = stub.UploadBatch.future(pieces(), timeout=30)
-            until(lambda: count(serving, "requests") > 0, "the upload to be under way")
+            until(lambda: count(serving, "requests") > 0, "the upload to be in progress")
             call.cancel()
             is_cancelled.set()
-            until(lambda: count(serving, "requests") == 0, "the upload to be given up")
+            until(lambda: count(serving, "requests") == 0, "the upload to be discarded")
         unended = iter([pb.UploadBatchRequest(options=pb.BatchOptions()), pb.UploadBatchRequest(data=line("a"))])
         error = refused(lambda: client._retry(lambda: stub.UploadBatch(unended, timeout=30)))
         assert [field for field, _ in error.violations] == ["end"]
@@ -169,16 +170,16 @@ def test_client_vanishes_in_the_middle_of_an_upload(serving: Stack, client: Clie
 
 
 def test_truncated_upload(serving: Stack, client: Client) -> None:
-    """A file that ends in the middle of a line is refused with that line: it cannot be what was meant."""
+    """A file that ends in the middle of a line is rejected with that line's number, and nothing is stored."""
     error = refused(lambda: client.submit_lines([b"".join(lines(10))[:-20]]))
     assert error.violations[0][0] == "line 10"
     assert count(serving, "requests") == 0
 
 
 def test_bodies_survive_as_given(serving: Stack, client: Client) -> None:
-    """Bodies of any JSON are stored byte for byte: the answer is a hash of the body."""
+    """Any JSON body reaches the engine byte for byte: the simulated answer is a hash of the body."""
 
-    @settings(fuzz, max_examples=5)
+    @settings(fuzz, max_examples=EXAMPLES // 12)
     @given(st.lists(st.text(max_size=20), min_size=20, max_size=100))
     def check(texts: list[str]) -> None:
         bodies = [json.dumps({"x": text}, ensure_ascii=bool(place % 2)) for place, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""Health as clients, load balancers and probes read it, and how soon it follows what happens to a worker."""
+"""Health as clients, load balancers and probes read it, and how it follows a worker's state."""
 
 import json
 import os
@@ -12,11 +12,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.integration.conftest import Server, Stack
-from tests.integration.test_front_door import line, lines, refused
-from tests.ports import free_port
-from tests.waiting import until
-from vllm_batch.client import CallError, Client
+from service.rpc.services import HOST_SERVICE, WEBHOOK_SERVICE
+from tests.support.batches import inline, line, lines, refused
+from tests.support.ports import free_port
+from tests.support.servers import Server, Stack
+from tests.support.waiting import until
+from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
@@ -26,14 +27,14 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def listed(target: str) -> dict[str, int]:
-    """What the server says of all its names."""
+    """The status of each health name of the server."""
     with grpc.insecure_channel(target) as channel:
         answer = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest(), timeout=10)
         return {name: one.status for name, one in answer.statuses.items()}
 
 
 def first_listed(server: Server, target: str) -> dict[str, int]:
-    """What it says as soon as it says anything."""
+    """The first statuses that the server reports."""
 
     def answered() -> dict[str, int]:
         assert server.process.poll() is None
@@ -45,22 +46,18 @@ def first_listed(server: Server, target: str) -> dict[str, int]:
     return until(answered, "an answer")
 
 
-def inline(custom_id: str = "a") -> pb.CreateBatchRequest:
-    body = '{"model": "tiny", "messages": []}'
-    request = pb.InlineRequest(custom_id=custom_id, url="/v1/chat/completions", body_json=body)
-    return pb.CreateBatchRequest(requests=[request])
-
-
 def test_names(stack: Stack) -> None:
-    """Gateway and worker say NOT_SERVING of new work from the first answer on, and SERVING once it is accepted."""
+    """From their first answer, gateway and worker report NOT_SERVING for new work until they accept it."""
     gateway = stack.gateway()
     first = first_listed(gateway, stack.target)
-    assert (set(first), first[SERVICE]) == ({"", SERVICE}, NOT_SERVING)
+    others = {HOST_SERVICE, WEBHOOK_SERVICE}
+    assert (set(first), first[SERVICE]) == ({"", SERVICE, *others}, NOT_SERVING)
     worker = stack.worker(simulated_load_s=1)
     address = f"127.0.0.1:{worker.port}"
     assert first_listed(worker, address) == {"": NOT_SERVING, SERVICE: NOT_SERVING}
     stack.wait_until_accepting()
-    assert listed(stack.target) == listed(address) == {"": SERVING, SERVICE: SERVING}
+    assert listed(address) == {"": SERVING, SERVICE: SERVING}
+    assert listed(stack.target) == listed(address) | dict.fromkeys(others, SERVING)
 
 
 @pytest.mark.parametrize(
@@ -71,19 +68,19 @@ def test_names(stack: Stack) -> None:
 def test_a_lost_worker_is_noticed(
     stack: Stack, client: Client, begin: signal.Signals, end: signal.Signals | None
 ) -> None:
-    """A worker that died, is frozen or whose loop is blocked is known without its heartbeat, and again when it is back.
+    """A killed, frozen or blocked worker is detected without its heartbeat, and accepted again after its return.
 
-    A call that it had already got ends too.
+    A call that already went to it fails too.
     """
-    # No heartbeat grows stale here.
+    # Heartbeats do not become stale in this test.
     gateway = stack.gateway(heartbeat_timeout_s=3600)
-    worker = stack.run("tests.integration.blocking_worker", "worker", worker_port=free_port())
+    worker = stack.run("tests.support.blocking_worker", "worker", worker_port=free_port())
     stack.wait_until_accepting()
     os.kill(worker.process.pid, begin)
     with grpc.insecure_channel(stack.target) as channel, pytest.raises(grpc.RpcError) as caught:
         batch_service_pb2_grpc.BatchServiceStub(channel).CreateBatch(inline(), timeout=60)
     assert (caught.value.code(), CallError(caught.value).reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE")
-    until(lambda: listed(stack.target)[SERVICE] == NOT_SERVING, "the gateway to say so")
+    until(lambda: listed(stack.target)[SERVICE] == NOT_SERVING, "the gateway to report NOT_SERVING")
     error = refused(lambda: client.submit_lines(lines(1)))
     assert (error.code, error.reason, bool(error.retry_delay_s)) == (
         grpc.StatusCode.UNAVAILABLE,
@@ -97,13 +94,13 @@ def test_a_lost_worker_is_noticed(
         worker.start()
     else:
         os.kill(worker.process.pid, end)
-    until(lambda: listed(stack.target)[SERVICE] == SERVING, "the gateway to accept again")
+    until(lambda: listed(stack.target)[SERVICE] == SERVING, "the gateway to accept new work again")
     assert client.submit_lines(lines(1)).id
     assert not gateway.events("call_failed")
 
 
 def broken_off(stream: Any) -> CallError:
-    """How a stream ended that its server broke off, whatever came before."""
+    """Reads a stream that its server breaks off, and returns the error it ends with."""
     with pytest.raises(grpc.RpcError) as caught:
         for _ in stream:
             pass
@@ -111,10 +108,10 @@ def broken_off(stream: Any) -> CallError:
 
 
 def test_sigterm_drains_the_gateway(serving: Stack, client: Client) -> None:
-    """A gateway told to end says NOT_SERVING, sends its streams away, and lets an upload finish."""
+    """On SIGTERM the gateway reports NOT_SERVING, ends its streams with UNAVAILABLE, and lets an upload finish."""
     gateway = serving.servers[0]
     batch = client.submit_lines([*lines(20), line("never", vllm_xargs={"simulate": 600})])
-    until(lambda: client.get(batch.id).counts.completed == 20, "the quick ones")
+    until(lambda: client.get(batch.id).counts.completed == 20, "the quick requests to complete")
     pieces: queue.Queue[pb.UploadBatchRequest | None] = queue.Queue()
     pieces.put(pb.UploadBatchRequest(options=pb.BatchOptions()))
     pieces.put(pb.UploadBatchRequest(data=line("first")))
@@ -127,7 +124,7 @@ def test_sigterm_drains_the_gateway(serving: Stack, client: Client) -> None:
         assert next(health).status == SERVING
         assert next(watch).batch.id == batch.id
         assert [result.index for result in next(results).results] == list(range(20))
-        # Answered after the upload has reached the gateway on the same connection.
+        # An answer shows that the upload before it, on the same connection, has reached the gateway.
         stub.GetBatch(pb.GetBatchRequest(batch_id=batch.id), timeout=30)
         gateway.process.terminate()
         assert next(health).status == NOT_SERVING
@@ -145,7 +142,7 @@ def test_sigterm_drains_the_gateway(serving: Stack, client: Client) -> None:
 
 
 def test_a_client_follows_through_a_redeployment(serving: Stack) -> None:
-    """Streams of the Python client go on where they were when the gateway is started again under them."""
+    """Streams of the Python client resume where they were when the gateway is restarted."""
     gateway = serving.servers[0]
     with Client(serving.target, patience_s=60) as client:
         batch = client.submit_lines(lines(600, vllm_xargs={"simulate": 0.1}))
@@ -160,9 +157,9 @@ def test_a_client_follows_through_a_redeployment(serving: Stack) -> None:
 
 
 def test_clients_avoid_a_gateway_that_accepts_nothing(serving: Stack, postgres: str) -> None:
-    """With a service config as gRPC has it, calls go to those of several gateways whose BatchService is SERVING."""
+    """With gRPC's client-side health checking, calls go only to gateways whose BatchService is SERVING."""
     port = free_port()
-    # A gateway of another database, which no worker is at.
+    # A gateway on another database, which has no worker.
     other = serving.run("service.gateway", "other", gateway_port=port, heartbeat_timeout_s=3600)
     other.kill()
     other._env["DATABASE_URL"] = postgres % "postgres"
@@ -189,12 +186,12 @@ def test_clients_avoid_a_gateway_that_accepts_nothing(serving: Stack, postgres: 
 
 @pytest.mark.skipif(not shutil.which("grpc_health_probe"), reason="grpc_health_probe is not on PATH")
 def test_grpc_health_probe(serving: Stack) -> None:
-    """grpc_health_probe tells the gateway itself from new work."""
+    """grpc_health_probe distinguishes the gateway's own health from whether new work is accepted."""
 
     def probe(*service: str) -> int:
         return subprocess.run(["grpc_health_probe", f"-addr={serving.target}", *service], timeout=30).returncode
 
     assert (probe(), probe(f"-service={SERVICE}")) == (0, 0)
     serving.servers[1].kill()
-    until(lambda: probe(f"-service={SERVICE}") == 4, "NOT_SERVING")
+    until(lambda: probe(f"-service={SERVICE}") == 4, "NOT_SERVING for new work")
     assert probe() == 0

@@ -1,4 +1,4 @@
-"""A process with more open files than select() can take."""
+"""A process with more open files than select() supports."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ FILES = 1100
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """As many as a gateway with a thousand clients has."""
+    """Opens as many files as a gateway with a thousand clients has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * FILES), hard))
     first = os.open(os.devnull, os.O_RDONLY)
@@ -25,7 +25,7 @@ def many_files() -> Iterator[None]:
 
 
 def test_database_with_many_files(many_files: None, database_url: str) -> None:
-    """A connection with a high number is used again like any other."""
+    """A database connection with a file number beyond select()'s limit is reused like any other."""
     database = Database(database_url, "test", connections=1)
     pids = [database.call(lambda db: db.execute_sql("SELECT pg_backend_pid()").fetchone()[0]) for _ in range(2)]
     database.close()

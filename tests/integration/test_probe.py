@@ -1,4 +1,4 @@
-"""The probe of a worker's health, at a server that stops answering as servers do."""
+"""The health probe against a server that stops answering in various ways."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.conftest import ROOT
-from tests.ports import free_port
-from tests.waiting import until
-from watchdog.health import Probe
-from watchdog.policy import Health
+from tests.support.ports import free_port
+from tests.support.servers import ROOT
+from tests.support.waiting import until
+from watchdog.observe.probe import Probe
+from watchdog.policy import ProbeAnswer
 
-# As the worker's: asyncio, with the health servicer of grpcio. SIGUSR1 blocks its event loop for good.
+# Like the worker: asyncio, with grpcio's health servicer. SIGUSR1 blocks its event loop for good.
 SERVER = """
 import asyncio, signal, sys, time
 import grpc
@@ -37,7 +37,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def server() -> Iterator[tuple[int, int]]:
-    """Pid and port of a server that will not be there after the test."""
+    """Pid and port of a server that is killed after the test."""
     port = free_port()
     process = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], cwd=ROOT)
     yield process.pid, port
@@ -47,15 +47,15 @@ def server() -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("fault", [signal.SIGUSR1, signal.SIGSTOP, signal.SIGKILL], ids=["blocked", "frozen", "killed"])
 def test_server_that_answers_no_more_is_noticed_without_being_checked(server: tuple[int, int], fault: int) -> None:
-    """A blocked event loop, which keeps its streams open, wakes the guard like a death does; and is told at once."""
+    """A blocked, frozen or killed server wakes the guard, and the next check reports that it does not answer."""
     pid, port = server
     woken = threading.Event()
-    probe = Probe(f"127.0.0.1:{port}", woken.set)
+    probe = Probe(f"127.0.0.1:{port}", woken.set, ask_interval_s=1.5)
     try:
-        until(lambda: probe.check(5) is Health.SERVING, "the server")
+        until(lambda: probe.check(5) is ProbeAnswer.SERVING, "the server to be serving")
         woken.clear()
         os.kill(pid, fault)
         assert woken.wait(60)
-        assert probe.check(1) in (Health.DEADLINE_EXCEEDED, Health.UNAVAILABLE)
+        assert probe.check(1) in (ProbeAnswer.DEADLINE_EXCEEDED, ProbeAnswer.UNAVAILABLE)
     finally:
         probe.close()

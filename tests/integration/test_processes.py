@@ -1,4 +1,4 @@
-"""Finding and ending processes: ours and all of ours, nobody else's."""
+"""Finding and ending processes: all of ours, and nobody else's."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts processes that only sleep; they end with the test."""
+    """Starts processes that only sleep; they are killed after the test."""
     children = []
 
     def run(environ: dict[str, str], group: int = 0) -> "subprocess.Popen[bytes]":
@@ -47,7 +47,7 @@ def known(pid: int) -> Leader:
 
 
 def test_marked_are_those_of_the_home_and_the_name(tmp_path: Path, start: Start) -> None:
-    """A process is ours by its home, however that is spelled, and by its program's name."""
+    """A process is ours by its home, however the path is written, and by its program's name."""
     worker, gateway = start(marks(tmp_path / ".." / tmp_path.name)), start(marks(tmp_path, "gateway"))
     start(marks(tmp_path / "other"))
     start({"BATCH_HOME": str(tmp_path)})
@@ -56,7 +56,7 @@ def test_marked_are_those_of_the_home_and_the_name(tmp_path: Path, start: Start)
 
 
 def test_left_over_of_a_dead_leader_are_its_marked_and_its_stripped_members(tmp_path: Path, start: Start) -> None:
-    """In the dead leader's group a process without an environment is ours, one with somebody else's is not."""
+    """In a dead leader's group, processes without an environment count as ours, those with another's mark do not."""
     leader = start(marks(tmp_path))
     dead = known(leader.pid)
     stripped, foreign = start({}, leader.pid), start(marks(tmp_path, "gateway"), leader.pid)
@@ -70,7 +70,7 @@ def test_left_over_of_a_dead_leader_are_its_marked_and_its_stripped_members(tmp_
 
 
 def test_group_whose_number_came_again_is_not_taken_for_the_old_one(tmp_path: Path, start: Start) -> None:
-    """When the leader's pid is another process now, that one's group is left alone."""
+    """When the leader's pid has been reused by another process, the group of that process is left alone."""
     leader = start({})
     member = start({}, leader.pid)
     now = known(leader.pid)
@@ -85,7 +85,7 @@ def test_group_whose_number_came_again_is_not_taken_for_the_old_one(tmp_path: Pa
 
 
 def test_what_starts_later_is_not_left_over(tmp_path: Path, start: Start) -> None:
-    """A new life that begins while the old one is looked for is not taken for it."""
+    """A process that starts after the search began is not taken for a leftover of the old life."""
     new = start(marks(tmp_path))
     ticks = known(new.pid).start_ticks
     assert processes.left_over(Mark(tmp_path), None, ticks) == []
@@ -93,7 +93,7 @@ def test_what_starts_later_is_not_left_over(tmp_path: Path, start: Start) -> Non
 
 
 def test_end_goes_from_asking_to_killing() -> None:
-    """What ignores SIGTERM is told to be alive after its time, and killed by the next signal."""
+    """A process that survives SIGTERM is returned as still alive, and SIGKILL ends it."""
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -105,7 +105,7 @@ def test_end_goes_from_asking_to_killing() -> None:
 
 
 def test_age_and_absence_of_a_process(start: Start) -> None:
-    """The age of a process is counted from its start; one that is gone has no identity and no group."""
+    """A process's age counts from its start; a process that is gone has no identity and no group."""
     child = start({})
     assert 0 <= known(child.pid).age_s <= known(os.getpid()).age_s
     assert processes.is_in_group(child.pid, child.pid)
@@ -117,7 +117,7 @@ def test_age_and_absence_of_a_process(start: Start) -> None:
 
 
 def test_die_with_parent() -> None:
-    """SIGKILL of the parent, which can tell nobody, ends the child."""
+    """SIGKILL of the parent also ends a child that asked to die with it."""
     child = (
         "from service import processes; processes.die_with_parent(); print(flush=True); import signal; signal.pause()"
     )

@@ -1,48 +1,59 @@
-"""What the watchdog writes down, with Postgres there and away, across its own deaths: on a real file and database."""
+"""What the watchdog records, with Postgres up and away, across its own deaths, using a real file and database."""
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import peewee
 import pytest
 
 from service.clock import SystemClock
 from service.db import recoveries
+from service.db.availability import DatabaseAwayError
 from service.db.connection import Database
 from service.db.recoveries import Event
-from watchdog.journal import Journal
 from watchdog.policy import Action, Decision, Evidence, Process, State, Step, Verdict
-from watchdog.record import KEPT_VERDICTS, Record, UnrecordedError
+from watchdog.record.audit_log import KEPT_VERDICTS, AuditLog, UnrecordedError
+from watchdog.record.journal import Journal
 
 WORKER = "host:worker"
 EVIDENCE = Evidence(1.0, Process(State.EXITED))
 CRASHED = Decision(Verdict.CRASHED, Action.RESTART, "gone", 0)
 
 
+class SetClock(SystemClock):
+    """The system clock, set forward by `set_by_s`."""
+
+    set_by_s = 0.0
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(seconds=self.set_by_s)
+
+
 class Host:
-    """Postgres, which may be away for the watchdog, and the watchdog's home. A `Record` is one life of a watchdog."""
+    """Postgres as the watchdog reaches it, and the watchdog's home. Each `AuditLog` is one life of a watchdog."""
 
     def __init__(self, database: Database, home: Path) -> None:
         self._database = database
         self.is_away = False
-        # The statement is made, its answer is not heard.
+        self.machine = "here"
+        # The statement is executed, but its answer is lost.
         self.is_deaf = False
+        self.clock = SetClock()
         self.path = home / "recovery" / "worker.json"
 
-    def record(self) -> Record:
-        """The record as a watchdog finds it that starts now."""
-        record = Record(cast(Database, self), Journal(self.path), WORKER, SystemClock())
+    def record(self) -> AuditLog:
+        """The audit log as a watchdog finds it when it starts."""
+        record = AuditLog(cast(Database, self), Journal(self.path), WORKER, self.machine, self.clock, "this boot")
         record.sync(not self.is_away)
         return record
 
     def call(self, *arguments: Any) -> Any:
         if self.is_away:
-            raise peewee.OperationalError("no route")
+            raise DatabaseAwayError("no route")
         answer = self._database.call(*arguments)
         if self.is_deaf:
-            raise peewee.OperationalError("connection lost")
+            raise DatabaseAwayError("connection lost")
         return answer
 
     def listed(self) -> list[Event]:
@@ -51,22 +62,22 @@ class Host:
 
 @pytest.fixture
 def host(database: Database, tmp_path: Path) -> Host:
-    """Postgres is there."""
+    """A host whose Postgres can be reached."""
     return Host(database, tmp_path)
 
 
-def restart(record: Record) -> Event:
+def restart(record: AuditLog) -> Event:
     return record.begin(EVIDENCE, CRASHED, {"decide": 0.1})
 
 
-def ages(record: Record) -> int:
-    past = record.past()
+def ages(record: AuditLog) -> int:
+    past = record.history()
     assert past is not None
     return len(past.restart_ages_s)
 
 
 def test_what_happens_while_postgres_is_away_is_merged_once_with_its_times(host: Host) -> None:
-    """A restart that was begun, made and ended without Postgres is in the audit log later as if it had been there."""
+    """A restart recorded while Postgres was away is merged into the audit log once, with its original times."""
     record = host.record()
     host.is_away = True
     record.sync(False)
@@ -90,7 +101,7 @@ def test_what_happens_while_postgres_is_away_is_merged_once_with_its_times(host:
 
 
 def test_watchdog_that_starts_without_postgres_knows_its_budget_and_its_orders(host: Host) -> None:
-    """Restarts of before, in Postgres or in the journal alone, count for it; an open one is found; a pause holds."""
+    """Without Postgres, a new watchdog knows earlier restarts, the open intent and the pause from the journal."""
     record = host.record()
     record.close(restart(record), "failed", {}, None)
     host.is_away = True
@@ -98,25 +109,48 @@ def test_watchdog_that_starts_without_postgres_knows_its_budget_and_its_orders(h
     intent = restart(record)
     record.order("paused", "", "new driver", 600)
     successor = host.record()
-    past = successor.past()
+    past = successor.history()
     assert past is not None
     assert (len(past.restart_ages_s), past.intent, past.pause_reason) == (2, intent, "new driver")
     successor.order("resumed", "", "done", 0)
     successor.order("budget_reset", "", "repaired", 0)
     host.is_away = False
-    past = host.record().past()
+    past = host.record().history()
     assert past is not None
     assert (past.restart_ages_s, past.pause_left_s) == ((), 0)
     assert [event.kind for event in host.listed()] == ["restart", "restart", "paused", "resumed", "budget_reset"]
 
 
+@pytest.mark.parametrize("is_away", [False, True], ids=["postgres there", "postgres away"])
+@pytest.mark.parametrize("set_by_s", [-3 * 3600, -600, 600, 3 * 3600])
+def test_a_clock_that_is_set_changes_nothing(host: Host, set_by_s: float, is_away: bool) -> None:
+    """Setting the clock changes neither the age of restarts nor the rest of a pause, for this watchdog or the next."""
+    record = host.record()
+    for _ in range(3):
+        record.close(restart(record), "recovered", {}, None)
+    record.order("paused", "", "new driver", 1000)
+    host.clock.set_by_s = set_by_s
+    host.is_away = is_away
+    record.sync(not is_away)
+    for each in (record, host.record(), host.record()):
+        past = each.history()
+        assert past is not None
+        assert [age < 60 for age in past.restart_ages_s] == [True] * 3
+        assert 940 < past.pause_left_s <= 1000
+        assert past.pause_end_time is not None
+        assert abs((past.pause_end_time - host.clock.now()).total_seconds() - past.pause_left_s) < 5
+        # Writes the journal anew.
+        each.order("resumed", "", "tried", 0)
+        each.order("paused", "", "new driver", 1000)
+
+
 def test_watchdog_that_knows_nothing_writes_nothing_down(host: Host) -> None:
-    """Without a journal and without Postgres nobody knows what was spent: nothing may be done until it is known."""
+    """Without journal and Postgres the history is unknown, and nothing is recorded until it is known."""
     restart(host.record())
     host.path.unlink()
     host.is_away = True
     record = host.record()
-    assert record.past() is None
+    assert record.history() is None
     with pytest.raises(UnrecordedError):
         restart(record)
     with pytest.raises(UnrecordedError):
@@ -129,22 +163,22 @@ def test_watchdog_that_knows_nothing_writes_nothing_down(host: Host) -> None:
 
 
 def test_journal_that_is_broken_is_none(host: Host) -> None:
-    """Half a file, which our own writing cannot leave, is not taken for an empty past."""
+    """A truncated journal counts as missing, not as an empty history."""
     restart(host.record())
     host.path.write_bytes(host.path.read_bytes()[:-20])
     host.is_away = True
-    assert host.record().past() is None
+    assert host.record().history() is None
 
 
 def test_answer_that_is_lost_does_not_make_a_second_event(host: Host) -> None:
-    """Postgres has it, the watchdog does not know and dies: its successor writes it again, which changes nothing."""
+    """If Postgres stores an event but its answer is lost, the successor writes it again without duplicating it."""
     record = host.record()
     host.is_deaf = True
     intent = restart(record)
     host.is_deaf = False
     assert [event.outcome for event in host.listed()] == ["open"]
     successor = host.record()
-    past = successor.past()
+    past = successor.history()
     assert past is not None
     assert past.intent is not None
     assert (past.intent.key, len(past.restart_ages_s)) == (intent.key, 1)
@@ -152,7 +186,7 @@ def test_answer_that_is_lost_does_not_make_a_second_event(host: Host) -> None:
 
 
 def test_journal_is_the_owners_alone(host: Host) -> None:
-    """It tells what was observed of a server: nobody else may read or write it."""
+    """The journal and its folder are accessible to their owner only."""
     restart(host.record())
     assert oct(host.path.stat().st_mode)[-3:] == "600"
     assert oct(host.path.parent.stat().st_mode)[-3:] == "700"
@@ -160,7 +194,7 @@ def test_journal_is_the_owners_alone(host: Host) -> None:
 
 
 def test_disk_that_takes_no_journal(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Postgres the restart is made, and no old journal is left to be believed; without both it is not."""
+    """If the journal cannot be written, restarts are recorded only with Postgres, and no stale journal remains."""
     record = host.record()
     restart(record)
 
@@ -174,18 +208,18 @@ def test_disk_that_takes_no_journal(host: Host, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UnrecordedError):
         restart(record)
     assert ages(record) == 2
-    assert host.record().past() is None
+    assert host.record().history() is None
 
 
 def test_postgres_that_forgot_does_not_give_the_budget_back(host: Host) -> None:
-    """What a restored Postgres does not know any more, the journal does."""
+    """Restarts missing from a restored Postgres still count, because the journal has them."""
     restart(host.record())
     host.call(lambda db: db.execute_sql("DELETE FROM recovery_events"))
     assert ages(host.record()) == 1
 
 
 def test_journal_stays_small(host: Host) -> None:
-    """A health that flaps for hours without Postgres leaves its last changes; what is over and stored is dropped."""
+    """The journal keeps the latest verdicts of a long outage, and drops events that are stored and no longer matter."""
     record = host.record()
     intent = restart(record)
     host.is_away = True
@@ -200,7 +234,7 @@ def test_journal_stays_small(host: Host) -> None:
     old = intent.start_time - timedelta(seconds=3601)
     Journal(host.path).write(
         [
-            replace(entry, event=replace(entry.event, start_time=old, outcome="failed"))
+            replace(entry, event=replace(entry.event, start_time=old, outcome="failed"), began=None)
             for entry in Journal(host.path).read() or []
         ]
     )
@@ -208,3 +242,14 @@ def test_journal_stays_small(host: Host) -> None:
     record = host.record()
     record.add("gave_up", CRASHED, EVIDENCE)
     assert [entry.event.kind for entry in Journal(host.path).read() or []] == ["gave_up"]
+
+
+def test_the_journal_of_a_copied_home_does_not_count(host: Host) -> None:
+    """Restarts of the machine from which this home was copied are not charged to this one, nor continued by it."""
+    restart(host.record())
+    host.machine = "copy"
+    copy = host.record().history()
+    assert copy is not None
+    assert (copy.restart_ages_s, copy.intent) == ((), None)
+    host.machine = "here"
+    assert ages(host.record()) == 1

@@ -1,12 +1,14 @@
-"""The audit log of recovery in Postgres: each event once, what ended stays so, what decisions are made of."""
+"""The audit log in Postgres: each event is stored once, an outcome is final, and decisions get the events they need."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
-from service.db import recoveries
+from service.db import heartbeats, recoveries
 from service.db.connection import Database
+from service.db.heartbeats import Beat
 from service.db.recoveries import Event
+from service.machine import Place
 
 WORKER = "host:worker"
 NOW = datetime.now(UTC)
@@ -19,7 +21,7 @@ def event(kind: str = "restart", worker_id: str = WORKER, age_s: float = 0, outc
 
 
 def put(database: Database, one: Event) -> Event:
-    """Puts it; as it should be read."""
+    """Stores an event, and returns it as it should be read."""
     return replace(one, id=database.call(recoveries.put, one))
 
 
@@ -28,14 +30,14 @@ def listed(database: Database, worker_id: str | None = None) -> list[Event]:
 
 
 def test_an_event_that_is_put_again_is_there_once(database: Database) -> None:
-    """Nobody knows after a broken connection whether it was written; asking again does no harm."""
+    """Storing an event again, as after a broken connection, does not duplicate it."""
     first = put(database, event("gave_up"))
     assert put(database, replace(first, id=0)) == first
     assert listed(database) == [first]
 
 
 def test_a_restart_goes_through_its_steps_and_ends_once(database: Database) -> None:
-    """Steps, timings and the end are written over what was open; what has ended does not change any more."""
+    """An open restart is updated through its steps and ends once; a final outcome does not change any more."""
     intent = put(database, event(outcome="open"))
     loading = replace(intent, step="loading", timings={"decide": 0.1, "stop": 2.0})
     assert put(database, loading) == loading
@@ -51,7 +53,7 @@ def test_a_restart_goes_through_its_steps_and_ends_once(database: Database) -> N
 
 
 def test_one_restart_is_open_per_worker(database: Database) -> None:
-    """What an earlier watchdog left open, and nobody here knows of, does not keep the next from being written."""
+    """A new open restart supersedes the worker's earlier one and leaves those of other workers open."""
     old, other = put(database, event(outcome="open")), put(database, event(worker_id="host:other", outcome="open"))
     new = put(database, event(outcome="open"))
     assert [(each.key, each.outcome) for each in listed(database)] == [
@@ -62,7 +64,7 @@ def test_one_restart_is_open_per_worker(database: Database) -> None:
 
 
 def test_what_is_of_note(database: Database) -> None:
-    """The restarts of the time asked for, the open one, the last of each order, of this worker, oldest first."""
+    """A worker's events of note are recent restarts, the open one and the last of each order, oldest first."""
     wanted = [
         put(database, event(age_s=9000, outcome="open")),
         put(database, event("paused", age_s=4000)),
@@ -76,18 +78,32 @@ def test_what_is_of_note(database: Database) -> None:
     ):
         put(database, unwanted)
     wanted.append(put(database, event("budget_reset")))
-    assert database.call(recoveries.of_note, WORKER, NOW - timedelta(hours=1)) == wanted
+    assert database.call(recoveries.of_note, WORKER, "", NOW - timedelta(hours=1)) == wanted
 
 
 def test_who_was_given_up(database: Database) -> None:
-    """A worker is given up until its budget is given back."""
+    """A worker counts as given up until its budget is reset."""
     for kind, worker_id in (("gave_up", WORKER), ("gave_up", "host:other"), ("budget_reset", WORKER)):
         put(database, event(kind, worker_id))
-    assert database.call(recoveries.given_up) == {"host:other"}
+    assert database.call(recoveries.given_up, [WORKER, "host:other", "host:new"]) == {"host:other"}
+
+
+def test_machines_of_one_name(database: Database) -> None:
+    """Another machine under the same name has events, an open restart and a give-up of its own; events from before
+    machines were known count for each."""
+    old = put(database, event("paused", age_s=500))
+    here = put(database, replace(event(outcome="open"), machine="here"))
+    put(database, replace(event(outcome="open"), machine="there"))
+    put(database, replace(event("gave_up"), machine="there"))
+    assert database.call(recoveries.of_note, WORKER, "here", NOW - timedelta(hours=1)) == [old, here]
+    assert database.call(recoveries.given_up, [WORKER]) == {WORKER}
+    beat = Beat(WORKER, uuid4(), "127.0.0.1:1", "ready", 1, place=Place("here"))
+    assert database.call(heartbeats.write, beat)
+    assert database.call(recoveries.given_up, [WORKER]) == set()
 
 
 def test_pages_go_from_the_newest_back(database: Database) -> None:
-    """A page begins before the event it is given, for one worker or for all."""
+    """A page of events starts before the given event, newest first, for one worker or all."""
     for worker_id in (WORKER, "host:other", WORKER, WORKER):
         put(database, event("verdict", worker_id))
     every = [each.id for each in listed(database)]

@@ -1,7 +1,7 @@
-"""Who may call, seen by real clients: TLS, client certificates, tokens, roles, limits.
+"""Access control as real clients see it: TLS, client certificates, tokens, roles, limits.
 
-One worker and a watchdog with client certificates asked for; a `front` gateway with TLS and tokens, and a `strict` one
-that asks for client certificates, has no reflection and lets a client make five calls a second.
+A worker and a watchdog that require client certificates; a `front` gateway with TLS and tokens, and a `strict` one that
+requires client certificates, has no reflection and allows five calls a second per client.
 """
 
 import asyncio
@@ -22,15 +22,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from service import rpc, tokens
-from service.roles import Role
-from tests.certificates import Authority, replace
-from tests.integration.conftest import Server, Stack, new_database
-from tests.integration.test_front_door import finished, lines, refused
-from tests.ports import free_port
-from tests.waiting import until
+from service.auth import tokens
+from service.auth.roles import Role
+from service.rpc import server as rpc_server
+from tests.support.batches import finished, inline, lines, refused
+from tests.support.certificates import Authority, replace
+from tests.support.ports import free_port
+from tests.support.servers import Server, Stack, new_database
+from tests.support.waiting import until
+from vllm_batch import CallError, Client
 from vllm_batch.channel import open_aio_channel, open_channel
-from vllm_batch.client import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc, recovery_service_pb2
 
@@ -47,7 +48,11 @@ SERVICES = (
 METHODS = [f"/{service.full_name}/{method.name}" for service in SERVICES for method in service.methods]
 MAY = {
     None: set(),
-    Role.READ: {"GetBatch", "ListBatches", "WatchBatch", "StreamResults", "GetResult", "GetStatus", "ListEvents"},
+    Role.READ: {
+        *("GetServiceStatus", "GetBatch", "ListBatches", "WatchBatch", "StreamResults", "GetResult", "ListErrors"),
+        "ListTenants",
+        *("GetStatus", "ListEvents"),
+    },
 }
 MAY[Role.SUBMIT] = MAY[Role.READ] | {"CreateBatch", "UploadBatch", "CancelBatch", "DeleteBatch", "RetryBatch"}
 MAY[Role.OPERATE] = MAY[Role.SUBMIT] | {"PauseRecovery", "ResumeRecovery", "ResetBudget"}
@@ -55,7 +60,7 @@ MAY[Role.OPERATE] = MAY[Role.SUBMIT] | {"PauseRecovery", "ResumeRecovery", "Rese
 
 @dataclass
 class Secured:
-    """The processes, their files of keys, and everybody's tokens."""
+    """The processes, their key files, and a token for each role."""
 
     stack: Stack
     servers: Authority
@@ -76,7 +81,7 @@ class Secured:
         return self.stack.target
 
     def channel(self, target: str, role: Role | None, *, has_certificate: bool = False) -> grpc.Channel:
-        """A channel that shares its connection with no other, with the token of a role."""
+        """A channel with a connection of its own and the token of a role."""
         certificate, key = map(str, self.clients.issue()) if has_certificate else ("", "")
         return open_channel(
             target,
@@ -93,17 +98,18 @@ class Secured:
 
 @pytest.fixture(scope="module")
 def secured(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """Everything running, until the last test of this file."""
+    """All processes, running until the last test of this file."""
     folder = tmp_path_factory.mktemp("secured")
     servers, clients = Authority(folder, "servers"), Authority(folder, "clients")
     worker_client_ca = folder / "worker-clients.pem"
     worker_client_ca.write_bytes(clients.file.read_bytes())
-    front, gateway, other = servers.issue(), clients.issue(), servers.issue()
+    front, gateway, other = servers.issue(), clients.issue("gate.test"), servers.issue()
     secrets: dict[Role | None, str] = {None: ""}
     text = "# who may call\n\n"
     for role in Role:
-        secrets[role], token = tokens.new(f"{role}er", role)
+        secrets[role], token = tokens.new(f"{role}er", role, "users")
         text += token.line() + "\n"
+    text += "gate.test gateway certificate\nci.test submit certificate users\nqa.test read certificate\n"
     hashes = folder / "hashes"
     hashes.touch(0o600)
     hashes.write_text(text)
@@ -130,7 +136,7 @@ def secured(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             )  # fmt: skip
             until(lambda: is_serving(found, found.front), "the gateway to accept new work")
             until(lambda: is_serving(found, f"127.0.0.1:{strict_port}"), "the strict gateway to accept new work")
-            until(lambda: health(found.channel(f"127.0.0.1:{watchdog_port}", None), "") is OK, "the watchdog's port")
+            until(lambda: health(found.channel(f"127.0.0.1:{watchdog_port}", None), "") is OK, "the watchdog to answer")
             yield found
         finally:
             stack.end()
@@ -138,10 +144,10 @@ def secured(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def patient_watcher(secured: Secured) -> Iterator[Callable[[], float]]:
-    """A stream without news over a connection with our own keepalive. How long it has lasted; fails if it broke."""
+    """Opens an idle stream with our own keepalive. Returns a function that gives its age, or fails if it broke."""
     begin = time.monotonic()
     with open_channel(
-        secured.front, tls_ca=str(secured.servers.file), token="", options=rpc.CHANNEL_OPTIONS
+        secured.front, tls_ca=str(secured.servers.file), token="", options=rpc_server.CHANNEL_OPTIONS
     ) as channel:
         answers = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=300)
 
@@ -160,7 +166,7 @@ def patient_watcher(secured: Secured) -> Iterator[Callable[[], float]]:
 
 
 def health(channel: grpc.Channel, service: str = "vllm_batch.v1.BatchService") -> grpc.StatusCode:
-    """OK for any answer; else how the question failed. Closes the channel."""
+    """OK for any answer, otherwise the status that the check failed with. Closes the channel."""
     with channel:
         try:
             health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
@@ -180,7 +186,7 @@ def is_serving(secured: Secured, target: str) -> bool:
 
 
 def outcome(channel: grpc.Channel, method: str) -> tuple[grpc.StatusCode, str]:
-    """What becomes of a call with an empty request: code, and the reason in its details."""
+    """The code and reason that a call with an empty request ends with."""
     try:
         for _ in channel.stream_stream(method)(iter([b""]), timeout=30):
             pass
@@ -198,7 +204,7 @@ def listing(channel: grpc.Channel) -> CallError | None:
 
 
 def test_batch_over_tls(secured: Secured, patient_watcher: object) -> None:
-    """New work goes over TLS to the gateway and on to the worker, which sees the caller's own token; and is read."""
+    """A batch goes over TLS through gateway and worker, which logs the caller's own name, and can be read back."""
     with secured.client(Role.SUBMIT) as client:
         uploaded = client.submit_lines(lines(20))
         assert finished(client, uploaded.id).counts.completed == 20
@@ -216,7 +222,7 @@ def test_batch_over_tls(secured: Secured, patient_watcher: object) -> None:
 
 
 def test_asyncio_client(secured: Secured) -> None:
-    """A client for asyncio has TLS and the token too, for each kind of call."""
+    """The asyncio client uses TLS and the token for every kind of call."""
 
     async def run() -> tuple[int, int, int]:
         async with open_aio_channel(
@@ -238,11 +244,22 @@ def test_asyncio_client(secured: Secured) -> None:
             names = [len(answer.list_services_response.service) async for answer in info]
             return states[-1], len(listed.batches) > 0, names[0]
 
-    assert asyncio.run(run()) == (pb.BATCH_STATE_COMPLETED, True, 3)
+    assert asyncio.run(run()) == (pb.BATCH_STATE_COMPLETED, True, 5)
+
+
+def test_status_needs_a_token_that_may_read(secured: Secured) -> None:
+    """The status requires a token with the read role, and without one `accepting` says that it is missing."""
+    with Client(secured.front, 0, tls_ca=str(secured.servers.file), token="") as stranger:
+        error = refused(stranger.service_status)
+        assert (error.code, error.reason) == (UNAUTHENTICATED, "TOKEN_MISSING")
+        assert stranger.accepting() == error.message
+    with secured.client(Role.READ) as reader:
+        assert list(reader.service_status().models) == ["tiny"]
+        assert reader.accepting() == ""
 
 
 def test_server_that_is_not_known(secured: Secured, tmp_path: Path) -> None:
-    """A client talks to nobody whose certificate another authority made, and not without TLS to who has it."""
+    """A client refuses a server whose certificate another authority issued, and a TLS server refuses plain text."""
     stranger = Authority(tmp_path, "stranger")
     assert health(open_channel(secured.front, tls_ca=str(stranger.file), token="")) is UNAVAILABLE
     assert health(open_channel(secured.front, tls_ca="", token="")) is UNAVAILABLE
@@ -250,7 +267,7 @@ def test_server_that_is_not_known(secured: Secured, tmp_path: Path) -> None:
 
 
 def test_certificates_are_rotated_without_restart(secured: Secured, tmp_path: Path) -> None:
-    """New connections get the new certificate, old ones go on, and a pair that does not match changes nothing."""
+    """New connections get a rotated certificate, existing ones continue, and a pair that does not match is ignored."""
     before = tuple(path.read_bytes() for path in secured.front_pair)
     new = Authority(tmp_path, "new")
 
@@ -277,7 +294,7 @@ def test_certificates_are_rotated_without_restart(secured: Secured, tmp_path: Pa
 
 
 def test_client_certificates(secured: Secured, tmp_path: Path) -> None:
-    """Where client certificates are asked for, nobody gets in without a valid one of the right authority."""
+    """Where client certificates are required, only a valid one from the right authority is accepted."""
     target = f"127.0.0.1:{secured.strict_port}"
 
     def connect(pair: tuple[Path, Path] | None) -> grpc.StatusCode:
@@ -293,7 +310,7 @@ def test_client_certificates(secured: Secured, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", list(MAY), ids=str)
 def test_each_role_against_each_method(secured: Secured, role: Role | None) -> None:
-    """A token may do what its role says at gateway, worker and watchdog, nothing else, and nothing without one."""
+    """At gateway, worker and watchdog a token may call exactly the methods of its role, and none without a token."""
     let_in = set()
     for target in (secured.front, f"127.0.0.1:{secured.worker.port}", f"127.0.0.1:{secured.watchdog_port}"):
         with secured.channel(target, role, has_certificate=True) as channel:
@@ -311,8 +328,39 @@ def test_each_role_against_each_method(secured: Secured, role: Role | None) -> N
     assert let_in == MAY[role]
 
 
+def test_certificate_instead_of_a_token(secured: Secured) -> None:
+    """A certificate that the file names has its role and tenant; the gateway's alone may say whose call it forwards."""
+    gateway, worker = (f"127.0.0.1:{port}" for port in (secured.strict_port, secured.worker.port))
+
+    def stub(target: str, *pair: Path) -> batch_service_pb2_grpc.BatchServiceStub:
+        certificate, key = map(str, pair)
+        ca, own = str(secured.servers.file), (("grpc.use_local_subchannel_pool", 1),)
+        return batch_service_pb2_grpc.BatchServiceStub(
+            open_channel(target, tls_ca=ca, tls_cert=certificate, tls_key=key, token="", options=own)
+        )
+
+    def failure(call: Callable[..., object], *given: object, **more: object) -> CallError:
+        with pytest.raises(grpc.RpcError) as caught:
+            call(*given, timeout=30, **more)
+        return CallError(caught.value)
+
+    ci, qa, unknown = (secured.clients.issue(name) for name in ("ci.test", "qa.test", "other.test"))
+    forged = ((tokens.CALLER_HEADER, "ci.test"),)
+    created = stub(gateway, *ci).CreateBatch(inline(), timeout=30).batch
+    assert created.tenant == "users"
+    assert {event.get("caller") for event in secured.worker.events("batch_stored")} >= {"ci.test"}
+    read = pb.GetBatchRequest(batch_id=created.id)
+    assert stub(gateway, *ci).GetBatch(read, timeout=30).batch.id == created.id
+    assert failure(stub(gateway, *qa).GetBatch, read).code is grpc.StatusCode.NOT_FOUND
+    for target in (gateway, worker):
+        error = failure(stub(target, *qa).CreateBatch, inline(), metadata=forged)
+        assert (error.code, error.reason) == (PERMISSION_DENIED, "ROLE_MISSING")
+        error = failure(stub(target, *unknown).CreateBatch, inline(), metadata=forged)
+        assert (error.code, error.reason) == (UNAUTHENTICATED, "TOKEN_MISSING")
+
+
 def test_wrong_tokens(secured: Secured) -> None:
-    """A token that is not known is refused, as is one that was taken back, at the very next call."""
+    """Unknown tokens are rejected, and adding or revoking a token takes effect at the next call."""
     ca = str(secured.servers.file)
     for wrong in ("vbt_wrong", secured.tokens[Role.READ][:-1], f"{secured.tokens[Role.READ]}x"):
         with open_channel(secured.front, tls_ca=ca, token=wrong) as channel:
@@ -330,7 +378,7 @@ def test_wrong_tokens(secured: Secured) -> None:
 
 
 def test_health_is_open_and_reflection_is_not(secured: Secured) -> None:
-    """Probes need no token; who wants to see the contract does, and where it is switched off nobody sees it."""
+    """Health needs no token, reflection needs one, and a server with reflection disabled does not offer it."""
     method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     strict = f"127.0.0.1:{secured.strict_port}"
     for target in (secured.front, strict, f"127.0.0.1:{secured.watchdog_port}"):
@@ -345,8 +393,8 @@ def test_health_is_open_and_reflection_is_not(secured: Secured) -> None:
 
 
 def test_oversized_messages_and_metadata(secured: Secured) -> None:
-    """What is over the limits is refused, before anybody has looked at it, and the server goes on."""
-    large = pb.CreateBatchRequest(options=pb.BatchOptions(request_id="x" * rpc.MAX_MESSAGE_BYTES))
+    """Messages and metadata over the limits are rejected with RESOURCE_EXHAUSTED, and the server keeps working."""
+    large = pb.CreateBatchRequest(options=pb.BatchOptions(request_id="x" * rpc_server.MAX_MESSAGE_BYTES))
     with secured.client(Role.SUBMIT) as client:
         stub = client._stub
         error = refused(lambda: client._retry(lambda: stub.CreateBatch(large, timeout=60)))
@@ -358,12 +406,12 @@ def test_oversized_messages_and_metadata(secured: Secured) -> None:
 
 
 def frame(kind: int, flags: int, payload: bytes) -> bytes:
-    """A frame of HTTP/2 on its stream 0 (RFC 9113, 4.1)."""
+    """An HTTP/2 frame on stream 0 (RFC 9113, 4.1)."""
     return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + b"\0\0\0\0" + payload
 
 
 def test_who_pings_too_often_is_cut_off(secured: Secured) -> None:
-    """A flood of pings ends its connection with ENHANCE_YOUR_CALM, and nobody else's."""
+    """A flood of pings ends that connection with ENHANCE_YOUR_CALM, and others still work."""
     context = ssl.create_default_context(cafile=str(secured.servers.file))
     context.set_alpn_protocols(["h2"])
     address = ("127.0.0.1", secured.stack.gateway_port)
@@ -383,11 +431,11 @@ def test_who_pings_too_often_is_cut_off(secured: Secured) -> None:
 
 
 def test_rate_limit(secured: Secured) -> None:
-    """Who calls too often is told to wait and for how long; others are served, and a patient client gets through."""
+    """A client over the rate limit is told how long to wait; others are served, and a retrying client succeeds."""
     target = f"127.0.0.1:{secured.strict_port}"
     certificate, key = map(str, secured.clients.issue())
     with secured.channel(target, Role.READ, has_certificate=True) as channel:
-        until(lambda: listing(channel) is not None, "the limit")
+        until(lambda: listing(channel) is not None, "the rate limit to apply")
         error = listing(channel)
         while error is None:
             error = listing(channel)
@@ -412,11 +460,11 @@ def test_rate_limit(secured: Secured) -> None:
 
 
 def test_gateway_calls_with_its_newest_certificate(secured: Secured, tmp_path: Path) -> None:
-    """The authority of client certificates and the gateway's own certificate are changed without a restart of it."""
+    """The gateway connects with its renewed certificate, without a restart, to a worker with a new client CA."""
     new = Authority(tmp_path, "new-clients")
     replace(secured.gateway_pair, new.issue())
     secured.worker_client_ca.write_bytes(new.file.read_bytes())
-    # Only new connections are asked for the new certificate.
+    # Only new connections use the new certificate.
     secured.worker.kill()
     secured.worker.start()
     with secured.client(Role.SUBMIT) as client:
@@ -433,7 +481,7 @@ def test_gateway_calls_with_its_newest_certificate(secured: Secured, tmp_path: P
 
 
 def test_secrets_are_nowhere_to_be_seen(secured: Secured) -> None:
-    """No token, nor its hash, is in any log or any list of processes."""
+    """No token and no token hash appears in any log or process list."""
     secrets = [secret for secret in secured.tokens.values() if secret]
     secrets += [tokens.digest(secret).hex() for secret in secrets]
     logs = "".join(log.read_text() for log in secured.stack.folder.glob("*.log"))
@@ -446,6 +494,6 @@ def test_secrets_are_nowhere_to_be_seen(secured: Secured) -> None:
 
 
 def test_our_own_keepalive_is_let_through(secured: Secured, patient_watcher: Callable[[], float]) -> None:
-    """A client that pings as ours do, every 5 s with nothing else to send, keeps its connection."""
-    # Cut off would have been the third ping that is too early, after 15 s.
+    """A client that pings every 5 s while idle, as ours do, keeps its connection."""
+    # A third ping that came too early, after 15 s, would have ended it.
     until(lambda: patient_watcher() > 17, "three pings")

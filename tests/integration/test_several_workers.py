@@ -6,41 +6,44 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from tests.integration.conftest import Server, Stack
-from tests.integration.test_front_door import count, finished, line, lines, refused
-from tests.integration.test_health import inline
-from tests.ports import free_port
-from tests.waiting import until
-from vllm_batch.client import CallError, Client
+from tests.support.batches import count, finished, inline, line, lines, refused
+from tests.support.ports import free_port
+from tests.support.servers import Server, Stack
+from tests.support.waiting import until
+from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 
 def knows(gateway: Server, count: int) -> bool:
-    """True when the gateway has heard of so many workers that they are ready, and from themselves that they serve."""
+    """True when the gateway has seen this many workers both ready in their heartbeats and serving on their links."""
     ready = [event for event in gateway.events("worker_phase") if event["phase"] == "ready"]
     serving = {event["address"] for event in gateway.events("worker_contact") if event["health"] == "serving"}
     return len(ready) == len(serving) == count
 
 
 def two_workers(stack: Stack, **first: object) -> Server:
-    """Two, of which the first is chosen first. Returns that one; no heartbeat grows stale here."""
+    """Starts two workers and returns the one that is chosen first. Heartbeats do not become stale here."""
     gateway = stack.gateway(heartbeat_timeout_s=3600)
-    module = "tests.integration.blocking_worker"
-    worker = stack.run(module, "a", worker_port=free_port(), **first)
+    module = "tests.support.blocking_worker"
     stack.run(module, "b", worker_port=free_port())
-    until(lambda: knows(gateway, 2), "both workers")
+    until(lambda: knows(gateway, 1), "the gateway to know one worker")
+    # Who has had no call yet comes before who has.
+    with Client(stack.target) as client:
+        refused(lambda: client.submit_lines(lines(1, model="unknown")))
+    worker = stack.run(module, "a", worker_port=free_port(), **first)
+    until(lambda: knows(gateway, 2), "the gateway to know both workers")
     return worker
 
 
 def created(stack: Stack) -> pb.Batch:
-    """A batch typed in by hand."""
+    """Creates an inline batch."""
     with grpc.insecure_channel(stack.target) as channel:
         return batch_service_pb2_grpc.BatchServiceStub(channel).CreateBatch(inline(), timeout=60).batch
 
 
 def uploaded(stack: Stack, padding: int = 0, request_id: str = "") -> pb.Batch:
-    """A batch from a client that names it only when it is told to, and tries once."""
+    """Uploads a batch with one attempt, under a request_id only if one is given."""
     pieces = [
         pb.UploadBatchRequest(options=pb.BatchOptions(request_id=request_id)),
         pb.UploadBatchRequest(data=line("a", padding="x" * padding)),
@@ -51,11 +54,11 @@ def uploaded(stack: Stack, padding: int = 0, request_id: str = "") -> pb.Batch:
 
 
 def test_models_of_different_workers(stack: Stack, client: Client) -> None:
-    """A batch reaches a worker of its model, uploaded or inline; for the model of one that is away it is to wait."""
+    """A batch reaches a worker that serves its model, and one for the model of an absent worker gets UNAVAILABLE."""
     gateway = stack.gateway(heartbeat_timeout_s=3600)
     stack.worker("a", model="alpha")
     beta = stack.worker("b", model="beta")
-    until(lambda: knows(gateway, 2), "both workers")
+    until(lambda: knows(gateway, 2), "the gateway to know both workers")
     batches = [client.submit_lines([b"\n", *lines(30, model=model)]) for model in ("alpha", "beta") * 3]
     text = pb.InlineRequest(custom_id="b", url="/v1/chat/completions", body_json='{"model": "beta", "messages": []}')
     structure = pb.InlineRequest(custom_id="a", url="/v1/chat/completions")
@@ -82,7 +85,7 @@ def test_models_of_different_workers(stack: Stack, client: Client) -> None:
 @pytest.mark.parametrize("create", [created, uploaded])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_create_crash_after_store(stack: Stack, client: Client, create: Callable[[Stack], pb.Batch], when: str) -> None:
-    """A worker that dies before or after it stored a batch is followed by the next, and the batch is there once.
+    """If a worker dies before or after storing a batch, the next worker takes the call and the batch exists once.
 
     The client gave no request_id and tries once.
     """
@@ -94,7 +97,7 @@ def test_create_crash_after_store(stack: Stack, client: Client, create: Callable
 
 
 def test_an_upload_that_cannot_be_repeated(stack: Stack, client: Client) -> None:
-    """Of an upload of some size the client is told under which name to try again, and gets the batch that is there."""
+    """A client of a failed large upload gets a request_id, and a retry under it returns the batch already stored."""
     first = two_workers(stack, failpoint="store.after_commit")
     with pytest.raises(grpc.RpcError) as caught:
         uploaded(stack, padding=1_000_000)
@@ -106,7 +109,7 @@ def test_an_upload_that_cannot_be_repeated(stack: Stack, client: Client) -> None
 
 
 def test_a_worker_that_hangs_is_passed_over(stack: Stack, client: Client) -> None:
-    """A call that went to a worker whose loop is blocked goes on to the next, and the batch is there once."""
+    """A call that went to a blocked worker moves on to the next, and the batch exists once."""
     first = two_workers(stack)
     first.process.send_signal(signal.SIGUSR1)
     batch = created(stack)
@@ -116,7 +119,7 @@ def test_a_worker_that_hangs_is_passed_over(stack: Stack, client: Client) -> Non
 
 
 def test_refusals_of_one_worker(stack: Stack, client: Client) -> None:
-    """While one worker drains, the other takes everything."""
+    """While one worker drains, the other accepts every batch."""
     first = two_workers(stack)
     first.process.terminate()
     ids = {client.submit_lines(lines(1), request_id=f"r{number}").id for number in range(50)}

@@ -1,4 +1,4 @@
-"""One trace, and one id, from a client through gateway and worker to the requests in the engine."""
+"""One trace and one id lead from the client through gateway and worker to the requests in the engine."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,11 @@ import grpc
 import psycopg2
 import pytest
 
-from tests.collector import CLIENT_SPAN, TRACE, TRACEPARENT, Collector, Span, collecting
-from tests.integration.conftest import Stack
-from tests.integration.test_front_door import lines
-from tests.waiting import until
-from vllm_batch.client import Client
+from tests.support.batches import lines
+from tests.support.collector import CLIENT_SPAN, TRACE, TRACEPARENT, Collector, Span, collecting
+from tests.support.servers import Stack
+from tests.support.waiting import until
+from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc
 
@@ -19,7 +19,7 @@ UNSAMPLED = TRACEPARENT.removesuffix("01") + "00"
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """A collector, and the environment that has processes send to it."""
+    """A collector, with the environment that makes processes send to it."""
     with collecting() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
@@ -27,7 +27,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 
 def upload(stack: Stack, count: int, traceparent: str = TRACEPARENT) -> pb.Batch:
-    """An upload with a trace context and an id, as an instrumented client makes it."""
+    """Uploads a batch with a trace context and an id, as an instrumented client does."""
     messages = [pb.UploadBatchRequest(options=pb.BatchOptions())]
     messages += [pb.UploadBatchRequest(data=line) for line in lines(count)]
     messages += [pb.UploadBatchRequest(end=pb.UploadEnd())]
@@ -38,8 +38,7 @@ def upload(stack: Stack, count: int, traceparent: str = TRACEPARENT) -> pb.Batch
 
 
 def test_one_trace_from_client_to_engine(collector: Collector, serving: Stack, client: Client) -> None:
-    """The client's span is the parent of the gateway's, that of the worker's, that of each request's; and what a client
-    says not to sample is sent nowhere, by neither process and for no request."""
+    """Client, gateway, worker and each request form one trace, and a trace that is not sampled is sent nowhere."""
     upload(serving, 3, UNSAMPLED)
     batch = upload(serving, 3)
     assert len(list(client.results(batch.id, follow=True))) == 3
@@ -64,8 +63,7 @@ def test_one_trace_from_client_to_engine(collector: Collector, serving: Stack, c
 
 
 def test_an_upload_is_followed_through_the_logs(serving: Stack, client: Client, database_url: str) -> None:
-    """An upload has one id in the logs of gateway and worker: its client's, or one of its own. Without a collector the
-    client's trace is kept with the batch all the same, for the engine."""
+    """Gateway and worker log an upload under one call id, and its trace context is kept without a collector."""
     batches = [upload(serving, 1), client.submit_lines(lines(1)), client.submit_lines(lines(1))]
     gateway, worker = serving.servers
     forwarded, stored = gateway.events("batch_forwarded"), worker.events("batch_stored")

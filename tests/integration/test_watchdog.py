@@ -1,4 +1,4 @@
-"""The watchdog on a real supervisord and a real Postgres, with a worker that fails as it is told to."""
+"""The watchdog with real supervisord, real Postgres, and a stand-in worker that fails on request."""
 
 import json
 import mmap
@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,23 +25,28 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service import processes
 from service.clock import SystemClock
 from service.config import Settings
+from service.database_url import parse
 from service.db import heartbeats, recoveries, watchdogs
 from service.db.connection import Database
 from service.db.recoveries import Event
-from tests.integration.conftest import ROOT
-from tests.integration.sentry_receiver import Receiver, receiving
-from tests.integration.standin_worker import is_alive
-from tests.ports import free_port
-from tests.waiting import until
+from service.rpc import pages
+from tests.support.ports import free_port
+from tests.support.sentry_receiver import Receiver, receiving
+from tests.support.servers import ROOT
+from tests.support.standin_worker import is_alive
+from tests.support.waiting import until
 from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog.alerts import Alerts
-from watchdog.awake import Awake
 from watchdog.guard import Snapshot
-from watchdog.guards import Guards, limits_of
+from watchdog.host import Host
+from watchdog.observe.stall_detector import StallDetector
 from watchdog.policy import Action, State, Verdict
 from watchdog.supervisor import Supervisor, SupervisorAwayError
+from watchdog.wiring import GuardFactory, limits_of
 
+# Whose watchdog is asked for.
+HERE = [socket.gethostname()]
 WORKER_ID = f"{socket.gethostname()}:worker"
 CONF = """
 [unix_http_server]
@@ -65,7 +71,7 @@ stdout_logfile={home}/worker.log
 
 
 @dataclass
-class Host:
+class SupervisedHost:
     """A supervisord with one worker, in a home of its own."""
 
     home: Path
@@ -73,17 +79,17 @@ class Host:
     settings: Settings
     env: dict[str, str]
     supervisor: Supervisor
-    guards: list[Guards] = field(default_factory=list)
+    guards: list[Host] = field(default_factory=list)
     children: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def fault(self, name: str) -> Path:
-        """Switches a fault on; unlink what is returned to end it."""
+        """Switches a fault on; unlink the returned path to end it."""
         path = self.home / "faults" / name
         path.touch()
         return path
 
     def lives(self) -> list[dict[str, Any]]:
-        """What each life of the worker has said of itself."""
+        """What each life of the worker has reported about itself."""
         path = self.home / "lives"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -98,7 +104,7 @@ class Host:
         return [Path(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def run(self, *arguments: str, **more: str) -> "subprocess.Popen[bytes]":
-        """Starts a program in this home's environment; it ends with the test."""
+        """Starts a program in this home's environment; it is killed after the test."""
         with (self.home / "programs.log").open("ab") as log:
             self.children.append(subprocess.Popen(arguments, env=self.env | more, cwd=ROOT, stdout=log, stderr=log))
         return self.children[-1]
@@ -111,12 +117,12 @@ class Host:
             return False
 
     def supervisorctl(self, *arguments: str) -> None:
-        """An operator's command."""
+        """Runs an operator's command."""
         command = [f"{sys.prefix}/bin/supervisorctl", "-c", str(self.home / "supervisord.conf"), *arguments]
         subprocess.run(command, check=True, timeout=30, cwd=ROOT, stdout=subprocess.DEVNULL)
 
-    def guard(self, database: Database | None = None) -> Guards:
-        """Begins to guard, in this process and with short confirmations."""
+    def guard(self, database: Database | None = None, clock: SystemClock | None = None) -> Host:
+        """Starts guarding in this process, with short confirmation times."""
         limits = replace(
             limits_of(self.settings),
             confirm_interval_s=0.05,
@@ -128,8 +134,11 @@ class Host:
         )
         database = database or self.database
         alerts = Alerts(self.settings)
-        clock = SystemClock()
-        guards = Guards(self.settings, limits, self.supervisor, database, clock, Awake(clock), lambda: None, alerts)
+        clock = clock or SystemClock()
+        factory = GuardFactory(
+            self.settings, limits, self.supervisor, database, clock, StallDetector(clock), lambda: None, alerts
+        )
+        guards = Host(self.supervisor, factory.make)
         self.guards.append(guards)
         guards.discover()
         return guards
@@ -152,11 +161,11 @@ class Host:
         return [event for event in self.events() if event.kind == "restart"]
 
 
-def snapshot(guards: Guards) -> Snapshot | None:
+def snapshot(guards: Host) -> Snapshot | None:
     return guards.by_worker[WORKER_ID].snapshot
 
 
-def until_verdict(guards: Guards, verdict: Verdict, look: Callable[[Snapshot], bool] = lambda _: True) -> Snapshot:
+def until_verdict(guards: Host, verdict: Verdict, look: Callable[[Snapshot], bool] = lambda _: True) -> Snapshot:
     """Waits until the guard has this verdict."""
 
     def seen() -> Snapshot | None:
@@ -166,26 +175,26 @@ def until_verdict(guards: Guards, verdict: Verdict, look: Callable[[Snapshot], b
     return until(seen, verdict)  # type: ignore[return-value]
 
 
-def until_healthy(guards: Guards) -> int:
-    """Waits until the worker is healthy and no restart is open; the pid of its process."""
+def until_healthy(guards: Host) -> int:
+    """Waits until the worker is healthy and no restart is open. Returns its pid."""
     now = until_verdict(guards, Verdict.HEALTHY, lambda seen: seen.intent is None)
     return now.evidence.process.pid if now.evidence.process else 0
 
 
-def look_again(guards: Guards, times: int = 3) -> list[Snapshot]:
-    """Has the guard look several times more; what it saw."""
+def look_again(guards: Host, times: int = 3) -> list[Snapshot]:
+    """Has the guard check several more times, and returns what it saw."""
     seen = []
     for _ in range(times):
         before = snapshot(guards)
         guards.by_worker[WORKER_ID].wake()
-        seen.append(until(lambda before=before: (now := snapshot(guards)) is not before and now, "another look"))  # type: ignore[misc]
+        seen.append(until(lambda before=before: (now := snapshot(guards)) is not before and now, "another check"))  # type: ignore[misc]
     return seen  # type: ignore[return-value]
 
 
 @pytest.fixture
-def host(database: Database, database_url: str, request: pytest.FixtureRequest) -> Iterator[Host]:
+def host(database: Database, database_url: str, request: pytest.FixtureRequest) -> Iterator[SupervisedHost]:
     """A supervisord with a worker that has just been started, through a shell if the parameter says so."""
-    command = f"{sys.executable} -m tests.integration.standin_worker"
+    command = f"{sys.executable} -m tests.support.standin_worker"
     if getattr(request, "param", None) == "through a shell":
         command = f"sh -c '{command}; true'"
     with tempfile.TemporaryDirectory(prefix="vbw-", ignore_cleanup_errors=True) as folder:
@@ -212,7 +221,7 @@ def host(database: Database, database_url: str, request: pytest.FixtureRequest) 
             "DATABASE_URL": database_url,
             **{f"BATCH_{name.upper()}": str(value) for name, value in given.items()},
         }
-        host = Host(home, database, settings, env, Supervisor(settings.supervisor_url, 5))
+        host = SupervisedHost(home, database, settings, env, Supervisor(settings.supervisor_url, 5))
         host.run(f"{sys.prefix}/bin/supervisord", "-c", str(home / "supervisord.conf"))
         try:
             until(host.is_up, "supervisord")
@@ -231,8 +240,8 @@ def host(database: Database, database_url: str, request: pytest.FixtureRequest) 
                     os.kill(pid, signal.SIGKILL)
 
 
-def test_killed_worker_is_restarted_and_the_event_says_recovered(host: Host) -> None:
-    """SIGKILL leads to one restart, which is closed as recovered with what it took and both incarnations."""
+def test_killed_worker_is_restarted_and_the_event_says_recovered(host: SupervisedHost) -> None:
+    """SIGKILL leads to one restart, closed as recovered with the time of each phase and both incarnations."""
     guards = host.guard()
     pid = until_healthy(guards)
     os.kill(pid, signal.SIGKILL)
@@ -241,13 +250,13 @@ def test_killed_worker_is_restarted_and_the_event_says_recovered(host: Host) -> 
     (event,) = host.restarts()
     assert (event.verdict, event.outcome) == ("CRASHED", "recovered")
     assert list(event.timings) == list(recoveries.PHASES)
-    assert [str(event.old_incarnation), str(event.new_incarnation)] == [life["incarnation"] for life in host.lives()]
+    assert [str(event.old_incarnation), str(event.new_incarnation)] == [state["incarnation"] for state in host.lives()]
     assert event.end_time is not None
     assert event.evidence["process"]["state"] == "EXITED"
 
 
-def test_exit_with_status_0_is_a_crash(host: Host) -> None:
-    """A worker that ends by itself, however politely, is restarted."""
+def test_exit_with_status_0_is_a_crash(host: SupervisedHost) -> None:
+    """A worker that exits with status 0 is restarted too."""
     guards = host.guard()
     os.kill(until_healthy(guards), signal.SIGUSR1)
     until(lambda: len(host.lives()) == 2, "a second life")
@@ -255,8 +264,8 @@ def test_exit_with_status_0_is_a_crash(host: Host) -> None:
     assert [(event.verdict, event.outcome) for event in host.restarts()] == [("CRASHED", "recovered")]
 
 
-def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -> None:
-    """What the dead worker left, in its group or out of it, marked or stripped, is gone when the next one starts."""
+def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: SupervisedHost) -> None:
+    """Orphans of the dead worker, marked or not, are gone before the next life starts, and nothing else is."""
     sleep = ["sleep", "1000"]
     marks = {"BATCH_HOME": str(host.home), "SUPERVISOR_PROCESS_NAME": "worker"}
     innocent = [
@@ -277,12 +286,12 @@ def test_orphans_are_swept_before_the_next_life_and_nobody_else_is(host: Host) -
     assert all(child.poll() is None for child in innocent)
 
 
-def test_leaked_shared_memory_is_gone_before_the_next_life_and_nothing_else_is(host: Host) -> None:
-    """What only the dead worker had mapped is removed; not what others hold, nor what it only read."""
+def test_leaked_shared_memory_is_gone_before_the_next_life_and_nothing_else_is(host: SupervisedHost) -> None:
+    """Shared memory mapped for writing by the dead worker alone is removed; what others map, or it only read, stays."""
     fault = host.fault("shared_memory")
     guards = host.guard()
     pid = until_healthy(guards)
-    leaked, shared, read = until(host.shared_memory, "its shared memory")
+    leaked, shared, read = until(host.shared_memory, "the worker to map shared memory")
     look_again(guards)
     with leaked.open("rb"), shared.open("r+b") as file, mmap.mmap(file.fileno(), 0):
         fault.unlink()
@@ -293,8 +302,8 @@ def test_leaked_shared_memory_is_gone_before_the_next_life_and_nothing_else_is(h
     assert [event.outcome for event in host.restarts()] == ["recovered"]
 
 
-def test_operator_stop_stays(host: Host) -> None:
-    """What supervisorctl stops is left alone, also when it stopped in the middle of loading after a restart of ours."""
+def test_operator_stop_stays(host: SupervisedHost) -> None:
+    """A worker stopped with supervisorctl stays stopped, even if it was loading after a restart of ours."""
     guards = host.guard()
     pid = until_healthy(guards)
     loading = host.fault("loading")
@@ -312,8 +321,8 @@ def test_operator_stop_stays(host: Host) -> None:
     assert len(host.restarts()) == 1
 
 
-def test_lost_heartbeat_restarts(host: Host) -> None:
-    """A worker that serves but does not beat any more is restarted."""
+def test_lost_heartbeat_restarts(host: SupervisedHost) -> None:
+    """A worker that serves but no longer beats is restarted."""
     guards = host.guard()
     until_healthy(guards)
     fault = host.fault("no_heartbeat")
@@ -323,7 +332,7 @@ def test_lost_heartbeat_restarts(host: Host) -> None:
     assert [(event.verdict, event.outcome) for event in host.restarts()] == [("HEARTBEAT_LOST", "recovered")]
 
 
-def test_refused_rpc_restarts(host: Host) -> None:
+def test_refused_rpc_restarts(host: SupervisedHost) -> None:
     """A worker that beats but whose port is closed is restarted."""
     guards = host.guard()
     until_healthy(guards)
@@ -334,8 +343,8 @@ def test_refused_rpc_restarts(host: Host) -> None:
     assert [(event.verdict, event.outcome) for event in host.restarts()] == [("RPC_WEDGED", "recovered")]
 
 
-def test_stopped_process_is_killed_when_it_does_not_stop(host: Host) -> None:
-    """A worker under SIGSTOP, which hears no SIGTERM either, is killed at our deadline and comes back."""
+def test_stopped_process_is_killed_when_it_does_not_stop(host: SupervisedHost) -> None:
+    """A worker under SIGSTOP, which cannot react to SIGTERM, is killed at the deadline and restarted."""
     guards = host.guard()
     os.kill(until_healthy(guards), signal.SIGSTOP)
     until(lambda: len(host.lives()) == 2, "a second life")
@@ -345,8 +354,8 @@ def test_stopped_process_is_killed_when_it_does_not_stop(host: Host) -> None:
     assert (event.outcome, is_alive(host.lives()[0]["pid"])) == ("recovered", False)
 
 
-def test_loading_is_held(host: Host) -> None:
-    """A worker that loads, and does not serve meanwhile, is waited for."""
+def test_loading_is_held(host: SupervisedHost) -> None:
+    """A worker that is loading is left alone until it serves."""
     host.supervisorctl("stop", "worker")
     fault = host.fault("loading")
     guards = host.guard()
@@ -359,21 +368,21 @@ def test_loading_is_held(host: Host) -> None:
 
 
 @pytest.mark.parametrize("host", ["through a shell"], indirect=True)
-def test_worker_behind_a_wrapper_and_on_another_port_is_found(host: Host) -> None:
-    """The heartbeat is the worker's when it comes from its process group, and says where it is to be asked."""
+def test_worker_behind_a_wrapper_and_on_another_port_is_found(host: SupervisedHost) -> None:
+    """A worker behind a wrapper is recognized by its process group, and probed at the address in its heartbeat."""
     host.settings = host.settings.model_copy(update={"worker_port": free_port()})
     guards = host.guard()
     pid = until_healthy(guards)
-    assert pid != until(host.lives, "its first word")[0]["pid"]
+    assert pid != until(host.lives, "the worker's first life")[0]["pid"]
     assert {seen.decision.verdict for seen in look_again(guards)} == {Verdict.HEALTHY}
 
 
-def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> None:
-    """An intent found between stop and start is finished, sweep included, and costs no second unit of the budget."""
+def test_interrupted_restart_is_finished_by_the_next_watchdog(host: SupervisedHost) -> None:
+    """A restart interrupted between stop and start is finished, including the sweep, at no further cost of budget."""
     fault = host.fault("orphans")
     in_group, _, out_of_group = until(lambda: host.orphans(), "the first life and its children")
     fault.unlink()
-    until(lambda: host.database.call(heartbeats.read, WORKER_ID), "its heartbeat")
+    until(lambda: host.database.call(heartbeats.read, WORKER_ID), "the worker's heartbeat")
     host.supervisor.stop("worker:worker")
     until(lambda: host.supervisor.info("worker:worker").state is State.STOPPED, "the worker to stop")
     now, timings = datetime.now(UTC), {"detect": 1.0}
@@ -395,20 +404,20 @@ def test_interrupted_restart_is_finished_by_the_next_watchdog(host: Host) -> Non
 class Watchdog:
     """The watchdog's own process, and its RPCs."""
 
-    def __init__(self, host: Host, **env: str) -> None:
+    def __init__(self, host: SupervisedHost, **env: str) -> None:
         self.process = host.run(sys.executable, "-m", "watchdog", **env)
         self._channel = grpc.insecure_channel(f"127.0.0.1:{host.settings.watchdog_port}")
         self.recovery = recovery_service_pb2_grpc.RecoveryServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self.health = health_pb2_grpc.HealthStub(self._channel)
         grpc.channel_ready_future(self._channel).result(timeout=30)
 
     def worker(self) -> pb.WorkerStatus:
-        """What it says of the worker."""
+        """The watchdog's status of the worker."""
         workers = self.recovery.GetStatus(pb.GetStatusRequest(), timeout=5).workers
         return workers[0] if workers else pb.WorkerStatus()
 
     def until(self, verdict: pb.Verdict, action: pb.Action = pb.ACTION_HOLD) -> pb.WorkerStatus:
-        """Waits until it says this."""
+        """Waits until the watchdog reports this."""
 
         def said() -> pb.WorkerStatus | None:
             now = self.worker()
@@ -417,24 +426,24 @@ class Watchdog:
         return until(said, pb.Verdict.Name(verdict))  # type: ignore[return-value]
 
     def is_serving(self) -> bool:
-        """What its health says, under both names."""
+        """True if its health is SERVING, which must be the same under both names."""
         names = ("", "vllm_batch.v1.RecoveryService")
-        said = [self._health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status for name in names]
+        said = [self.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status for name in names]
         assert said[0] == said[1]
         return bool(said[0] == health_pb2.HealthCheckResponse.SERVING)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kills it with SIGKILL."""
         self._channel.close()
         self.process.kill()
         self.process.wait(10)
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["it stops", "it is still stopping"])
-def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(host: Host, ends: bool) -> None:
-    """SIGKILL of the watchdog while the worker it restarts is stopping leaves nothing half done.
+def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(host: SupervisedHost, ends: bool) -> None:
+    """If the watchdog is killed while a worker is being stopped, its successor finishes the restart.
 
-    One that does not stop is killed by the successor, long before supervisord would.
+    A worker that does not stop is killed by the successor, long before supervisord would.
     """
     watchdog = Watchdog(host, BATCH_STOP_TIMEOUT_S="30")
     pid = watchdog.until(pb.VERDICT_HEALTHY).pid
@@ -454,13 +463,15 @@ def test_watchdog_killed_between_stop_and_start_is_finished_by_its_successor(hos
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    """What Sentry would be."""
+    """A local stand-in for Sentry."""
     with receiving() as server:
         yield server
 
 
-def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: Host, receiver: Receiver) -> None:
-    """After the last restart of the hour the watchdog says so in its health, holds, and goes on after ResetBudget.
+def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(
+    host: SupervisedHost, receiver: Receiver
+) -> None:
+    """Once the budget is exhausted, the watchdog and its successors hold and are NOT_SERVING until ResetBudget.
 
     Sentry gets each failure, the end of the budget and the recovery, once.
     """
@@ -472,7 +483,7 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     os.kill(pid, signal.SIGKILL)
     status = watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP)
     assert (status.gave_up, status.budget_left, status.budget_limit) == (True, 0, 2)
-    until(lambda: not watchdog.is_serving(), "health to say so")
+    until(lambda: not watchdog.is_serving(), "health to be NOT_SERVING")
     assert [event.kind for event in host.events() if event.kind != "verdict"] == ["restart", "restart", "gave_up"]
     assert [event.outcome for event in host.restarts()] == ["failed", "failed"]
     assert len(host.lives()) == 3
@@ -483,13 +494,13 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     )
     watchdog = Watchdog(host, **few)
     assert watchdog.until(pb.VERDICT_CRASHED, pb.ACTION_GIVE_UP).gave_up
-    until(lambda: not watchdog.is_serving(), "health to say so")
+    until(lambda: not watchdog.is_serving(), "health to be NOT_SERVING")
     assert len(host.lives()) == 3
 
     crash.unlink()
     watchdog.recovery.ResetBudget(pb.ResetBudgetRequest(reason="the disk is repaired"), timeout=5)
     assert not watchdog.until(pb.VERDICT_HEALTHY).gave_up
-    until(watchdog.is_serving, "health to say so")
+    until(watchdog.is_serving, "health to be SERVING")
     until(lambda: len(receiver.events) == 4, "all alerts")
     assert [event["fingerprint"] for event in receiver.events] == [
         ["recovery_failed", "CRASHED"],
@@ -502,14 +513,15 @@ def test_spent_budget_gives_up_across_deaths_of_the_watchdog_until_reset(host: H
     assert host.settings.postgres_url.encode() not in receiver.raw
 
 
-def test_pause_holds_and_resume_lets_go(host: Host) -> None:
-    """While recovery is paused a crash is only noted, also by the next watchdog; after the resume it is seen to."""
+def test_pause_holds_and_resume_lets_go(host: SupervisedHost) -> None:
+    """While recovery is paused a crash is not acted on, not even by the next watchdog; after resuming it is."""
     watchdog = Watchdog(host)
     pid = watchdog.until(pb.VERDICT_HEALTHY).pid
     for bad in (
         pb.PauseRecoveryRequest(reason="x"),
         pb.PauseRecoveryRequest(duration=Duration(seconds=60)),
         pb.PauseRecoveryRequest(duration=Duration(seconds=24 * 3600 + 1), reason="x"),
+        pb.PauseRecoveryRequest(duration=Duration(seconds=60), reason="x\0"),
     ):
         with pytest.raises(grpc.RpcError) as refused:
             watchdog.recovery.PauseRecovery(bad, timeout=5)
@@ -530,8 +542,8 @@ def test_pause_holds_and_resume_lets_go(host: Host) -> None:
     assert len(host.lives()) == 2
 
 
-def test_events_are_listed_in_pages_newest_first(host: Host) -> None:
-    """Pages of the audit log join into the whole of it, with what each restart took."""
+def test_events_are_listed_in_pages_newest_first(host: SupervisedHost) -> None:
+    """Pages of the audit log add up to the whole log, and invalid requests are rejected with the reason."""
     watchdog = Watchdog(host)
     os.kill(watchdog.until(pb.VERDICT_HEALTHY).pid, signal.SIGKILL)
     until(lambda: len(host.lives()) == 2, "a second life")
@@ -552,15 +564,22 @@ def test_events_are_listed_in_pages_newest_first(host: Host) -> None:
     assert (restart.kind, restart.verdict, restart.outcome) == ("restart", pb.VERDICT_CRASHED, "recovered")
     assert [timing.phase for timing in restart.timings] == list(recoveries.PHASES)
     assert json.loads(restart.evidence_json)["process"]["state"] == "EXITED"
-    for bad in (pb.ListEventsRequest(page_token="x"), pb.ListEventsRequest(page_size=1001)):
-        with pytest.raises(grpc.RpcError) as refused:
+    for bad, why in (
+        (pb.ListEventsRequest(page_token="x"), "page_token: is not a token issued by this method"),
+        (pb.ListEventsRequest(page_token=str(listed[0].id)), "page_token: is not a token issued by this method"),
+        (pb.ListEventsRequest(page_token=pages.token("batches", 1)), "page_token: is not a token"),
+        (pb.ListEventsRequest(worker_id="\0"), "worker_id: must not contain NUL"),
+        (pb.ListEventsRequest(page_size=1001), "page_size: is 1001, must be from 0 to 1000"),
+        (pb.ListEventsRequest(page_size=-1), "page_size: is -1, must be from 0 to 1000"),
+    ):
+        with pytest.raises(grpc.RpcError, match=why) as refused:
             watchdog.recovery.ListEvents(bad, timeout=5)
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert not watchdog.recovery.ListEvents(pb.ListEventsRequest(worker_id="nobody"), timeout=5).events
 
 
-def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
-    """With Postgres away a crash is seen to all the same, within the budget across deaths of the watchdog, and told."""
+def test_without_postgres_it_serves_and_restarts_what_died(host: SupervisedHost) -> None:
+    """While Postgres is away crashes are still handled, within the budget across watchdogs, and recorded afterwards."""
     proxy = host.home / "pg"
     proxy.mkdir()
     real = host.settings.postgres_url
@@ -571,8 +590,8 @@ def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
     watchdog = Watchdog(host, **through)
     pid = watchdog.until(pb.VERDICT_DATABASE_AWAY).pid
     os.kill(pid, signal.SIGKILL)
-    # Nobody has told it yet what was spent before.
-    assert "cannot be written down" in watchdog.until(pb.VERDICT_CRASHED).reason
+    # It cannot know yet what was spent before.
+    assert "cannot be recorded" in watchdog.until(pb.VERDICT_CRASHED).reason
     assert host.run(sys.executable, "-m", "watchdog", "--check", **through).wait(30) == 1
     way.symlink_to(real_socket)
     pid = watchdog.until(pb.VERDICT_HEALTHY).pid
@@ -591,7 +610,7 @@ def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
     assert watchdog.until(pb.VERDICT_PAUSED).pause_reason == "let me look"
     watchdog.recovery.ResumeRecovery(pb.ResumeRecoveryRequest(), timeout=5)
     until(lambda: len(host.lives()) == 3, "a third life")
-    until(lambda: watchdog.worker().verdict == pb.VERDICT_DATABASE_AWAY, "it to serve")
+    until(lambda: watchdog.worker().verdict == pb.VERDICT_DATABASE_AWAY, "the worker to serve")
     watchdog.kill()
     os.kill(host.lives()[-1]["pid"], signal.SIGKILL)
     watchdog = Watchdog(host, **through)
@@ -599,7 +618,7 @@ def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
     assert (len(host.lives()), len(host.restarts())) == (3, 1)
 
     way.symlink_to(real_socket)
-    until(lambda: host.database.call(recoveries.given_up) == {WORKER_ID}, "all to be told")
+    until(lambda: host.database.call(recoveries.given_up, [WORKER_ID]) == {WORKER_ID}, "the journal to be merged")
     assert [event.kind for event in host.events() if event.kind != "verdict"] == [
         "restart",
         "paused",
@@ -612,8 +631,67 @@ def test_without_postgres_it_serves_and_restarts_what_died(host: Host) -> None:
     assert [event.outcome for event in host.restarts()] == ["recovered"] * 3
 
 
-def test_command_line_shows_and_orders(host: Host) -> None:
-    """`vllm-batch recovery` prints the state and the audit log, and a person's orders through it are heeded."""
+def test_postgres_that_takes_no_writes_is_away(host: SupervisedHost, database_url: str) -> None:
+    """While Postgres is read-only no worker can beat: DATABASE_AWAY, and no restart however long it lasts."""
+    own = Database(database_url, "guards")
+    guards = host.guard(own)
+    until_healthy(guards)
+    name = parse(database_url)["dbname"]
+    host.database.call(lambda db: db.execute_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    # It applies to new sessions.
+    host.cut()
+    timeout_s = host.settings.heartbeat_timeout_s
+
+    def age_s() -> float:
+        return host.database.call(heartbeats.read, WORKER_ID)[0].age_s
+
+    until(lambda: age_s() > 3 * timeout_s, "a heartbeat that is long stale")
+    for seen in look_again(guards):
+        assert (seen.decision.verdict, seen.decision.action) == (Verdict.DATABASE_AWAY, Action.HOLD)
+    host.database.call(lambda db: db.execute_sql(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+    host.cut()
+    until_healthy(guards)
+    assert (len(host.lives()), host.restarts()) == (1, [])
+    own.close()
+
+
+class SetClock(SystemClock):
+    """The system clock, set forward by `set_by_s`."""
+
+    set_by_s = 0.0
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(seconds=self.set_by_s)
+
+
+def test_a_clock_that_is_set_restarts_nobody_and_gives_no_budget_back(host: SupervisedHost) -> None:
+    """When the clocks are set back or forward by an hour, nothing is restarted, and the restart of before still counts
+    against the budget, for this watchdog and the next."""
+    clock = SetClock()
+    guards = host.guard(clock=clock)
+    os.kill(until_healthy(guards), signal.SIGKILL)
+    until(lambda: len(host.lives()) == 2, "a second life")
+    until_healthy(guards)
+    for hours in (-1, 1):
+        clock.set_by_s = 3600.0 * hours
+        # As if the database's clock had been set, too.
+        host.database.call(
+            lambda db, hours=hours: db.execute_sql(  # type: ignore[misc]
+                f"UPDATE heartbeats SET last_seen = last_seen - interval '{hours} hour',"
+                f" start_time = start_time - interval '{hours} hour'"
+            )
+        )
+        look_again(guards, 5)
+        until_healthy(guards)
+        guards.stop()
+        guards = host.guard(clock=clock)
+        until_healthy(guards)
+        assert until_verdict(guards, Verdict.HEALTHY).budget_left == 2
+    assert (len(host.lives()), len(host.restarts())) == (2, 1)
+
+
+def test_command_line_shows_and_orders(host: SupervisedHost) -> None:
+    """`vllm-batch recovery` prints the state and the audit log, and its orders take effect."""
     watchdog = Watchdog(host)
     watchdog.until(pb.VERDICT_HEALTHY)
 
@@ -639,8 +717,8 @@ def test_command_line_shows_and_orders(host: Host) -> None:
     assert "Traceback" not in run("status", status=4)
 
 
-def test_dry_run_says_what_it_would_do_and_does_nothing(host: Host) -> None:
-    """`--dry-run` sees a worker die and says so; nothing is started, written, kept or served by it."""
+def test_dry_run_says_what_it_would_do_and_does_nothing(host: SupervisedHost) -> None:
+    """`--dry-run` reports what it would do about a dead worker, but starts, records and serves nothing."""
     host.run(sys.executable, "-m", "watchdog", "--dry-run")
 
     def decisions() -> list[tuple[str, str]]:
@@ -648,18 +726,20 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(host: Host) -> None:
         said = [json.loads(line) for line in lines if '"would_decide"' in line]
         return [(line["verdict"], line["action"]) for line in said]
 
-    until(lambda: ("HEALTHY", "HOLD") in decisions(), "it to see the worker")
+    until(lambda: ("HEALTHY", "HOLD") in decisions(), "the dry run to see the worker")
     os.kill(host.lives()[0]["pid"], signal.SIGKILL)
-    until(lambda: decisions()[-1] == ("CRASHED", "RESTART"), "it to see the crash")
+    until(lambda: decisions()[-1] == ("CRASHED", "RESTART"), "the dry run to see the crash")
     host.fault("crash")
     host.supervisorctl("start", "worker")
     until(lambda: len(host.lives()) == 2, "a second life, by an operator")
-    until(lambda: host.supervisor.info("worker:worker").state is State.EXITED, "its end")
+    until(lambda: host.supervisor.info("worker:worker").state is State.EXITED, "the worker to exit")
     assert len(host.lives()) == 2
     assert host.events() == []
-    assert host.database.call(watchdogs.read) == []
+    assert host.database.call(watchdogs.read, HERE) == []
     assert {path.name for path in host.home.iterdir()} == {
         "run",
+        # The worker's own.
+        "machine-id",
         "faults",
         "lives",
         "supervisord.conf",
@@ -671,20 +751,71 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(host: Host) -> None:
         socket.create_connection(("127.0.0.1", host.settings.watchdog_port), timeout=5)
 
 
-def test_watchdog_is_seen_in_postgres_while_it_lives(host: Host) -> None:
-    """Its row is young while it runs, and grows old when it is gone."""
+def test_watchdog_is_seen_in_postgres_while_it_lives(host: SupervisedHost) -> None:
+    """A watchdog's row in Postgres is fresh while it runs and ages once it is gone."""
     watchdog = Watchdog(host)
-    until(lambda: [each.watchdog_id for each in host.database.call(watchdogs.read)] == [socket.gethostname()], "a row")
-    until(lambda: host.database.call(watchdogs.read)[0].age_s < 1, "a young row")
+    until(
+        lambda: [each.watchdog_id for each in host.database.call(watchdogs.read, HERE)] == [socket.gethostname()],
+        "a row",
+    )
+    until(lambda: host.database.call(watchdogs.read, HERE)[0].age_s < 1, "a young row")
     watchdog.kill()
-    until(lambda: host.database.call(watchdogs.read)[0].age_s > 1, "it to grow old")
+    until(lambda: host.database.call(watchdogs.read, HERE)[0].age_s > 1, "the row to age")
 
 
-def test_one_watchdog_per_port_ends_when_told(host: Host) -> None:
-    """`--check` says that all is well; a second watchdog does not start; SIGTERM ends the first with status 0."""
-    assert host.run(sys.executable, "-m", "watchdog", "--check").wait(30) == 0
+def test_one_watchdog_per_port_ends_when_told(host: SupervisedHost) -> None:
+    """`--check` accepts good settings, a second watchdog on the same port exits, and SIGTERM ends the first with 0."""
+    assert host.run(sys.executable, "-m", "watchdog", "--check", BATCH_PROGRAMS="worker,watchdog").wait(30) == 0
     assert host.run(sys.executable, "-m", "watchdog", "--check", BATCH_CHECK_INTERVAL_S="no").wait(30) == 2
     watchdog = Watchdog(host)
     assert host.run(sys.executable, "-m", "watchdog").wait(30) == 1
     watchdog.process.terminate()
     assert watchdog.process.wait(10) == 0
+
+
+@contextmanager
+def frozen(pids: Iterable[int]) -> Iterator[None]:
+    """Keeps these processes stopped by SIGSTOP meanwhile."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_it_answers_and_ends_while_postgres_is_frozen(host: SupervisedHost) -> None:
+    """Calls blocked by a frozen Postgres delay neither other calls nor the watchdog's end."""
+    proxy = host.home / "pg"
+    proxy.mkdir()
+    real = host.settings.postgres_url
+    real_socket = Path(real.split("host=")[1].split("&")[0]) / ".s.PGSQL.5432"
+    way = proxy / real_socket.name
+    way.symlink_to(real_socket)
+    watchdog = Watchdog(host, DATABASE_URL=real.replace(str(real_socket.parent), str(proxy)))
+    watchdog.until(pb.VERDICT_HEALTHY)
+    health = watchdog.health.Watch(health_pb2.HealthCheckRequest())
+    assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+    theirs = (
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'vllm-batch-watchdog%%'"
+    )
+    sessions = [pid for (pid,) in host.database.call(lambda db: db.execute_sql(theirs).fetchall())]
+    with socket.socket(socket.AF_UNIX) as silent, frozen(sessions):
+        way.unlink()
+        silent.bind(str(way))
+        silent.listen(100)
+        reading = [watchdog.recovery.ListEvents.future(pb.ListEventsRequest()) for _ in range(20)]
+        pause = pb.PauseRecoveryRequest(duration=Duration(seconds=600), reason="let me look")
+        ordering = [watchdog.recovery.PauseRecovery.future(pause) for _ in range(20)]
+        listed = watchdog.health.List(health_pb2.HealthListRequest(), timeout=5).statuses
+        assert set(listed) == {"", "vllm_batch.v1.RecoveryService"}
+        assert watchdog.worker().worker_id == WORKER_ID
+        assert not any(call.done() for call in (*reading, *ordering))
+        watchdog.process.terminate()
+        assert watchdog.process.wait(15) == 0
+        for call in (*reading, *ordering):
+            assert call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        with pytest.raises(grpc.RpcError, match="the server is shutting down"):
+            list(health)

@@ -5,25 +5,36 @@ from service.db.connection import Database
 
 
 def test_a_watchdog_is_as_old_as_its_last_sign(database: Database) -> None:
-    """Each host has one row, aged by Postgres; one that nobody has seen for days is not missed any more."""
+    """Each watchdog has one row, aged by Postgres; those that are asked for are listed."""
     for watchdog_id, pid in (("a", 1), ("b", 2), ("c", 3), ("a", 1)):
         database.call(watchdogs.write, watchdog_id, pid)
     database.call(
         lambda db: db.execute_sql(
-            "UPDATE watchdogs SET last_seen = last_seen - CASE watchdog_id WHEN 'a' THEN '100 s'::interval"
-            " ELSE '8 days' END WHERE watchdog_id <> 'b'"
+            "UPDATE watchdogs SET last_seen = last_seen - '100 s'::interval WHERE watchdog_id = 'a'"
         )
     )
-    a, b = database.call(watchdogs.read)
+    a, b = database.call(watchdogs.read, {"a", "b", "d"})
     assert (a.watchdog_id, b.watchdog_id) == ("a", "b")
     assert 100 <= a.age_s < 200
     assert 0 <= b.age_s < 100
 
 
 def test_a_life_begins_with_another_pid(database: Database) -> None:
-    """Since when a watchdog runs is kept over its beats and begins anew with its next life."""
+    """A watchdog's start time is kept across beats and renewed with another pid."""
     started = []
     for pid in (1, 1, 2):
         database.call(watchdogs.write, "a", pid)
         started += database.call(lambda db: db.execute_sql("SELECT start_time FROM watchdogs").fetchall())
     assert started[0] == started[1] < started[2]
+
+
+def test_another_machine_does_not_beat_for_it(database: Database) -> None:
+    """The watchdog of another machine with the same name gets the row only once the first was not seen for a minute."""
+    owners = []
+    for machine in ("", "here", "there"):
+        database.call(watchdogs.write, "a", 1, machine)
+        owners += database.call(lambda db: db.execute_sql("SELECT machine FROM watchdogs").fetchall())
+    database.call(lambda db: db.execute_sql("UPDATE watchdogs SET last_seen = last_seen - interval '61 s'"))
+    database.call(watchdogs.write, "a", 1, "there")
+    owners += database.call(lambda db: db.execute_sql("SELECT machine FROM watchdogs").fetchall())
+    assert [owner for (owner,) in owners] == ["", "here", "here", "there"]

@@ -1,4 +1,4 @@
-"""Tokens, roles and the rate limit, decided without a socket or a clock."""
+"""Tokens, roles and the rate limit, without sockets or clocks."""
 
 import os
 import re
@@ -6,21 +6,36 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
 
-from service import roles, tokens
-from service.access import Access
+from service import machine
+from service.auth import roles, tokens
+from service.auth.callers import ANYBODY, Caller
+from service.auth.roles import Role
+from service.config import Settings
+from service.db.connection import Database
+from service.db.limits import Limits
 from service.errors import ApiError
-from service.rate_limit import MAX_CLIENTS, RateLimit
-from service.roles import Role
-from vllm_batch.v1 import batch_service_pb2, recovery_service_pb2
+from service.http import app
+from service.http.files import Keeping
+from service.http.page.sessions import Sessions
+from service.http.page.wiring import Page
+from service.insight.channel_opener import ChannelOpener
+from service.insight.channels import Channels
+from service.insight.presence import Presence
+from service.rpc.access import Access
+from service.rpc.rate_limit import MAX_CLIENTS, RateLimit
+from vllm_batch.v1 import batch_service_pb2, host_service_pb2, recovery_service_pb2, webhook_service_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = (
     batch_service_pb2.DESCRIPTOR.services_by_name["BatchService"],
     recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"],
+    host_service_pb2.DESCRIPTOR.services_by_name["HostService"],
+    webhook_service_pb2.DESCRIPTOR.services_by_name["WebhookService"],
 )
 
 
@@ -35,13 +50,20 @@ class FakeClock:
 
 
 def test_every_method_has_a_role() -> None:
-    """Who adds a method to the contract says who may call it; what is said is of methods that there are."""
+    """Every method of the contract has a required role, and no role names a method that does not exist."""
     methods = {f"/{service.full_name}/{method.name}" for service in SERVICES for method in service.methods}
-    assert methods == set(roles.NEEDED)
+    limits, clock = Limits(1, 1), FakeClock()
+    database, access = Database("postgresql:///none", "test"), Access(None, FakeClock())
+    channels = Channels(ChannelOpener(Settings()))
+    presence = Presence(database, channels, clock, 60, AsyncMock(), machine.here())
+    page = Page(database, Sessions(database, access), presence, channels, limits, clock)
+    door = app.made(database, access, Keeping(None, 1, limits), 60, (), page, set(), is_local=True)
+    assert len(door.operations) >= 29
+    assert methods | door.operations == set(roles.NEEDED)
 
 
 def test_what_is_not_known_needs_the_highest_role() -> None:
-    """A method that nobody has thought of is closed, as is one that only looks like health."""
+    """A method that is not listed needs the highest role; only real health methods are open, not lookalikes."""
     assert roles.needed("/vllm_batch.v1.BatchService/New") is Role.OPERATE
     assert roles.needed("/grpc.health.v1.HealthX/Check") is Role.OPERATE
     assert not roles.is_open("/grpc.health.v1.HealthX/Check")
@@ -49,13 +71,23 @@ def test_what_is_not_known_needs_the_highest_role() -> None:
 
 
 def test_a_token_is_known_by_its_hash() -> None:
-    """What the file holds identifies the token and does not contain it."""
+    """The hash in the token file identifies the token and does not reveal it."""
     secret, token = tokens.new("alice", Role.SUBMIT)
     assert secret not in token.line()
     [parsed] = tokens.parse(f"# comment\n\n{token.line()}\n")
     assert parsed == token
     assert tokens.identify([parsed], [("x", "y"), ("authorization", f"Bearer {secret}")]) == token
     assert tokens.identify([parsed], [("authorization", f"bearer {secret}")]) == token
+
+
+def test_a_token_belongs_to_a_tenant() -> None:
+    """Its own name unless another is given; several tokens may belong to one; only operators see all."""
+    given = (("alice", "submit", ""), ("bob", "read", "lab"), ("carol", "submit", "lab"), ("dave", "operate", ""))
+    lines = [tokens.new(name, Role(role), tenant)[1].line() for name, role, tenant in given]
+    callers = [token.caller for token in tokens.parse("\n".join(lines))]
+    assert [caller.tenant for caller in callers] == ["alice", "lab", "lab", "dave"]
+    assert [caller.scope for caller in callers] == ["alice", "lab", "lab", None]
+    assert (ANYBODY.tenant, ANYBODY.scope) == ("default", None)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +104,7 @@ def test_a_token_is_known_by_its_hash() -> None:
     ],
 )
 def test_what_is_no_token(metadata: list[tuple[str, str]], reason: str) -> None:
-    """Anything but one known token, shown as it should be, is refused."""
+    """Metadata that is not exactly one known bearer token is rejected as UNAUTHENTICATED, with the reason."""
     token = tokens.Token("alice", Role.READ, tokens.digest("SECRET"))
     with pytest.raises(ApiError) as caught:
         tokens.identify([token], metadata)
@@ -84,20 +116,20 @@ def test_what_is_no_token(metadata: list[tuple[str, str]], reason: str) -> None:
     [
         ("alice submit hunter2", "line 1"),
         ("\nalice admin " + "0" * 64, "line 2"),
-        ("a read " + "0" * 64 + "\na read " + "1" * 64, "line 2: there is another token called a"),
+        ("a read " + "0" * 64 + "\na read " + "1" * 64, "line 2: another token has the name a"),
     ],
 )
 def test_wrong_files_of_tokens(text: str, told: str) -> None:
-    """A file that is wrong is refused whole; what was typed into it is not repeated: it may be the secret."""
+    """A malformed token file is rejected as a whole, naming the line but never quoting it: it may hold the secret."""
     with pytest.raises(ValueError, match=told) as caught:
         tokens.parse(text)
     assert "hunter2" not in str(caught.value)
 
 
 def test_new_token(tmp_path: Path) -> None:
-    """The command prints a token once and keeps its hash, in a file for its owner alone."""
+    """The command prints a token once, and stores only its hash in a file that only the owner can read."""
     file = tmp_path / "hashes"
-    command = [sys.executable, "-m", "service.new_token", str(file)]
+    command = [sys.executable, "-m", "service.auth.new_token", str(file)]
 
     def run(name: str, role: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run([*command, name, role], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -119,42 +151,42 @@ def test_new_token(tmp_path: Path) -> None:
 
 
 def test_rate_limit() -> None:
-    """A burst is let through, then so many a second; each client has its own, and waiting as told is enough."""
-    limit = RateLimit(10)
-    assert [limit.take("a", 0) for _ in range(20)] == [0] * 20
-    wait_s = limit.take("a", 0)
+    """Each client may send a burst and then a steady rate, and a retry after the suggested delay succeeds."""
+    limit = RateLimit()
+    assert [limit.take("a", 10, 0) for _ in range(20)] == [0] * 20
+    wait_s = limit.take("a", 10, 0)
     assert wait_s == pytest.approx(0.1)
-    assert limit.take("b", 0) == 0
-    assert limit.take("a", wait_s - 0.01) > 0
-    assert limit.take("a", wait_s) == 0
-    assert limit.take("a", wait_s) > 0
+    assert limit.take("b", 10, 0) == 0
+    assert limit.take("a", 10, wait_s - 0.01) > 0
+    assert limit.take("a", 10, wait_s) == 0
+    assert limit.take("a", 10, wait_s) > 0
     # However long the pause, no more than a burst; and a clock that goes back gives nothing.
-    assert [limit.take("a", 1000) for _ in range(21)].count(0) == 20
-    assert limit.take("a", 999) > 0
+    assert [limit.take("a", 10, 1000) for _ in range(21)].count(0) == 20
+    assert limit.take("a", 10, 999) > 0
 
 
 def test_rate_limit_forgets() -> None:
-    """Addresses without number cost no memory without number; who has called lately is remembered."""
-    limit = RateLimit(1)
-    assert [limit.take("mine", 0) for _ in range(3)][-1] > 0
+    """The rate limiter remembers a bounded number of clients and forgets the one that has been quiet longest."""
+    limit = RateLimit()
+    assert [limit.take("mine", 1, 0) for _ in range(3)][-1] > 0
     for number in range(MAX_CLIENTS):
-        limit.take(str(number), 0)
+        limit.take(str(number), 1, 0)
         if number % 100 == 0:
-            assert limit.take("mine", 0) > 0
+            assert limit.take("mine", 1, 0) > 0
     assert len(limit._left) == MAX_CLIENTS
 
 
 def test_access_counts_by_token_or_else_by_address() -> None:
-    """The port that a client calls from makes no other client of it; health is never counted."""
-    access = Access(None, RateLimit(0.5), FakeClock())
+    """Calls count per token, or per address regardless of the port; health checks are never counted."""
+    access = Access(None, FakeClock(), 0.5)
     method = "/vllm_batch.v1.BatchService/GetBatch"
-    assert access.caller(method, []) == ""
-    access.count(method, "", "ipv4:10.0.0.1:1000")
+    assert access.caller(method, []) == ANYBODY
+    access.count(method, ANYBODY, "ipv4:10.0.0.1:1000")
     with pytest.raises(ApiError) as caught:
-        access.count(method, "", "ipv4:10.0.0.1:2000")
+        access.count(method, ANYBODY, "ipv4:10.0.0.1:2000")
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert caught.value.retry_delay_s == pytest.approx(2)
-    access.count(method, "", "ipv6:%5B::1%5D:2000")
-    access.count(method, "alice", "ipv4:10.0.0.1:2000")
+    access.count(method, ANYBODY, "ipv6:%5B::1%5D:2000")
+    access.count(method, Caller("alice", "alice", Role.READ), "ipv4:10.0.0.1:2000")
     for _ in range(10):
-        access.count("/grpc.health.v1.Health/Check", "", "ipv4:10.0.0.1:2000")
+        access.count("/grpc.health.v1.Health/Check", ANYBODY, "ipv4:10.0.0.1:2000")

@@ -1,17 +1,19 @@
-"""The benchmarks: each says what it claims, and what they have in common computes what it says."""
+"""The benchmarks: each states its claim, and their shared code computes correctly."""
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from benchmarks import charts, harness, run
-from benchmarks.harness import Figure, at_least, at_most
+from benchmarks import run
+from benchmarks.lib import charts, harness, page
+from benchmarks.lib.harness import Figure, at_least, at_most
 
 
 @pytest.mark.parametrize("name", run.CLAIMS)
 def test_each_names_claim_and_target(name: str) -> None:
-    """Every benchmark can be imported, says what is claimed, against what and to which target, and has quick sizes."""
-    module = import_module(f"benchmarks.{name}")
+    """Every benchmark can be imported, states claim, alternative and target, and has sizes for quick runs."""
+    module = import_module(f"benchmarks.claims.{name}")
     assert module.__doc__ is not None
     assert all(f"{word}:" in module.__doc__ for word in ("Claim", "Against", "Target"))
     assert callable(module.measure)
@@ -20,14 +22,13 @@ def test_each_names_claim_and_target(name: str) -> None:
 
 
 def test_none_is_left_out_of_all() -> None:
-    """`--all` runs every module that measures something."""
-    # What vLLM loads into its engine needs vLLM.
-    modules = {path.stem for path in (harness.ROOT / "benchmarks").glob("[a-z]*.py")} - {"counting_processor"}
-    assert {name for name in modules if hasattr(import_module(f"benchmarks.{name}"), "measure")} == set(run.CLAIMS)
+    """`--all` runs every benchmark module."""
+    modules = {path.stem for path in (harness.ROOT / "benchmarks/claims").glob("[a-z]*.py")}
+    assert modules == set(run.CLAIMS)
 
 
 def test_sides_take_turns() -> None:
-    """A B A B, so that what drifts on the machine is shared by both."""
+    """Measurements alternate A B A B, so that drift of the machine affects both sides alike."""
     order = []
 
     def side(name: str, value: float) -> float:
@@ -41,24 +42,24 @@ def test_sides_take_turns() -> None:
 
 @pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 50), (95, 95), (99, 99), (100, 100)])
 def test_percentiles(percent: float, value: float) -> None:
-    """The nearest rank: always a value that was measured."""
+    """A percentile is the nearest rank, so it is always a measured value."""
     assert harness.percentile([*range(100, 0, -1)], percent) == value
 
 
 def test_percentile_of_few() -> None:
-    """The high percentiles of few values are the largest."""
+    """High percentiles of a few values are the largest value."""
     assert harness.percentile([3, 1, 2], 95) == 3
     assert harness.percentile([7], 99) == 7
 
 
 def test_summary() -> None:
-    """Median, extremes and every value."""
+    """A summary has the median, the extremes and every value."""
     found = harness.summary([4, 1, 3, 2])
     assert (found["median"], found["low"], found["high"], found["values"]) == (2.5, 1, 4, [4, 1, 3, 2])
 
 
 def test_ratio_is_of_medians() -> None:
-    """One that got out of hand on either side does not decide."""
+    """The ratio is that of the medians, so one outlier on either side does not decide."""
     assert Figure("f", "s", [1, 2, 300], "other", [4, 4, 0.1]).ratio == 0.5
     assert Figure("f", "s", [1]).ratio is None
     assert Figure("f", "s", [1], "other", [0]).ratio is None
@@ -79,12 +80,12 @@ def test_ratio_is_of_medians() -> None:
     ],
 )
 def test_targets(figure: Figure, is_met: bool | None) -> None:
-    """A target is met, missed, or not to be judged."""
+    """A target is met, missed, or cannot be judged."""
     assert figure.is_met is is_met
 
 
 def test_table_and_chart_show_it() -> None:
-    """Medians with their spread, the ratio, and what was missed, in the table; both sides in the chart."""
+    """The table shows medians with their spread, the ratio and missed targets; the chart shows both sides."""
     figure = Figure("upload", "lines/s", [900, 1000, 1100], "<copy>", [4000], at_least("ratio", 0.5)).as_json()
     shown = harness.table([figure])
     assert (
@@ -93,3 +94,13 @@ def test_table_and_chart_show_it() -> None:
     drawn = charts.chart("upload", [figure])
     assert "1,000  ours" in drawn
     assert "4,000  &lt;copy&gt;" in drawn
+
+
+def test_page_keeps_what_was_not_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewriting the page without any new results leaves it unchanged."""
+    (tmp_path / "docs").mkdir()
+    written = (harness.ROOT / "docs/benchmarks.md").read_text()
+    (tmp_path / "docs/benchmarks.md").write_text(written)
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "result_file", lambda name, is_quick: tmp_path / f"{name}.json")
+    assert page.write(run.CLAIMS, is_quick=False).read_text() == written

@@ -1,11 +1,13 @@
-"""Channels of the client: settings from arguments or the environment, tokens kept from strangers."""
+"""The client's channels: settings come from arguments or the environment, and tokens are not sent in plain text."""
 
+from concurrent import futures
 from pathlib import Path
 
+import grpc
 import pytest
 
-from tests.certificates import Authority
-from vllm_batch.channel import open_channel
+from tests.support.certificates import Authority
+from vllm_batch.channel import check_target, open_channel
 
 NAMES = ("TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_SERVER_NAME", "TOKEN", "TOKEN_FILE", "ALLOW_INSECURE")
 
@@ -18,7 +20,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("target", ["127.0.0.1:1", "localhost:1", "[::1]:1", "dns:///localhost:1", "unix:/tmp/x"])
 def test_tokens_go_to_this_machine_without_tls(target: str) -> None:
-    """On loopback nobody listens in who may not."""
+    """A token may be sent without TLS to this machine, where nobody can eavesdrop."""
     open_channel(target, token="t").close()
 
 
@@ -26,7 +28,7 @@ def test_tokens_go_to_this_machine_without_tls(target: str) -> None:
 def test_tokens_go_to_no_other_machine_without_tls(
     target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A token on the wire in plain text is a token given away; who wants that says so."""
+    """A token goes to another machine only over TLS, unless the user explicitly allows plain text."""
     monkeypatch.setenv("BATCH_TOKEN", "t")
     with pytest.raises(ValueError, match="BATCH_TLS_CA"):
         open_channel(target)
@@ -37,7 +39,7 @@ def test_tokens_go_to_no_other_machine_without_tls(
 
 
 def test_settings_that_do_not_fit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of what TLS needs is an error, not a connection without it."""
+    """An incomplete TLS configuration is an error and never falls back to plain text."""
     certificate, key = map(str, Authority(tmp_path, "ca").issue())
     with pytest.raises(ValueError, match="BATCH_TLS_CERT, BATCH_TLS_KEY"):
         open_channel("127.0.0.1:1", tls_cert=certificate)
@@ -48,3 +50,73 @@ def test_settings_that_do_not_fit_together(tmp_path: Path, monkeypatch: pytest.M
         open_channel("127.0.0.1:1")
     with pytest.raises(TypeError):
         open_channel("127.0.0.1:1", tsl_ca="typing error")
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("", "give host:port"),
+        ("host", "give host:port"),
+        (":50051", "give host:port"),
+        ("host:", "'' is no port"),
+        ("host:0", "'0' is no port"),
+        ("host:65536", "'65536' is no port"),
+        ("host:-1", "'-1' is no port"),
+        ("host:grpc", "'grpc' is no port"),
+        ("host:١", "is no port"),
+        ("host :1", "give host:port"),
+        ("user@host:1", "give host:port"),
+        ("host:1/path", "is no port"),
+        ("http://host:1", "without http://"),
+        ("grpc://host:1", "without grpc://"),
+        ("::1:50051", r"is written \[address\]:port"),
+        ("[::1]", r"is written \[address\]:port"),
+        ("dns:///host", "give host:port"),
+    ],
+)
+def test_what_is_no_address(target: str, why: str) -> None:
+    """A malformed address is rejected at once, instead of after minutes of connection attempts by gRPC."""
+    with pytest.raises(ValueError, match=f"is no address: .*{why}"):
+        check_target(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "127.0.0.1:1",
+        "host_1.example.com:65535",
+        "[fe80::1%eth0]:1",
+        "dns:host:1",
+        "dns://8.8.8.8/host:1",
+        "ipv4:127.0.0.1:1",
+        "ipv6:[::1]:1",
+        "unix:///run/x",
+        "unix-abstract:x",
+    ],
+)
+def test_what_is_an_address(target: str) -> None:
+    """Every form of address that gRPC accepts is accepted."""
+    check_target(target)
+    open_channel(target).close()
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_loopback_is_called_without_a_proxy(variable: str, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC itself cannot reach this machine through a dead proxy; our channels bypass it on loopback."""
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    try:
+        port = server.add_insecure_port(f"{host}:0")
+    except RuntimeError:
+        pytest.skip("no IPv6 here")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"{host}:{port}") as plain, pytest.raises(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(plain).result(timeout=1)
+        with open_channel(f"{host}:{port}") as ours:
+            grpc.channel_ready_future(ours).result(timeout=20)
+    finally:
+        server.stop(None)

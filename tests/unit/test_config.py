@@ -1,15 +1,19 @@
-"""Settings: defaults as documented, all that is wrong told at once, secrets never."""
+"""Settings: defaults match the documentation, all errors are reported at once, secrets are never shown."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from psycopg2.extensions import parse_dsn
 
 from service import config
 from service.config import Settings
-from tests.certificates import Authority
+from tests.support.certificates import Authority
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,10 +27,11 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults() -> None:
-    """Without any setting everything is on loopback, under var/, with the documented times."""
+    """Without any settings, everything listens on loopback, lives under var/ and has the documented intervals."""
     settings = Settings()
     assert (settings.host, settings.home) == ("127.0.0.1", ROOT / "var")
     assert (settings.gateway_port, settings.worker_port, settings.watchdog_port) == (50051, 50052, 50053)
+    assert settings.http_port == 50054
     assert (settings.heartbeat_interval_s, settings.heartbeat_timeout_s) == (5, 60)
     assert (settings.check_interval_s, settings.max_restarts_per_hour) == (30, 10)
     assert settings.engine == "vllm"
@@ -36,7 +41,7 @@ def test_defaults() -> None:
 def test_all_wrong_settings_are_reported_together(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody who starts it with three mistakes is told of three."""
+    """Three mistakes in the settings are reported together."""
     monkeypatch.setenv("BATCH_GATEWAY_PORT", "99999")
     monkeypatch.setenv("BATCH_ENGINE", "gpt")
     monkeypatch.setenv("BATCH_HEARTBEET_TIMEOUT_S", "3")
@@ -69,13 +74,13 @@ def test_all_wrong_settings_are_reported_together(
         ({"BATCH_CLIENT_CA": "/c"}, "BATCH_CLIENT_CA needs BATCH_SERVER_CERT"),
         ({"BATCH_SERVER_CERT": "/c", "BATCH_SERVER_KEY": "/k"}, "BATCH_TLS_CA is needed"),
         ({"BATCH_TLS_CA": "/nothing/here"}, "BATCH_TLS_CA: [Errno 2]"),
-        ({"BATCH_TLS_CA": "/dev/null"}, "BATCH_TLS_CA: /dev/null has no certificate"),
+        ({"BATCH_TLS_CA": "/dev/null"}, "BATCH_TLS_CA: /dev/null contains no PEM certificate"),
     ],
 )
 def test_settings_that_do_not_fit_together(
     given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each value right by itself and wrong with the others is refused with what to do."""
+    """A value that is valid alone but conflicts with another, or names an unusable file, is rejected with a remedy."""
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
@@ -85,12 +90,63 @@ def test_settings_that_do_not_fit_together(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost"])
 def test_loopback_needs_no_security(host: str) -> None:
-    """Without any setting for it, who is on the machine may call."""
+    """On loopback no security settings are required."""
     assert Settings(host=host).host == host
 
 
+@pytest.mark.parametrize(
+    ("home", "told"),
+    [
+        ("/" + "x" * 79, "80 bytes, and at most 79 can be"),
+        ("/" + "é" * 40, "81 bytes, and at most 79 can be"),
+        ("/a,b", "comma"),
+        ("/a\nb", "control characters"),
+        ("/a\x1b[31m", "control characters"),
+        ("/a\udcff", "not UTF-8"),
+    ],
+)
+def test_home_that_cannot_be(home: str, told: str) -> None:
+    """A BATCH_HOME that sockets or Postgres clients cannot use is rejected, with its length limit in bytes."""
+    with pytest.raises(ValueError, match=told):
+        Settings(home=home)
+
+
+@given(st.text(max_size=60) | st.text("a/%&'\"; ?#é,.", max_size=79) | st.binary(max_size=60).map(os.fsdecode))
+def test_any_home(name: str) -> None:
+    """For any path, Postgres' URL and all socket addresses lead to that folder, or it is refused with a reason."""
+    told = ""
+    try:
+        settings = Settings(home=f"/{name}")
+    except ValueError as error:
+        told = str(error)
+    if told:
+        reasons = {
+            "control characters": not name.isprintable(),
+            "too long for a Unix socket": len(os.fsencode(os.path.abspath(f"/{name}"))) > 79,
+            "has a comma": "," in name,
+            "null": "\0" in name,
+        }
+        assert any(reason in told for reason, holds in reasons.items() if holds)
+        return
+    home = os.path.abspath(f"/{name}").lstrip("/")
+    assert settings.home == Path(f"/{home}")
+    run = f"/{home}/run".replace("//", "/")
+    assert parse_dsn(settings.postgres_url)["host"] == f"{run}/pg"
+    assert unquote(settings.probe_address("worker")) == f"unix:{run}/worker.sock"
+    assert settings.supervisor_url == f"unix://{run}/supervisor.sock"
+
+
+def test_home_that_can_be() -> None:
+    """A home of 79 bytes is short enough for every socket in it, and special characters in it are taken literally."""
+    assert Settings(home="/" + "é" * 39).home.name == "é" * 39
+    home = "/100%41 a&b?c#d 'e' \"f\" ünï"
+    settings = Settings(home=home)
+    assert parse_dsn(settings.postgres_url)["host"] == f"{home}/run/pg"
+    assert Settings(home="/a,b", database_url="postgresql://h/d").home == Path("/a,b")
+
+
 def test_open_to_others_with_tls_and_tokens_or_by_one_word(tmp_path: Path) -> None:
-    """Other machines may call once strangers are kept away, or when the operator says that they are."""
+    """Other machines may connect with TLS and tokens, or when the operator explicitly allows insecure access."""
     authority = Authority(tmp_path, "ca")
     (certificate, key), hashes = authority.issue(), tmp_path / "hashes"
     hashes.touch(0o600)
@@ -102,7 +158,7 @@ def test_open_to_others_with_tls_and_tokens_or_by_one_word(tmp_path: Path) -> No
 
 
 def test_files_of_keys_are_private_and_belong_together(tmp_path: Path) -> None:
-    """A key or a file of hashes that others may read is refused at start, as is a key of another certificate."""
+    """A key or token file that others can read, or a key of another certificate, is reported."""
     authority = Authority(tmp_path, "ca")
     (certificate, key), (_, other_key), hashes = authority.issue(), authority.issue(), tmp_path / "hashes"
     hashes.touch(0o640)
@@ -120,7 +176,7 @@ def test_files_of_keys_are_private_and_belong_together(tmp_path: Path) -> None:
 
 
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A password in DATABASE_URL is neither in the settings' text nor in a complaint about others."""
+    """A password in a database URL appears neither in the settings' repr nor in error messages."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter2@db/x")
     monkeypatch.setenv("BATCH_GATEWAY_PORT", "hunter2")
     with pytest.raises(SystemExit):
@@ -134,7 +190,7 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.mark.parametrize("module", ["service.gateway", "service.worker"])
 def test_check_only_checks(module: str) -> None:
-    """`--check` says what is wrong and starts nothing."""
+    """`--check` reports wrong settings and exits without starting anything."""
     env = {"PATH": os.environ["PATH"], "BATCH_ENV_FILE": "/dev/null"}
     arguments = [sys.executable, "-m", module, "--check"]
     good = subprocess.run(arguments, env=env, cwd=ROOT, timeout=60)
@@ -144,7 +200,7 @@ def test_check_only_checks(module: str) -> None:
 
 
 def test_a_worker_on_every_address_is_known_by_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gateways of other hosts must not be told to look on their own loopback."""
+    """A worker on a wildcard address advertises its host's name, and loopback only if that name does not resolve."""
     monkeypatch.setattr("socket.gethostname", lambda: "localhost")
     assert Settings(host="0.0.0.0", allow_insecure=True).advertised_host == "localhost"
     assert Settings(host="127.0.0.1").advertised_host == "127.0.0.1"

@@ -1,4 +1,4 @@
-"""What a server says of its health, to those who ask and those who watch."""
+"""The health service's answers to Check, List and Watch."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from service.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, Health
+from service.rpc.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, HealthServicer
 
 
 class Ended(Exception):
@@ -16,7 +16,7 @@ class Ended(Exception):
 
 
 class Context:
-    """What a call ends with."""
+    """Records the status code that a call was aborted with."""
 
     code: grpc.StatusCode | None = None
 
@@ -29,7 +29,7 @@ def request(service: str = "s") -> Any:
     return health_pb2.HealthCheckRequest(service=service)
 
 
-def watch(health: Health, service: str = "s") -> AsyncIterator[Any]:
+def watch(health: HealthServicer, service: str = "s") -> AsyncIterator[Any]:
     context: Any = Context()
     return health.Watch(request(service), context)
 
@@ -39,10 +39,10 @@ async def said(watching: AsyncIterator[Any]) -> int:
 
 
 def test_nothing_serves_before_it_is_said() -> None:
-    """From the first moment every name says NOT_SERVING, and a name that is none is NOT_FOUND or unknown."""
+    """Before any status is set, every known name is NOT_SERVING; an unknown name is NOT_FOUND or SERVICE_UNKNOWN."""
 
     async def run() -> None:
-        health, context = Health(("", "s")), Context()
+        health, context = HealthServicer(("", "s")), Context()
         assert (await health.Check(request(), context)).status == NOT_SERVING  # type: ignore[arg-type]
         listed = (await health.List(health_pb2.HealthListRequest(), context)).statuses  # type: ignore[arg-type]
         assert {name: answer.status for name, answer in listed.items()} == {"": NOT_SERVING, "s": NOT_SERVING}
@@ -55,10 +55,10 @@ def test_nothing_serves_before_it_is_said() -> None:
 
 
 def test_a_watch_that_nobody_reads_holds_up_nobody() -> None:
-    """A client that does not read its Watch keeps neither the others from theirs nor the server from changing."""
+    """A client that does not read its Watch delays neither other watchers nor changes of the status."""
 
     async def run() -> None:
-        health = Health(("s",))
+        health = HealthServicer(("s",))
         lazy, eager = watch(health), watch(health)
         assert (await said(lazy), await said(eager)) == (NOT_SERVING, NOT_SERVING)
         for status in (SERVING, NOT_SERVING) * 3:
@@ -71,10 +71,10 @@ def test_a_watch_that_nobody_reads_holds_up_nobody() -> None:
 
 
 def test_the_end() -> None:
-    """A server that ends says NOT_SERVING to those who watch, then UNAVAILABLE, and nothing else any more."""
+    """An ending server sends watchers NOT_SERVING, ends their calls with UNAVAILABLE and ignores later changes."""
 
     async def run() -> None:
-        health, context = Health(("s",)), Context()
+        health, context = HealthServicer(("s",)), Context()
         health.set("s", SERVING)
         watching: AsyncIterator[Any] = health.Watch(request(), context)  # type: ignore[arg-type]
         assert await said(watching) == SERVING

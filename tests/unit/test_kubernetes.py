@@ -1,4 +1,4 @@
-"""The manifest that docs/kubernetes.md shows."""
+"""The manifest in docs/kubernetes.md."""
 
 import re
 from pathlib import Path
@@ -12,16 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def manifests() -> dict[str, dict[str, Any]]:
-    """What is in the document, by kind."""
+    """The documents in the manifest, by kind."""
     yaml = pytest.importorskip("yaml")
     [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/kubernetes.md").read_text(), re.DOTALL)
     return {one["kind"]: one for one in yaml.safe_load_all(text)}
 
 
 def test_manifest_fits_the_server() -> None:
-    """Its probes ask the gateway itself, its ports and settings are ours, its command is there."""
+    """The manifest's probes ask the gateway itself, and its ports, settings, volumes and command exist."""
     found = manifests()
-    assert set(found) == {"Service", "StatefulSet"}
+    assert set(found) == {"Service", "NetworkPolicy", "StatefulSet"}
     port = Settings.model_fields["gateway_port"].default
     assert [one["port"] for one in found["Service"]["spec"]["ports"]] == [port]
     spec = found["StatefulSet"]["spec"]
@@ -30,6 +30,7 @@ def test_manifest_fits_the_server() -> None:
         found["Service"]["spec"]["selector"]
         == spec["selector"]["matchLabels"]
         == spec["template"]["metadata"]["labels"]
+        == found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
     )
     [container] = spec["template"]["spec"]["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):

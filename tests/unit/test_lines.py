@@ -1,13 +1,16 @@
-"""The line parser: what is right passes unchanged, what is wrong is named."""
+"""The line parser: valid lines pass unchanged, errors name line and field."""
 
+import bz2
 import contextlib
+import gzip
 import json
+import lzma
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.lines import LineError, parse
+from service.worker.lines import LineError, format_of, parse
 
 MODELS = {"tiny"}
 URLS = {"/v1/chat/completions", "/v1/embeddings"}
@@ -25,7 +28,7 @@ def changed(**fields: object) -> bytes:
 
 
 def test_body_is_kept_byte_for_byte() -> None:
-    """The body reaches the engine exactly as it was given: spaces, number spelling and escapes included."""
+    """The body reaches the engine exactly as given, including spaces, number spelling and escapes."""
     body = b'{ "model":"tiny", "seed": 12345678901234567890123, "t":1.0e-2 ,"x":"\\u0000\\ud83d\\ude00"}'
     line = b'{"custom_id":"a","url":"/v1/chat/completions","body":' + body + b"}"
     assert parse(line, "line 1", MODELS, URLS).body == body
@@ -44,33 +47,84 @@ def test_body_is_kept_byte_for_byte() -> None:
         (changed(custom_id="x" * 513), "line 7: custom_id", "at most 512"),
         (changed(custom_id="a\0"), "line 7: custom_id", "NUL"),
         (changed(url=...), "line 7: url", "is required"),
-        (changed(url="/v1/nothing"), "line 7: url", "there are /v1/chat/completions, /v1/embeddings"),
+        (changed(url="/v1/nothing"), "line 7: url", "available: /v1/chat/completions, /v1/embeddings"),
         (changed(method="GET"), "line 7: method", "must be 'POST'"),
         (changed(body=...), "line 7: body", "is required"),
         (changed(body=[]), "line 7: body", "Expected `object`"),
-        (changed(body={"model": "gpt-9"}), "line 7: body.model", "there are tiny"),
-        (changed(body={"model": 3}), "line 7: body.model", "Expected `str`"),
+        (changed(body={"model": "gpt-9"}), "line 7: body.model", "available: tiny"),
+        (changed(body={"model": 3}), "line 7: body.model", "Expected `str | null`"),
         (changed(body={"model": "tiny", "stream": True}), "line 7: body.stream", "not streamed"),
         (changed(body=...)[:-1] + b',"body":{"a":NaN}}', "line 7", "not JSON"),
         (changed(body=...)[:-1] + b',"body":' + b"[" * 100_000 + b"}", "line 7", "nested too deeply"),
     ],
 )
 def test_wrong_lines_name_line_and_field(line: bytes, field: str, description: str) -> None:
-    """Each kind of wrong line is refused with the line, the field and what is wrong with it."""
+    """Each kind of invalid line is rejected, naming the line, the field and the problem."""
     [(found_field, found_description)] = refused(line)
     assert found_field == field
     assert description in found_description
 
 
+@pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize(
+    "around", ["%s", "[1, %s]", '{"a": %s, "b": 1}', '{"NaN": "Infinity", "x": {"y": [%s]}}', " %s "]
+)
+def test_what_is_no_number_in_json_is_called_by_its_name(name: str, around: str) -> None:
+    """NaN and infinities, as Python writes them, are named in the error with the byte where they begin."""
+    body = '{"model": "tiny", "top_p": ' + around % name + "}"
+    line = b'{"custom_id": "NaN", "url": "/v1/chat/completions", "body": %s}' % body.encode()
+    at = line.rindex(name.encode())
+    expected = f"not JSON: {name} is no JSON number (byte {at}): use null, or leave it out"
+    assert refused(line) == [("line 7", expected)]
+
+
+@pytest.mark.parametrize("text", [b"nan", b"inf", b"NaNs", b"Infinit", b"None", b"+1", b".5", b"-"])
+def test_what_only_looks_alike_is_not_called_so(text: bytes) -> None:
+    """Text that only resembles NaN or Infinity gets the ordinary JSON error."""
+    [(field, description)] = refused(changed(body=...)[:-1] + b',"body":{"a":' + text + b"}}")
+    assert (field, "no JSON number" in description) == ("line 7", False)
+    assert description.startswith("not JSON: ")
+
+
+@pytest.mark.parametrize("model", [None, ""])
+def test_a_model_that_is_nothing_is_missing(model: str | None) -> None:
+    """A null or empty model counts as absent, as in vLLM and its run_batch, and the body is unchanged."""
+    parsed = parse(changed(body={"model": model, "messages": []}), "line 1", MODELS, URLS)
+    assert parsed.model is None
+    assert json.loads(parsed.body) == {"model": model, "messages": []}
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (gzip.compress(b"{}", mtime=0), "compressed with gzip"),
+        (bz2.compress(b"{}"), "compressed with bzip2"),
+        (lzma.compress(b"{}"), "compressed with xz"),
+        (b"\x28\xb5\x2f\xfd\x20", "compressed with zstd"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"PAR1", "a Parquet file"),
+        ("{}".encode("utf-16"), "UTF-16"),
+        (b"\xfe\xff\0{", "UTF-16"),
+        (b"{", None),
+        (b"", None),
+        (b" \n{", None),
+        (b"\xef\xbb\xbf{", None),
+    ],
+)
+def test_a_file_of_another_format_is_known(data: bytes, name: str | None) -> None:
+    """Files of other formats are recognized by their first bytes."""
+    assert format_of(data) == name
+
+
 def test_all_wrong_fields_of_a_line_are_named() -> None:
-    """Somebody who fixes a line needs to be told once."""
+    """All invalid fields of a line are reported at once."""
     fields = [field for field, _ in refused(changed(custom_id="", url="x", body={"model": "y"}))]
     assert fields == ["line 7: custom_id", "line 7: url", "line 7: body.model"]
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_parser(line: bytes) -> None:
-    """Whatever arrives is a parsed line or a LineError, never another exception."""
+    """Any bytes give a parsed line or a LineError, never another exception."""
     with contextlib.suppress(LineError):
         assert parse(line, "line 1", MODELS, URLS).custom_id
 
@@ -82,7 +136,7 @@ def test_no_bytes_break_the_parser(line: bytes) -> None:
     )
 )
 def test_any_json_in_a_body_passes_unchanged(value: object) -> None:
-    """Parameters that we know nothing of are neither dropped nor altered."""
+    """Parameters unknown to us are neither dropped nor altered."""
     body = json.dumps({"model": "tiny", "extra": value})
     line = json.dumps(GOOD | {"body": 0}).replace('"body": 0', f'"body": {body}').encode()
     assert parse(line, "line 1", MODELS, URLS).body == body.encode()

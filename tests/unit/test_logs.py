@@ -1,17 +1,17 @@
-"""Logs and traces as others rely on them: event names as documented, ids and trace contexts as given."""
+"""Logs and traces: event names match the documentation, ids and trace contexts are passed on."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from service import logs, tracing
+from service.telemetry import logs, tracing
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_documented_events_are_logged() -> None:
-    """Who searches the logs for an event of docs/observability.md finds what the code writes."""
+    """Every log event in docs/observability.md is one that the code writes."""
     table = (ROOT / "docs/observability.md").read_text().partition("Events to know:")[2].partition("##")[0]
     sources = [path.read_text() for folder in ("service", "watchdog") for path in (ROOT / folder).rglob("*.py")]
     events = set(re.findall(r"`([a-z_]+)`", table))
@@ -20,7 +20,7 @@ def test_documented_events_are_logged() -> None:
 
 
 def test_call_id_is_the_clients_or_made() -> None:
-    """A client's id is kept up to a length that a log line bears; without one each call has its own."""
+    """A client's call id is kept, cut to 128 characters; a call without one gets an id of its own."""
     assert logs.call_id({"other": "x", "x-request-id": "mine"}) == "mine"
     assert logs.call_id({"x-request-id": "x" * 5000}) == "x" * 128
     assert logs.call_id({}) != logs.call_id({"x-request-id": ""})
@@ -40,12 +40,12 @@ def test_call_id_is_the_clients_or_made() -> None:
     ],
 )
 def test_what_is_no_trace_context_is_not_kept(given: str | None) -> None:
-    """What a client sends as `traceparent` is stored and passed on only if it is one."""
+    """A `traceparent` that is not a valid trace context is discarded."""
     assert tracing.valid(given) is None
 
 
 def test_without_tracing_the_context_passes_unchanged() -> None:
-    """Without a collector a span costs nothing and hands on what it was given."""
+    """Without a collector, a span passes on the trace context it was given."""
     given = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     assert tracing.valid(given) == given
     with tracing.span("anything", given) as span:

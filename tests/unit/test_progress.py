@@ -1,4 +1,4 @@
-"""The progress lease: what counts as moving."""
+"""The progress lease: what counts as progress."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def idle_processor() -> float:
 
 
 class Engine:
-    """An engine that is looked at twice a second."""
+    """An engine that is checked twice a second."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -35,24 +35,24 @@ class Engine:
 
 
 def test_frozen_engine_loses_the_lease() -> None:
-    """Work, no step, no processor time: the lease is gone after its length, within 15 s of the freeze in any case."""
+    """An engine with work that neither steps nor uses processor time loses the lease after LEASE_S."""
     engine = Engine()
     assert LEASE_S <= engine.lasts_s() <= LEASE_S + 2 * LOOK_S
 
 
 def test_stopped_process_does_not_compute() -> None:
-    """A stopped process among several that spin counts as not computing."""
+    """A stopped process, even among others that spin, counts as not computing."""
     assert Engine().lasts_s(lambda: None) <= LEASE_S + 2 * LOOK_S
 
 
 def test_idle_engine_keeps_the_lease() -> None:
-    """Without work there is nothing to prove, however long."""
+    """An idle engine keeps the lease indefinitely."""
     engine = Engine()
     assert all(engine.look(is_busy=False) for _ in range(1000))
 
 
 def test_each_step_renews() -> None:
-    """An engine that steps every few seconds keeps the lease for ever."""
+    """An engine that steps every few seconds keeps the lease indefinitely."""
     engine = Engine()
     for _ in range(200):
         assert all(engine.look() for _ in range(10))
@@ -60,14 +60,14 @@ def test_each_step_renews() -> None:
 
 
 def test_long_computation_is_no_hang() -> None:
-    """A step that takes a minute of processor time is waited for; one that spins for ever is not."""
+    """An engine that uses processor time may take COMPUTING_LEASE_S for one step, and no longer."""
     engine = Engine()
     lasted_s = engine.lasts_s(lambda: engine.now_s)
     assert COMPUTING_LEASE_S <= lasted_s <= COMPUTING_LEASE_S + 2 * LOOK_S
 
 
 def test_slow_steps_are_learned() -> None:
-    """An engine whose steps have taken 6 s may take several times as long for one, without computing here."""
+    """An engine that has taken 6 s for a step may take several times as long for the next, even without computing."""
     engine = Engine()
     for _ in range(12):
         assert engine.look()
@@ -77,7 +77,7 @@ def test_slow_steps_are_learned() -> None:
 
 
 def test_one_who_was_held_up_says_nothing() -> None:
-    """After the whole machine stood still for a minute the engine has the time of its lease again."""
+    """When the whole machine was paused for a minute, the lease is not lost because of it."""
     engine = Engine()
     assert all(engine.look() for _ in range(6))
     engine.now_s += 60
@@ -86,7 +86,7 @@ def test_one_who_was_held_up_says_nothing() -> None:
 
 @given(gaps=st.lists(st.floats(0.1, 2.9), min_size=1, max_size=300), computes=st.booleans())
 def test_never_silent_for_longer_than_the_maximum(gaps: list[float], computes: bool) -> None:
-    """Whatever was seen before, an engine without steps loses the lease within the maximum."""
+    """Whatever happened before, an engine that no longer steps loses the lease within MAX_LEASE_S."""
     engine = Engine()
     for gap in gaps:
         engine.now_s += gap

@@ -1,12 +1,12 @@
-"""What the heartbeat says of a worker whose main loop does not go on."""
+"""What the heartbeat reports for a worker whose main loop is blocked."""
 
 import asyncio
 from datetime import UTC, datetime
 from uuid import UUID
 
 from service.db.heartbeats import Phase
-from service.worker.life import Life
 from service.worker.pulse import Pulse
+from service.worker.state import WorkerState
 
 
 class StandingClock:
@@ -22,18 +22,18 @@ class StandingClock:
 
 
 def test_blocked_loop_is_stalled() -> None:
-    """A ready worker is `stalled` once its main loop has not looked for seconds, and ready when it goes on."""
-    clock, life = StandingClock(), Life("worker", UUID(int=1), lambda _: None)
-    pulse = Pulse(life, clock, lambda: 0, lambda: 0, asyncio.Future)
-    life.enter(Phase.LOADING)
+    """A ready worker whose main loop is blocked for seconds reports `stalled`, and `ready` once the loop runs again."""
+    clock, state = StandingClock(), WorkerState("worker", UUID(int=1))
+    pulse = Pulse(state, clock, lambda: 0, lambda: 0, asyncio.Future)
+    state.enter(Phase.LOADING)
     clock.now_s += 60
     assert pulse.phase() is Phase.LOADING, "loading may take its time"
     pulse.begin()
-    life.enter(Phase.READY)
+    state.enter(Phase.READY)
     clock.now_s += 2
     assert pulse.phase() is Phase.READY
     clock.now_s += 2
     assert pulse.phase() is Phase.STALLED
-    assert life.phase is Phase.READY
+    assert state.phase is Phase.READY
     pulse.look()
     assert pulse.phase() is Phase.READY

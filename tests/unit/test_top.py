@@ -1,4 +1,4 @@
-"""The operator's screen as drawn from given answers, and what is kept of the answers."""
+"""The screen of `top` for given answers, and what it remembers between them."""
 
 from datetime import UTC, datetime
 
@@ -6,8 +6,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from vllm_batch.overview import Gateway, Watchdog
-from vllm_batch.top import State, render
+from vllm_batch.cli.overview import Gateway, Watchdog
+from vllm_batch.cli.screen import State, render
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
@@ -39,7 +39,7 @@ def batch(number: int, done: int, total: int = 100, tokens: int = 0, failed: int
 
 
 def test_everything_on_one_screen() -> None:
-    """Verdict, signals, batches with bars, speed and the phases of the last restart are there."""
+    """One screen shows verdict, signals, batches with progress bars, rates and the phases of the last restart."""
     state = State()
     restart = rpb.RecoveryEvent(kind="restart", verdict=rpb.VERDICT_CRASHED, outcome="recovered")
     for phase, took_s in (("stop", 1), ("load", 28)):
@@ -55,8 +55,35 @@ def test_everything_on_one_screen() -> None:
     assert "CRASHED → recovered  29.0 s: stop 1.0, load 28.0" in shown
 
 
+def test_when_a_batch_ends_or_what_it_waits_for() -> None:
+    """Below each batch that has not ended, on a line that fits; the screen gets no longer by it."""
+    moving, waiting = batch(1, 10), batch(2, 0)
+    moving.estimated_end_time.FromSeconds(1_767_323_045)
+    moving.counts.running = 64
+    waiting.wait.message = "worker box:worker has been starting and loading its model for 40 s" + " and more" * 9
+    state = State()
+    state.take_watchdog(Watchdog("", [worker()]))
+    state.take_gateway(Gateway(batches=[waiting, moving, *(batch(number, 1) for number in range(3, 40))]), 0.0)
+    shown = screen(state).splitlines()
+    [under] = [shown[number + 1] for number, line in enumerate(shown) if line.startswith("batch_1 ")]
+    assert under.strip() == "ends about 2026-01-02 03:04:05 UTC, 64 requests running"
+    [under] = [shown[number + 1] for number, line in enumerate(shown) if line.startswith("batch_2 ")]
+    assert under.startswith("  waits: worker box:worker has been starting")
+    assert len(shown) <= 24
+
+
+def test_why_the_engine_failed_is_readable_in_80_columns() -> None:
+    """A long cause and its advice are shown in full on 80 columns, wrapped over several lines."""
+    cause = "ValueError: " + " ".join(f"word{number}" for number in range(25))
+    state = State()
+    state.take_watchdog(Watchdog("", [worker(verdict=rpb.VERDICT_START_FAILED, cause=cause, advice="Check it.")]))
+    shown = screen(state)
+    assert all(word in shown for word in cause.split())
+    assert "advice    Check it." in shown
+
+
 def test_a_sample_for_each_observation() -> None:
-    """Asking more often than the watchdog looks does not draw a flat line that nobody observed."""
+    """The heartbeat chart gets one sample per observation of the watchdog, however often `top` asks."""
     state = State()
     for observed_s, age_s in ((1, 0.0), (1, 0.0), (2, 5.0), (3, 20.0), (4, None)):
         state.take_watchdog(Watchdog("", [worker(observed_s, age_s)]))
@@ -64,7 +91,7 @@ def test_a_sample_for_each_observation() -> None:
 
 
 def test_signals_that_are_lost_show() -> None:
-    """No answer, NOT_SERVING and SERVING are told apart without colours."""
+    """SERVING, NOT_SERVING and no answer can be told apart without colours."""
     state = State()
     for observed_s, health in enumerate(("SERVING", "NOT_SERVING", "DEADLINE_EXCEEDED")):
         state.take_watchdog(Watchdog("", [worker(observed_s, health=health)]))
@@ -72,7 +99,7 @@ def test_signals_that_are_lost_show() -> None:
 
 
 def test_who_is_down_is_said() -> None:
-    """Without a gateway the workers are shown, without a watchdog the batches, without both why."""
+    """Without the gateway, workers are still shown; without the watchdog, batches are; and the failure is named."""
     state = State()
     state.take_gateway(Gateway(failure="connection refused"), 0.0)
     state.take_watchdog(Watchdog("", [worker()]))
@@ -89,7 +116,7 @@ def test_who_is_down_is_said() -> None:
 
 
 def test_old_answers_say_so() -> None:
-    """A server that hangs leaves its last answer on the screen, with its age."""
+    """An answer that is out of date is shown with its age."""
     state = State(gateway_age_s=12, watchdog_age_s=7)
     state.take_gateway(Gateway(), 0.0)
     state.take_watchdog(Watchdog("", [worker()]))
@@ -99,7 +126,7 @@ def test_old_answers_say_so() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 12), (120, 50), (40, 24)])
 def test_fits_the_terminal(width: int, height: int) -> None:
-    """Long names, reasons and numbers are cut, not wrapped; what does not fit below is left out."""
+    """Long names, reasons and numbers are cut to the width, and on at least 24 lines surplus rows are left out."""
     state = State()
     given_up = worker(worker_id="w" * 300, gave_up=True, verdict=rpb.VERDICT_RPC_WEDGED, reason="because " * 40)
     held = worker(worker_id="v", verdict=rpb.VERDICT_NOT_READY, reason="日本語 " * 60)
@@ -117,7 +144,7 @@ def test_fits_the_terminal(width: int, height: int) -> None:
 
 
 def test_many_workers_take_a_line_each() -> None:
-    """Eight workers fit 24 lines with both signals; those that are ill come first."""
+    """Eight workers with both charts fit on 24 lines, and unhealthy ones come first."""
     state = State()
     ill = worker(worker_id="box:worker_7", verdict=rpb.VERDICT_FROZEN, health="DEADLINE_EXCEEDED")
     state.take_watchdog(Watchdog("", [*(worker(worker_id=f"box:worker_{n}") for n in range(7)), ill]))
@@ -129,7 +156,7 @@ def test_many_workers_take_a_line_each() -> None:
 
 
 def test_rates_end_with_the_gateway() -> None:
-    """After a gateway that was away nothing is counted twice, and no rate is shown meanwhile."""
+    """After a gateway outage no rate is computed across the gap, and meanwhile the rate is 0."""
     state = State()
     state.take_gateway(Gateway(batches=[batch(1, 10)]), 0.0)
     state.take_gateway(Gateway(batches=[batch(1, 20)]), 1.0)

@@ -1,4 +1,4 @@
-"""An upload on its way through the gateway: which model it is for, and that it can be sent again while it is small."""
+"""Uploads through the gateway: which model they are for, and that small ones can be sent again."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.gateway import wanted
+from service.api import named_models
 from service.gateway.upload import KEPT_BYTES, Upload
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -14,7 +14,7 @@ LINE = b'{"custom_id": "a", "body": {"model": "m", "messages": []}}'
 
 
 class Client:
-    """Sends what it is told to, when it is told to."""
+    """Sends messages when the test says so."""
 
     def __init__(self, *data: bytes) -> None:
         self._messages: asyncio.Queue[pb.UploadBatchRequest | None] = asyncio.Queue()
@@ -55,7 +55,7 @@ async def received(upload: Upload) -> list[bytes]:
     ],
 )
 def test_the_model_of_the_first_line(pieces: list[bytes], models: set[str]) -> None:
-    """However the file is cut; a line that is wrong or does not end soon names none, and nothing is lost by looking."""
+    """The first line's model is found however the file is split; an invalid line names none, and no data is lost."""
 
     async def test() -> None:
         client = Client(*pieces)
@@ -68,7 +68,7 @@ def test_the_model_of_the_first_line(pieces: list[bytes], models: set[str]) -> N
 
 
 def test_a_second_try_gets_all_of_it() -> None:
-    """What came for a try that was broken off, or while nobody read, is there for the next."""
+    """A second attempt gets all of the data, including what arrived during or after an aborted first attempt."""
 
     async def test() -> None:
         client = Client(b"1", b"2")
@@ -90,7 +90,7 @@ def test_a_second_try_gets_all_of_it() -> None:
 
 
 def test_little_is_kept() -> None:
-    """Of an upload of any size the gateway holds one message, once it is too large to be sent again."""
+    """The gateway never keeps more than a few messages, and none once an upload is too large to be sent again."""
 
     async def test() -> None:
         pieces = [b"x" * 100_000] * 50
@@ -107,7 +107,7 @@ def test_little_is_kept() -> None:
 
 
 def test_every_upload_has_a_name() -> None:
-    """The client's request_id goes on; where it gave none the gateway's does."""
+    """An upload keeps the client's request_id, or gets one from the gateway."""
 
     async def named() -> None:
         async def source() -> AsyncIterator[pb.UploadBatchRequest]:
@@ -130,8 +130,21 @@ def test_every_upload_has_a_name() -> None:
 
 
 def test_models_of_inline_requests() -> None:
-    """All models are named, of structures and of text; what is wrong names none."""
+    """The models of inline requests are found in structures and text; invalid requests name none."""
     structure = pb.InlineRequest()
     structure.body.update({"model": "a"})
     texts = [pb.InlineRequest(body_json=text) for text in ('{"model": "b"}', "{", '{"model": 1}', "{}")]
-    assert wanted.of_inline(pb.CreateBatchRequest(requests=[structure, *texts])) == {"a", "b"}
+    assert named_models.of_inline(pb.CreateBatchRequest(requests=[structure, *texts])) == {"a", "b"}
+    empty = [pb.InlineRequest(body_json=text) for text in ('{"model": null}', '{"model": ""}')]
+    assert named_models.of_inline(pb.CreateBatchRequest(requests=empty)) == frozenset()
+    nothing = pb.InlineRequest()
+    nothing.body.update({"model": None})
+    assert named_models.of_inline(pb.CreateBatchRequest(requests=[nothing])) == frozenset()
+    assert (
+        named_models.of_line(b'{"body": {"model": null}}') == named_models.of_line(b'{"body": {"model": ""}}') == set()
+    )
+
+
+def test_a_model_that_is_not_utf8_names_none() -> None:
+    """The worker reports what is wrong with the line; the gateway forwards it."""
+    assert named_models.of_line(LINE.replace(b'"m"', b'"\x80"')) == frozenset()

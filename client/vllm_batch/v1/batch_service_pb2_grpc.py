@@ -28,21 +28,22 @@ if _version_not_supported:
 class BatchServiceStub:
     """Batches of inference requests, run by vLLM, each request answered exactly once.
 
-    The gateway serves this for clients; a worker serves the same for the gateway.
+    The gateway serves it to clients; workers serve the same to the gateway.
 
     Errors carry google.rpc details:
     UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
-    that its server ends with itself the reason is SHUTTING_DOWN.
-    Nothing was stored unless a request_id says otherwise; call again after the delay.
-    INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
-    NOT_FOUND            the batch or the request does not exist.
-    ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
-    FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-    RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
-    RetryInfo: too many calls; the same call will do after the delay.
-    UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
-    PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
+    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; for a stream
+    whose server shuts down, the reason is SHUTTING_DOWN.
+    Nothing was stored unless the metadata names a request_id; retry after the delay.
+    INVALID_ARGUMENT     BadRequest with a violation per wrong field, `line N: field` for a line of a batch; up to 20.
+    NOT_FOUND            the batch or the request does not exist, or is another tenant's.
+    ALREADY_EXISTS       the request_id was used before with other content; the metadata names that batch.
+    FAILED_PRECONDITION  the state of the batch does not allow this.
+    RESOURCE_EXHAUSTED   over a limit; the message has the limit, the value and what is left (LIMIT_REACHED, or
+    QUOTA_REACHED for that of the caller's tenant). With RetryInfo the same call may succeed
+    after the delay, as after too many calls (RATE_LIMITED).
+    UNAUTHENTICATED      a token is required (TOKEN_MISSING), or this one is unknown (TOKEN_WRONG).
+    PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); the metadata names the role needed.
     """
 
     def __init__(self, channel):
@@ -51,6 +52,11 @@ class BatchServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetServiceStatus = channel.unary_unary(
+                '/vllm_batch.v1.BatchService/GetServiceStatus',
+                request_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.GetServiceStatusRequest.SerializeToString,
+                response_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.GetServiceStatusResponse.FromString,
+                _registered_method=True)
         self.CreateBatch = channel.unary_unary(
                 '/vllm_batch.v1.BatchService/CreateBatch',
                 request_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.CreateBatchRequest.SerializeToString,
@@ -81,6 +87,11 @@ class BatchServiceStub:
                 request_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.StreamResultsRequest.SerializeToString,
                 response_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.StreamResultsResponse.FromString,
                 _registered_method=True)
+        self.ListErrors = channel.unary_unary(
+                '/vllm_batch.v1.BatchService/ListErrors',
+                request_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListErrorsRequest.SerializeToString,
+                response_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListErrorsResponse.FromString,
+                _registered_method=True)
         self.GetResult = channel.unary_unary(
                 '/vllm_batch.v1.BatchService/GetResult',
                 request_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.GetResultRequest.SerializeToString,
@@ -101,45 +112,59 @@ class BatchServiceStub:
                 request_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.RetryBatchRequest.SerializeToString,
                 response_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.RetryBatchResponse.FromString,
                 _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/vllm_batch.v1.BatchService/ListTenants',
+                request_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
 
 
 class BatchServiceServicer:
     """Batches of inference requests, run by vLLM, each request answered exactly once.
 
-    The gateway serves this for clients; a worker serves the same for the gateway.
+    The gateway serves it to clients; workers serve the same to the gateway.
 
     Errors carry google.rpc details:
     UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
-    that its server ends with itself the reason is SHUTTING_DOWN.
-    Nothing was stored unless a request_id says otherwise; call again after the delay.
-    INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
-    NOT_FOUND            the batch or the request does not exist.
-    ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
-    FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-    RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
-    RetryInfo: too many calls; the same call will do after the delay.
-    UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
-    PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
+    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; for a stream
+    whose server shuts down, the reason is SHUTTING_DOWN.
+    Nothing was stored unless the metadata names a request_id; retry after the delay.
+    INVALID_ARGUMENT     BadRequest with a violation per wrong field, `line N: field` for a line of a batch; up to 20.
+    NOT_FOUND            the batch or the request does not exist, or is another tenant's.
+    ALREADY_EXISTS       the request_id was used before with other content; the metadata names that batch.
+    FAILED_PRECONDITION  the state of the batch does not allow this.
+    RESOURCE_EXHAUSTED   over a limit; the message has the limit, the value and what is left (LIMIT_REACHED, or
+    QUOTA_REACHED for that of the caller's tenant). With RetryInfo the same call may succeed
+    after the delay, as after too many calls (RATE_LIMITED).
+    UNAUTHENTICATED      a token is required (TOKEN_MISSING), or this one is unknown (TOKEN_WRONG).
+    PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); the metadata names the role needed.
     """
 
+    def GetServiceStatus(self, request, context):
+        """Returns whether new work is accepted now and, if not, the error that CreateBatch would fail with. The gateway
+        answers from memory, so also while Postgres is away. A worker reports only on itself, and not on Postgres.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateBatch(self, request, context):
-        """Creates a batch from requests given inline: for small batches, by hand with grpcurl for instance.
+        """Creates a batch from inline requests: for small batches, for instance by hand with grpcurl.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadBatch(self, request_iterator, context):
-        """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
-        The batch exists once this has answered and not before; a broken upload leaves nothing.
+        """Creates a batch from a streamed JSONL file of any size: options, the bytes of the file in pieces, an end.
+        The batch exists once this call has answered, and not before; a broken upload leaves nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetBatch(self, request, context):
-        """Returns one batch: its state, counts and token usage.
+        """Returns one batch: its state, counts and token usage, when it is likely to end, or why it does not move.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,28 +178,37 @@ class BatchServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchBatch(self, request, context):
-        """Sends the batch now, again whenever it changes, and ends after it was sent in a terminal state.
+        """Sends the batch now and whenever it changes, also when only its estimated end moves noticeably or what it waits for
+        changes; ends once it was sent in a terminal state. Goes on while Postgres is away: the batch as last read, with
+        WAIT_REASON_DATABASE_AWAY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamResults(self, request, context):
-        """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live.
+        """Sends the results of a batch page by page, also while the batch runs and while no worker is live.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListErrors(self, request, context):
+        """Returns the kinds of failure among the results of a batch, each with its count and an example.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetResult(self, request, context):
-        """Returns the result of one request. NOT_FOUND until it has one.
+        """Returns the result of one request. Fails with NOT_FOUND until the request has finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelBatch(self, request, context):
-        """Stops a batch. Finished results stay; requests without one never get one.
+        """Stops a batch, also one that is not checked yet. Stored results stay; the other requests never get one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -188,7 +222,14 @@ class BatchServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RetryBatch(self, request, context):
-        """Creates a batch of the requests of a terminal batch that have an error or no result.
+        """Creates a new batch from the requests of a terminal batch that failed or have no result.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Lists tenants by name, with share, queue, tokens used and limits: with the role operate all, otherwise one's own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,6 +238,11 @@ class BatchServiceServicer:
 
 def add_BatchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetServiceStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServiceStatus,
+                    request_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.GetServiceStatusRequest.FromString,
+                    response_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.GetServiceStatusResponse.SerializeToString,
+            ),
             'CreateBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateBatch,
                     request_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.CreateBatchRequest.FromString,
@@ -227,6 +273,11 @@ def add_BatchServiceServicer_to_server(servicer, server):
                     request_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.StreamResultsRequest.FromString,
                     response_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.StreamResultsResponse.SerializeToString,
             ),
+            'ListErrors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListErrors,
+                    request_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListErrorsRequest.FromString,
+                    response_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListErrorsResponse.SerializeToString,
+            ),
             'GetResult': grpc.unary_unary_rpc_method_handler(
                     servicer.GetResult,
                     request_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.GetResultRequest.FromString,
@@ -247,6 +298,11 @@ def add_BatchServiceServicer_to_server(servicer, server):
                     request_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.RetryBatchRequest.FromString,
                     response_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.RetryBatchResponse.SerializeToString,
             ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListTenantsRequest.FromString,
+                    response_serializer=vllm__batch_dot_v1_dot_batch__service__pb2.ListTenantsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'vllm_batch.v1.BatchService', rpc_method_handlers)
@@ -258,22 +314,50 @@ def add_BatchServiceServicer_to_server(servicer, server):
 class BatchService:
     """Batches of inference requests, run by vLLM, each request answered exactly once.
 
-    The gateway serves this for clients; a worker serves the same for the gateway.
+    The gateway serves it to clients; workers serve the same to the gateway.
 
     Errors carry google.rpc details:
     UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
-    that its server ends with itself the reason is SHUTTING_DOWN.
-    Nothing was stored unless a request_id says otherwise; call again after the delay.
-    INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
-    NOT_FOUND            the batch or the request does not exist.
-    ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
-    FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-    RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
-    RetryInfo: too many calls; the same call will do after the delay.
-    UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
-    PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
+    WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; for a stream
+    whose server shuts down, the reason is SHUTTING_DOWN.
+    Nothing was stored unless the metadata names a request_id; retry after the delay.
+    INVALID_ARGUMENT     BadRequest with a violation per wrong field, `line N: field` for a line of a batch; up to 20.
+    NOT_FOUND            the batch or the request does not exist, or is another tenant's.
+    ALREADY_EXISTS       the request_id was used before with other content; the metadata names that batch.
+    FAILED_PRECONDITION  the state of the batch does not allow this.
+    RESOURCE_EXHAUSTED   over a limit; the message has the limit, the value and what is left (LIMIT_REACHED, or
+    QUOTA_REACHED for that of the caller's tenant). With RetryInfo the same call may succeed
+    after the delay, as after too many calls (RATE_LIMITED).
+    UNAUTHENTICATED      a token is required (TOKEN_MISSING), or this one is unknown (TOKEN_WRONG).
+    PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); the metadata names the role needed.
     """
+
+    @staticmethod
+    def GetServiceStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vllm_batch.v1.BatchService/GetServiceStatus',
+            vllm__batch_dot_v1_dot_batch__service__pb2.GetServiceStatusRequest.SerializeToString,
+            vllm__batch_dot_v1_dot_batch__service__pb2.GetServiceStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def CreateBatch(request,
@@ -438,6 +522,33 @@ class BatchService:
             _registered_method=True)
 
     @staticmethod
+    def ListErrors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vllm_batch.v1.BatchService/ListErrors',
+            vllm__batch_dot_v1_dot_batch__service__pb2.ListErrorsRequest.SerializeToString,
+            vllm__batch_dot_v1_dot_batch__service__pb2.ListErrorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetResult(request,
             target,
             options=(),
@@ -535,6 +646,33 @@ class BatchService:
             '/vllm_batch.v1.BatchService/RetryBatch',
             vllm__batch_dot_v1_dot_batch__service__pb2.RetryBatchRequest.SerializeToString,
             vllm__batch_dot_v1_dot_batch__service__pb2.RetryBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vllm_batch.v1.BatchService/ListTenants',
+            vllm__batch_dot_v1_dot_batch__service__pb2.ListTenantsRequest.SerializeToString,
+            vllm__batch_dot_v1_dot_batch__service__pb2.ListTenantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

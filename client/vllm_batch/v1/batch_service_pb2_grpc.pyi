@@ -29,114 +29,149 @@ GRPC_VERSION: str
 class BatchServiceStub:
     """Batches of inference requests, run by vLLM, each request answered exactly once.
 
-    The gateway serves this for clients; a worker serves the same for the gateway.
+    The gateway serves it to clients; workers serve the same to the gateway.
 
     Errors carry google.rpc details:
       UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
-                           that its server ends with itself the reason is SHUTTING_DOWN.
-                           Nothing was stored unless a request_id says otherwise; call again after the delay.
-      INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
-      NOT_FOUND            the batch or the request does not exist.
-      ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
-      FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
-                           RetryInfo: too many calls; the same call will do after the delay.
-      UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
-      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
+                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; for a stream
+                           whose server shuts down, the reason is SHUTTING_DOWN.
+                           Nothing was stored unless the metadata names a request_id; retry after the delay.
+      INVALID_ARGUMENT     BadRequest with a violation per wrong field, `line N: field` for a line of a batch; up to 20.
+      NOT_FOUND            the batch or the request does not exist, or is another tenant's.
+      ALREADY_EXISTS       the request_id was used before with other content; the metadata names that batch.
+      FAILED_PRECONDITION  the state of the batch does not allow this.
+      RESOURCE_EXHAUSTED   over a limit; the message has the limit, the value and what is left (LIMIT_REACHED, or
+                           QUOTA_REACHED for that of the caller's tenant). With RetryInfo the same call may succeed
+                           after the delay, as after too many calls (RATE_LIMITED).
+      UNAUTHENTICATED      a token is required (TOKEN_MISSING), or this one is unknown (TOKEN_WRONG).
+      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); the metadata names the role needed.
     """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> BatchServiceAsyncStub: ...
+    GetServiceStatus: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.GetServiceStatusRequest, _batch_service_pb2.GetServiceStatusResponse]
+    """Returns whether new work is accepted now and, if not, the error that CreateBatch would fail with. The gateway
+    answers from memory, so also while Postgres is away. A worker reports only on itself, and not on Postgres.
+    """
     CreateBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.CreateBatchRequest, _batch_service_pb2.CreateBatchResponse]
-    """Creates a batch from requests given inline: for small batches, by hand with grpcurl for instance."""
+    """Creates a batch from inline requests: for small batches, for instance by hand with grpcurl."""
     UploadBatch: _grpc.StreamUnaryMultiCallable[_batch_service_pb2.UploadBatchRequest, _batch_service_pb2.UploadBatchResponse]
-    """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
-    The batch exists once this has answered and not before; a broken upload leaves nothing.
+    """Creates a batch from a streamed JSONL file of any size: options, the bytes of the file in pieces, an end.
+    The batch exists once this call has answered, and not before; a broken upload leaves nothing.
     """
     GetBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.GetBatchRequest, _batch_service_pb2.GetBatchResponse]
-    """Returns one batch: its state, counts and token usage."""
+    """Returns one batch: its state, counts and token usage, when it is likely to end, or why it does not move."""
     ListBatches: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.ListBatchesRequest, _batch_service_pb2.ListBatchesResponse]
     """Lists batches, newest first."""
     WatchBatch: _grpc.UnaryStreamMultiCallable[_batch_service_pb2.WatchBatchRequest, _batch_service_pb2.WatchBatchResponse]
-    """Sends the batch now, again whenever it changes, and ends after it was sent in a terminal state."""
+    """Sends the batch now and whenever it changes, also when only its estimated end moves noticeably or what it waits for
+    changes; ends once it was sent in a terminal state. Goes on while Postgres is away: the batch as last read, with
+    WAIT_REASON_DATABASE_AWAY.
+    """
     StreamResults: _grpc.UnaryStreamMultiCallable[_batch_service_pb2.StreamResultsRequest, _batch_service_pb2.StreamResultsResponse]
-    """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live."""
+    """Sends the results of a batch page by page, also while the batch runs and while no worker is live."""
+    ListErrors: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.ListErrorsRequest, _batch_service_pb2.ListErrorsResponse]
+    """Returns the kinds of failure among the results of a batch, each with its count and an example."""
     GetResult: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.GetResultRequest, _batch_service_pb2.GetResultResponse]
-    """Returns the result of one request. NOT_FOUND until it has one."""
+    """Returns the result of one request. Fails with NOT_FOUND until the request has finished."""
     CancelBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.CancelBatchRequest, _batch_service_pb2.CancelBatchResponse]
-    """Stops a batch. Finished results stay; requests without one never get one."""
+    """Stops a batch, also one that is not checked yet. Stored results stay; the other requests never get one."""
     DeleteBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.DeleteBatchRequest, _batch_service_pb2.DeleteBatchResponse]
     """Deletes a batch in a terminal state with its requests and results."""
     RetryBatch: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.RetryBatchRequest, _batch_service_pb2.RetryBatchResponse]
-    """Creates a batch of the requests of a terminal batch that have an error or no result."""
+    """Creates a new batch from the requests of a terminal batch that failed or have no result."""
+    ListTenants: _grpc.UnaryUnaryMultiCallable[_batch_service_pb2.ListTenantsRequest, _batch_service_pb2.ListTenantsResponse]
+    """Lists tenants by name, with share, queue, tokens used and limits: with the role operate all, otherwise one's own."""
 
 @_typing.type_check_only
 class BatchServiceAsyncStub(BatchServiceStub):
     """Batches of inference requests, run by vLLM, each request answered exactly once.
 
-    The gateway serves this for clients; a worker serves the same for the gateway.
+    The gateway serves it to clients; workers serve the same to the gateway.
 
     Errors carry google.rpc details:
       UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
-                           that its server ends with itself the reason is SHUTTING_DOWN.
-                           Nothing was stored unless a request_id says otherwise; call again after the delay.
-      INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
-      NOT_FOUND            the batch or the request does not exist.
-      ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
-      FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
-                           RetryInfo: too many calls; the same call will do after the delay.
-      UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
-      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
+                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; for a stream
+                           whose server shuts down, the reason is SHUTTING_DOWN.
+                           Nothing was stored unless the metadata names a request_id; retry after the delay.
+      INVALID_ARGUMENT     BadRequest with a violation per wrong field, `line N: field` for a line of a batch; up to 20.
+      NOT_FOUND            the batch or the request does not exist, or is another tenant's.
+      ALREADY_EXISTS       the request_id was used before with other content; the metadata names that batch.
+      FAILED_PRECONDITION  the state of the batch does not allow this.
+      RESOURCE_EXHAUSTED   over a limit; the message has the limit, the value and what is left (LIMIT_REACHED, or
+                           QUOTA_REACHED for that of the caller's tenant). With RetryInfo the same call may succeed
+                           after the delay, as after too many calls (RATE_LIMITED).
+      UNAUTHENTICATED      a token is required (TOKEN_MISSING), or this one is unknown (TOKEN_WRONG).
+      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); the metadata names the role needed.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetServiceStatus: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.GetServiceStatusRequest, _batch_service_pb2.GetServiceStatusResponse]  # type: ignore[assignment]
+    """Returns whether new work is accepted now and, if not, the error that CreateBatch would fail with. The gateway
+    answers from memory, so also while Postgres is away. A worker reports only on itself, and not on Postgres.
+    """
     CreateBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.CreateBatchRequest, _batch_service_pb2.CreateBatchResponse]  # type: ignore[assignment]
-    """Creates a batch from requests given inline: for small batches, by hand with grpcurl for instance."""
+    """Creates a batch from inline requests: for small batches, for instance by hand with grpcurl."""
     UploadBatch: _aio.StreamUnaryMultiCallable[_batch_service_pb2.UploadBatchRequest, _batch_service_pb2.UploadBatchResponse]  # type: ignore[assignment]
-    """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
-    The batch exists once this has answered and not before; a broken upload leaves nothing.
+    """Creates a batch from a streamed JSONL file of any size: options, the bytes of the file in pieces, an end.
+    The batch exists once this call has answered, and not before; a broken upload leaves nothing.
     """
     GetBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.GetBatchRequest, _batch_service_pb2.GetBatchResponse]  # type: ignore[assignment]
-    """Returns one batch: its state, counts and token usage."""
+    """Returns one batch: its state, counts and token usage, when it is likely to end, or why it does not move."""
     ListBatches: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.ListBatchesRequest, _batch_service_pb2.ListBatchesResponse]  # type: ignore[assignment]
     """Lists batches, newest first."""
     WatchBatch: _aio.UnaryStreamMultiCallable[_batch_service_pb2.WatchBatchRequest, _batch_service_pb2.WatchBatchResponse]  # type: ignore[assignment]
-    """Sends the batch now, again whenever it changes, and ends after it was sent in a terminal state."""
+    """Sends the batch now and whenever it changes, also when only its estimated end moves noticeably or what it waits for
+    changes; ends once it was sent in a terminal state. Goes on while Postgres is away: the batch as last read, with
+    WAIT_REASON_DATABASE_AWAY.
+    """
     StreamResults: _aio.UnaryStreamMultiCallable[_batch_service_pb2.StreamResultsRequest, _batch_service_pb2.StreamResultsResponse]  # type: ignore[assignment]
-    """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live."""
+    """Sends the results of a batch page by page, also while the batch runs and while no worker is live."""
+    ListErrors: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.ListErrorsRequest, _batch_service_pb2.ListErrorsResponse]  # type: ignore[assignment]
+    """Returns the kinds of failure among the results of a batch, each with its count and an example."""
     GetResult: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.GetResultRequest, _batch_service_pb2.GetResultResponse]  # type: ignore[assignment]
-    """Returns the result of one request. NOT_FOUND until it has one."""
+    """Returns the result of one request. Fails with NOT_FOUND until the request has finished."""
     CancelBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.CancelBatchRequest, _batch_service_pb2.CancelBatchResponse]  # type: ignore[assignment]
-    """Stops a batch. Finished results stay; requests without one never get one."""
+    """Stops a batch, also one that is not checked yet. Stored results stay; the other requests never get one."""
     DeleteBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.DeleteBatchRequest, _batch_service_pb2.DeleteBatchResponse]  # type: ignore[assignment]
     """Deletes a batch in a terminal state with its requests and results."""
     RetryBatch: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.RetryBatchRequest, _batch_service_pb2.RetryBatchResponse]  # type: ignore[assignment]
-    """Creates a batch of the requests of a terminal batch that have an error or no result."""
+    """Creates a new batch from the requests of a terminal batch that failed or have no result."""
+    ListTenants: _aio.UnaryUnaryMultiCallable[_batch_service_pb2.ListTenantsRequest, _batch_service_pb2.ListTenantsResponse]  # type: ignore[assignment]
+    """Lists tenants by name, with share, queue, tokens used and limits: with the role operate all, otherwise one's own."""
 
 class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
     """Batches of inference requests, run by vLLM, each request answered exactly once.
 
-    The gateway serves this for clients; a worker serves the same for the gateway.
+    The gateway serves it to clients; workers serve the same to the gateway.
 
     Errors carry google.rpc details:
       UNAVAILABLE          ErrorInfo{domain: "vllm_batch", reason: WORKER_OFFLINE | WORKER_LOADING |
-                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; of a stream
-                           that its server ends with itself the reason is SHUTTING_DOWN.
-                           Nothing was stored unless a request_id says otherwise; call again after the delay.
-      INVALID_ARGUMENT     BadRequest with one violation per wrong field, `line N: field` for a line of a batch.
-      NOT_FOUND            the batch or the request does not exist.
-      ALREADY_EXISTS       request_id was used before with other content; metadata names that batch.
-      FAILED_PRECONDITION  the batch is in a state in which this cannot be done.
-      RESOURCE_EXHAUSTED   over a limit; the message says the limit and the value. With reason RATE_LIMITED and
-                           RetryInfo: too many calls; the same call will do after the delay.
-      UNAUTHENTICATED      a token is needed (TOKEN_MISSING), or this one is not known (TOKEN_WRONG).
-      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); metadata names the role needed.
+                           WORKER_STALLED | RECOVERY_GAVE_UP | DATABASE_UNAVAILABLE} and RetryInfo; for a stream
+                           whose server shuts down, the reason is SHUTTING_DOWN.
+                           Nothing was stored unless the metadata names a request_id; retry after the delay.
+      INVALID_ARGUMENT     BadRequest with a violation per wrong field, `line N: field` for a line of a batch; up to 20.
+      NOT_FOUND            the batch or the request does not exist, or is another tenant's.
+      ALREADY_EXISTS       the request_id was used before with other content; the metadata names that batch.
+      FAILED_PRECONDITION  the state of the batch does not allow this.
+      RESOURCE_EXHAUSTED   over a limit; the message has the limit, the value and what is left (LIMIT_REACHED, or
+                           QUOTA_REACHED for that of the caller's tenant). With RetryInfo the same call may succeed
+                           after the delay, as after too many calls (RATE_LIMITED).
+      UNAUTHENTICATED      a token is required (TOKEN_MISSING), or this one is unknown (TOKEN_WRONG).
+      PERMISSION_DENIED    the token's role does not allow the call (ROLE_MISSING); the metadata names the role needed.
     """
+
+    @_abc_1.abstractmethod
+    def GetServiceStatus(
+        self,
+        request: _batch_service_pb2.GetServiceStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_batch_service_pb2.GetServiceStatusResponse, _abc.Awaitable[_batch_service_pb2.GetServiceStatusResponse]]:
+        """Returns whether new work is accepted now and, if not, the error that CreateBatch would fail with. The gateway
+        answers from memory, so also while Postgres is away. A worker reports only on itself, and not on Postgres.
+        """
 
     @_abc_1.abstractmethod
     def CreateBatch(
@@ -144,7 +179,7 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.CreateBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_batch_service_pb2.CreateBatchResponse, _abc.Awaitable[_batch_service_pb2.CreateBatchResponse]]:
-        """Creates a batch from requests given inline: for small batches, by hand with grpcurl for instance."""
+        """Creates a batch from inline requests: for small batches, for instance by hand with grpcurl."""
 
     @_abc_1.abstractmethod
     def UploadBatch(
@@ -152,8 +187,8 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_batch_service_pb2.UploadBatchRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_batch_service_pb2.UploadBatchResponse, _abc.Awaitable[_batch_service_pb2.UploadBatchResponse]]:
-        """Creates a batch from a JSONL file of any size, streamed: options, the bytes of the file in pieces, an end.
-        The batch exists once this has answered and not before; a broken upload leaves nothing.
+        """Creates a batch from a streamed JSONL file of any size: options, the bytes of the file in pieces, an end.
+        The batch exists once this call has answered, and not before; a broken upload leaves nothing.
         """
 
     @_abc_1.abstractmethod
@@ -162,7 +197,7 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.GetBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_batch_service_pb2.GetBatchResponse, _abc.Awaitable[_batch_service_pb2.GetBatchResponse]]:
-        """Returns one batch: its state, counts and token usage."""
+        """Returns one batch: its state, counts and token usage, when it is likely to end, or why it does not move."""
 
     @_abc_1.abstractmethod
     def ListBatches(
@@ -178,7 +213,10 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.WatchBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_batch_service_pb2.WatchBatchResponse], _abc.AsyncIterator[_batch_service_pb2.WatchBatchResponse]]:
-        """Sends the batch now, again whenever it changes, and ends after it was sent in a terminal state."""
+        """Sends the batch now and whenever it changes, also when only its estimated end moves noticeably or what it waits for
+        changes; ends once it was sent in a terminal state. Goes on while Postgres is away: the batch as last read, with
+        WAIT_REASON_DATABASE_AWAY.
+        """
 
     @_abc_1.abstractmethod
     def StreamResults(
@@ -186,7 +224,15 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.StreamResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_batch_service_pb2.StreamResultsResponse], _abc.AsyncIterator[_batch_service_pb2.StreamResultsResponse]]:
-        """Sends the results of a batch, page by page. Works while the batch runs and while no worker is live."""
+        """Sends the results of a batch page by page, also while the batch runs and while no worker is live."""
+
+    @_abc_1.abstractmethod
+    def ListErrors(
+        self,
+        request: _batch_service_pb2.ListErrorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_batch_service_pb2.ListErrorsResponse, _abc.Awaitable[_batch_service_pb2.ListErrorsResponse]]:
+        """Returns the kinds of failure among the results of a batch, each with its count and an example."""
 
     @_abc_1.abstractmethod
     def GetResult(
@@ -194,7 +240,7 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.GetResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_batch_service_pb2.GetResultResponse, _abc.Awaitable[_batch_service_pb2.GetResultResponse]]:
-        """Returns the result of one request. NOT_FOUND until it has one."""
+        """Returns the result of one request. Fails with NOT_FOUND until the request has finished."""
 
     @_abc_1.abstractmethod
     def CancelBatch(
@@ -202,7 +248,7 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.CancelBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_batch_service_pb2.CancelBatchResponse, _abc.Awaitable[_batch_service_pb2.CancelBatchResponse]]:
-        """Stops a batch. Finished results stay; requests without one never get one."""
+        """Stops a batch, also one that is not checked yet. Stored results stay; the other requests never get one."""
 
     @_abc_1.abstractmethod
     def DeleteBatch(
@@ -218,6 +264,14 @@ class BatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _batch_service_pb2.RetryBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_batch_service_pb2.RetryBatchResponse, _abc.Awaitable[_batch_service_pb2.RetryBatchResponse]]:
-        """Creates a batch of the requests of a terminal batch that have an error or no result."""
+        """Creates a new batch from the requests of a terminal batch that failed or have no result."""
+
+    @_abc_1.abstractmethod
+    def ListTenants(
+        self,
+        request: _batch_service_pb2.ListTenantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_batch_service_pb2.ListTenantsResponse, _abc.Awaitable[_batch_service_pb2.ListTenantsResponse]]:
+        """Lists tenants by name, with share, queue, tokens used and limits: with the role operate all, otherwise one's own."""
 
 def add_BatchServiceServicer_to_server(servicer: BatchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,43 +26,43 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$vllm_batch/v1/recovery_service.proto\x12\rvllm_batch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x04\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x07verdict\x18\x02 \x01(\x0e\x32\x16.vllm_batch.v1.Verdict\x12%\n\x06\x61\x63tion\x18\x03 \x01(\x0e\x32\x15.vllm_batch.v1.Action\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rprocess_state\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x03\x12\x0e\n\x06health\x18\x07 \x01(\t\x12\x30\n\rheartbeat_age\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05phase\x18\t \x01(\t\x12\x13\n\x0bincarnation\x18\n \x01(\t\x12\x30\n\x0cverdict_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0cobserve_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x62udget_left\x18\r \x01(\x05\x12\x14\n\x0c\x62udget_limit\x18\x0e \x01(\x05\x12,\n\x06intent\x18\x0f \x01(\x0b\x32\x1c.vllm_batch.v1.RecoveryEvent\x12\x32\n\x0epause_end_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cpause_reason\x18\x11 \x01(\t\x12\x0f\n\x07gave_up\x18\x12 \x01(\x08\"I\n\x0bPhaseTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xda\x02\n\rRecoveryEvent\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\'\n\x07verdict\x18\x04 \x01(\x0e\x32\x16.vllm_batch.v1.Verdict\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\revidence_json\x18\x06 \x01(\t\x12\x0f\n\x07outcome\x18\x07 \x01(\t\x12+\n\x07timings\x18\x08 \x03(\x0b\x32\x1a.vllm_batch.v1.PhaseTiming\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fold_incarnation\x18\x0b \x01(\t\x12\x17\n\x0fnew_incarnation\x18\x0c \x01(\t\"\x12\n\x10GetStatusRequest\"A\n\x11GetStatusResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.vllm_batch.v1.WorkerStatus\"M\n\x11ListEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\"[\n\x12ListEventsResponse\x12,\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1c.vllm_batch.v1.RecoveryEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x14PauseRecoveryRequest\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\"E\n\x15PauseRecoveryResponse\x12,\n\x08\x65nd_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"*\n\x15ResumeRecoveryRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x18\n\x16ResumeRecoveryResponse\"7\n\x12ResetBudgetRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x13ResetBudgetResponse*\xbf\x03\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_HEALTHY\x10\x01\x12\x1b\n\x17VERDICT_SUPERVISOR_AWAY\x10\x02\x12\x12\n\x0eVERDICT_PAUSED\x10\x03\x12\x17\n\x13VERDICT_INTERRUPTED\x10\x04\x12\x19\n\x15VERDICT_OPERATOR_STOP\x10\x05\x12\x13\n\x0fVERDICT_CRASHED\x10\x06\x12\x14\n\x10VERDICT_STARTING\x10\x07\x12\x19\n\x15VERDICT_START_TIMEOUT\x10\x08\x12\x19\n\x15VERDICT_DATABASE_AWAY\x10\t\x12\x1a\n\x16VERDICT_HEARTBEAT_LOST\x10\n\x12\x14\n\x10VERDICT_DRAINING\x10\x0b\x12\x1a\n\x16VERDICT_ENGINE_STALLED\x10\x0c\x12\x17\n\x13VERDICT_ENGINE_DEAD\x10\r\x12\x16\n\x12VERDICT_RPC_WEDGED\x10\x0e\x12\x12\n\x0eVERDICT_FROZEN\x10\x0f\x12\x15\n\x11VERDICT_NOT_READY\x10\x10\x12\x16\n\x12VERDICT_TRANSITION\x10\x11*\x82\x01\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43TION_HOLD\x10\x01\x12\x12\n\x0e\x41\x43TION_CONFIRM\x10\x02\x12\x13\n\x0f\x41\x43TION_BACK_OFF\x10\x03\x12\x12\n\x0e\x41\x43TION_RESTART\x10\x04\x12\x12\n\x0e\x41\x43TION_GIVE_UP\x10\x05\x32\xc5\x03\n\x0fRecoveryService\x12N\n\tGetStatus\x12\x1f.vllm_batch.v1.GetStatusRequest\x1a .vllm_batch.v1.GetStatusResponse\x12Q\n\nListEvents\x12 .vllm_batch.v1.ListEventsRequest\x1a!.vllm_batch.v1.ListEventsResponse\x12Z\n\rPauseRecovery\x12#.vllm_batch.v1.PauseRecoveryRequest\x1a$.vllm_batch.v1.PauseRecoveryResponse\x12]\n\x0eResumeRecovery\x12$.vllm_batch.v1.ResumeRecoveryRequest\x1a%.vllm_batch.v1.ResumeRecoveryResponse\x12T\n\x0bResetBudget\x12!.vllm_batch.v1.ResetBudgetRequest\x1a\".vllm_batch.v1.ResetBudgetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$vllm_batch/v1/recovery_service.proto\x12\rvllm_batch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x04\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x07verdict\x18\x02 \x01(\x0e\x32\x16.vllm_batch.v1.Verdict\x12%\n\x06\x61\x63tion\x18\x03 \x01(\x0e\x32\x15.vllm_batch.v1.Action\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rprocess_state\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x03\x12\x0e\n\x06health\x18\x07 \x01(\t\x12\x30\n\rheartbeat_age\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05phase\x18\t \x01(\t\x12\x13\n\x0bincarnation\x18\n \x01(\t\x12\x30\n\x0cverdict_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0cobserve_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x62udget_left\x18\r \x01(\x05\x12\x14\n\x0c\x62udget_limit\x18\x0e \x01(\x05\x12,\n\x06intent\x18\x0f \x01(\x0b\x32\x1c.vllm_batch.v1.RecoveryEvent\x12\x32\n\x0epause_end_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cpause_reason\x18\x11 \x01(\t\x12\x0f\n\x07gave_up\x18\x12 \x01(\x08\x12\r\n\x05\x63\x61use\x18\x13 \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x14 \x01(\t\"I\n\x0bPhaseTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xda\x02\n\rRecoveryEvent\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\'\n\x07verdict\x18\x04 \x01(\x0e\x32\x16.vllm_batch.v1.Verdict\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\revidence_json\x18\x06 \x01(\t\x12\x0f\n\x07outcome\x18\x07 \x01(\t\x12+\n\x07timings\x18\x08 \x03(\x0b\x32\x1a.vllm_batch.v1.PhaseTiming\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fold_incarnation\x18\x0b \x01(\t\x12\x17\n\x0fnew_incarnation\x18\x0c \x01(\t\"\x12\n\x10GetStatusRequest\"p\n\x11GetStatusResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.vllm_batch.v1.WorkerStatus\x12-\n\x08gateways\x18\x02 \x03(\x0b\x32\x1b.vllm_batch.v1.WorkerStatus\"M\n\x11ListEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\"[\n\x12ListEventsResponse\x12,\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1c.vllm_batch.v1.RecoveryEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x14PauseRecoveryRequest\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\"E\n\x15PauseRecoveryResponse\x12,\n\x08\x65nd_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"*\n\x15ResumeRecoveryRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x18\n\x16ResumeRecoveryResponse\"7\n\x12ResetBudgetRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x13ResetBudgetResponse*\xf1\x03\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_HEALTHY\x10\x01\x12\x1b\n\x17VERDICT_SUPERVISOR_AWAY\x10\x02\x12\x12\n\x0eVERDICT_PAUSED\x10\x03\x12\x17\n\x13VERDICT_INTERRUPTED\x10\x04\x12\x19\n\x15VERDICT_OPERATOR_STOP\x10\x05\x12\x13\n\x0fVERDICT_CRASHED\x10\x06\x12\x14\n\x10VERDICT_STARTING\x10\x07\x12\x19\n\x15VERDICT_START_TIMEOUT\x10\x08\x12\x19\n\x15VERDICT_DATABASE_AWAY\x10\t\x12\x1a\n\x16VERDICT_HEARTBEAT_LOST\x10\n\x12\x14\n\x10VERDICT_DRAINING\x10\x0b\x12\x1a\n\x16VERDICT_ENGINE_STALLED\x10\x0c\x12\x17\n\x13VERDICT_ENGINE_DEAD\x10\r\x12\x16\n\x12VERDICT_RPC_WEDGED\x10\x0e\x12\x12\n\x0eVERDICT_FROZEN\x10\x0f\x12\x15\n\x11VERDICT_NOT_READY\x10\x10\x12\x16\n\x12VERDICT_TRANSITION\x10\x11\x12\x18\n\x14VERDICT_START_FAILED\x10\x12\x12\x16\n\x12VERDICT_NAME_TAKEN\x10\x13*\x82\x01\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43TION_HOLD\x10\x01\x12\x12\n\x0e\x41\x43TION_CONFIRM\x10\x02\x12\x13\n\x0f\x41\x43TION_BACK_OFF\x10\x03\x12\x12\n\x0e\x41\x43TION_RESTART\x10\x04\x12\x12\n\x0e\x41\x43TION_GIVE_UP\x10\x05\x32\xc5\x03\n\x0fRecoveryService\x12N\n\tGetStatus\x12\x1f.vllm_batch.v1.GetStatusRequest\x1a .vllm_batch.v1.GetStatusResponse\x12Q\n\nListEvents\x12 .vllm_batch.v1.ListEventsRequest\x1a!.vllm_batch.v1.ListEventsResponse\x12Z\n\rPauseRecovery\x12#.vllm_batch.v1.PauseRecoveryRequest\x1a$.vllm_batch.v1.PauseRecoveryResponse\x12]\n\x0eResumeRecovery\x12$.vllm_batch.v1.ResumeRecoveryRequest\x1a%.vllm_batch.v1.ResumeRecoveryResponse\x12T\n\x0bResetBudget\x12!.vllm_batch.v1.ResetBudgetRequest\x1a\".vllm_batch.v1.ResetBudgetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vllm_batch.v1.recovery_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERDICT']._serialized_start=1679
-  _globals['_VERDICT']._serialized_end=2126
-  _globals['_ACTION']._serialized_start=2129
-  _globals['_ACTION']._serialized_end=2259
+  _globals['_VERDICT']._serialized_start=1757
+  _globals['_VERDICT']._serialized_end=2254
+  _globals['_ACTION']._serialized_start=2257
+  _globals['_ACTION']._serialized_end=2387
   _globals['_WORKERSTATUS']._serialized_start=121
-  _globals['_WORKERSTATUS']._serialized_end=668
-  _globals['_PHASETIMING']._serialized_start=670
-  _globals['_PHASETIMING']._serialized_end=743
-  _globals['_RECOVERYEVENT']._serialized_start=746
-  _globals['_RECOVERYEVENT']._serialized_end=1092
-  _globals['_GETSTATUSREQUEST']._serialized_start=1094
-  _globals['_GETSTATUSREQUEST']._serialized_end=1112
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1114
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1179
-  _globals['_LISTEVENTSREQUEST']._serialized_start=1181
-  _globals['_LISTEVENTSREQUEST']._serialized_end=1258
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=1260
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1351
-  _globals['_PAUSERECOVERYREQUEST']._serialized_start=1353
-  _globals['_PAUSERECOVERYREQUEST']._serialized_end=1455
-  _globals['_PAUSERECOVERYRESPONSE']._serialized_start=1457
-  _globals['_PAUSERECOVERYRESPONSE']._serialized_end=1526
-  _globals['_RESUMERECOVERYREQUEST']._serialized_start=1528
-  _globals['_RESUMERECOVERYREQUEST']._serialized_end=1570
-  _globals['_RESUMERECOVERYRESPONSE']._serialized_start=1572
-  _globals['_RESUMERECOVERYRESPONSE']._serialized_end=1596
-  _globals['_RESETBUDGETREQUEST']._serialized_start=1598
-  _globals['_RESETBUDGETREQUEST']._serialized_end=1653
-  _globals['_RESETBUDGETRESPONSE']._serialized_start=1655
-  _globals['_RESETBUDGETRESPONSE']._serialized_end=1676
-  _globals['_RECOVERYSERVICE']._serialized_start=2262
-  _globals['_RECOVERYSERVICE']._serialized_end=2715
+  _globals['_WORKERSTATUS']._serialized_end=699
+  _globals['_PHASETIMING']._serialized_start=701
+  _globals['_PHASETIMING']._serialized_end=774
+  _globals['_RECOVERYEVENT']._serialized_start=777
+  _globals['_RECOVERYEVENT']._serialized_end=1123
+  _globals['_GETSTATUSREQUEST']._serialized_start=1125
+  _globals['_GETSTATUSREQUEST']._serialized_end=1143
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1145
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1257
+  _globals['_LISTEVENTSREQUEST']._serialized_start=1259
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1336
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1338
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1429
+  _globals['_PAUSERECOVERYREQUEST']._serialized_start=1431
+  _globals['_PAUSERECOVERYREQUEST']._serialized_end=1533
+  _globals['_PAUSERECOVERYRESPONSE']._serialized_start=1535
+  _globals['_PAUSERECOVERYRESPONSE']._serialized_end=1604
+  _globals['_RESUMERECOVERYREQUEST']._serialized_start=1606
+  _globals['_RESUMERECOVERYREQUEST']._serialized_end=1648
+  _globals['_RESUMERECOVERYRESPONSE']._serialized_start=1650
+  _globals['_RESUMERECOVERYRESPONSE']._serialized_end=1674
+  _globals['_RESETBUDGETREQUEST']._serialized_start=1676
+  _globals['_RESETBUDGETREQUEST']._serialized_end=1731
+  _globals['_RESETBUDGETRESPONSE']._serialized_start=1733
+  _globals['_RESETBUDGETRESPONSE']._serialized_end=1754
+  _globals['_RECOVERYSERVICE']._serialized_start=2390
+  _globals['_RECOVERYSERVICE']._serialized_end=2843
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,8 @@ class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VERDICT_FROZEN: _ClassVar[Verdict]
     VERDICT_NOT_READY: _ClassVar[Verdict]
     VERDICT_TRANSITION: _ClassVar[Verdict]
+    VERDICT_START_FAILED: _ClassVar[Verdict]
+    VERDICT_NAME_TAKEN: _ClassVar[Verdict]
 
 class Action(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -58,6 +60,8 @@ VERDICT_RPC_WEDGED: Verdict
 VERDICT_FROZEN: Verdict
 VERDICT_NOT_READY: Verdict
 VERDICT_TRANSITION: Verdict
+VERDICT_START_FAILED: Verdict
+VERDICT_NAME_TAKEN: Verdict
 ACTION_UNSPECIFIED: Action
 ACTION_HOLD: Action
 ACTION_CONFIRM: Action
@@ -66,7 +70,7 @@ ACTION_RESTART: Action
 ACTION_GIVE_UP: Action
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "verdict", "action", "reason", "process_state", "pid", "health", "heartbeat_age", "phase", "incarnation", "verdict_time", "observe_time", "budget_left", "budget_limit", "intent", "pause_end_time", "pause_reason", "gave_up")
+    __slots__ = ("worker_id", "verdict", "action", "reason", "process_state", "pid", "health", "heartbeat_age", "phase", "incarnation", "verdict_time", "observe_time", "budget_left", "budget_limit", "intent", "pause_end_time", "pause_reason", "gave_up", "cause", "advice")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +89,8 @@ class WorkerStatus(_message.Message):
     PAUSE_END_TIME_FIELD_NUMBER: _ClassVar[int]
     PAUSE_REASON_FIELD_NUMBER: _ClassVar[int]
     GAVE_UP_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     verdict: Verdict
     action: Action
@@ -103,7 +109,9 @@ class WorkerStatus(_message.Message):
     pause_end_time: _timestamp_pb2.Timestamp
     pause_reason: str
     gave_up: bool
-    def __init__(self, worker_id: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., action: _Optional[_Union[Action, str]] = ..., reason: _Optional[str] = ..., process_state: _Optional[str] = ..., pid: _Optional[int] = ..., health: _Optional[str] = ..., heartbeat_age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., phase: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., observe_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., budget_left: _Optional[int] = ..., budget_limit: _Optional[int] = ..., intent: _Optional[_Union[RecoveryEvent, _Mapping]] = ..., pause_end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pause_reason: _Optional[str] = ..., gave_up: _Optional[bool] = ...) -> None: ...
+    cause: str
+    advice: str
+    def __init__(self, worker_id: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., action: _Optional[_Union[Action, str]] = ..., reason: _Optional[str] = ..., process_state: _Optional[str] = ..., pid: _Optional[int] = ..., health: _Optional[str] = ..., heartbeat_age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., phase: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., observe_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., budget_left: _Optional[int] = ..., budget_limit: _Optional[int] = ..., intent: _Optional[_Union[RecoveryEvent, _Mapping]] = ..., pause_end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pause_reason: _Optional[str] = ..., gave_up: _Optional[bool] = ..., cause: _Optional[str] = ..., advice: _Optional[str] = ...) -> None: ...
 
 class PhaseTiming(_message.Message):
     __slots__ = ("phase", "duration")
@@ -146,10 +154,12 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("workers",)
+    __slots__ = ("workers", "gateways")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
+    gateways: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
 
 class ListEventsRequest(_message.Message):
     __slots__ = ("page_size", "page_token", "worker_id")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RecoveryServiceStub:
-    """What the watchdog sees, decided and did; and how a person holds it back or lets it go on.
+    """What the watchdog sees, has decided and has done, and how an operator pauses and resumes it.
     Served by the watchdog, also while Postgres or the workers are down.
     """
 
@@ -64,26 +64,26 @@ class RecoveryServiceStub:
 
 
 class RecoveryServiceServicer:
-    """What the watchdog sees, decided and did; and how a person holds it back or lets it go on.
+    """What the watchdog sees, has decided and has done, and how an operator pauses and resumes it.
     Served by the watchdog, also while Postgres or the workers are down.
     """
 
     def GetStatus(self, request, context):
-        """Returns the state of recovery for each worker that this watchdog guards.
+        """Returns the state of recovery of each worker that this watchdog guards.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListEvents(self, request, context):
-        """Lists recoveries and changes of verdict, newest first: the audit log.
+        """Lists the audit log: restarts, orders and changes of verdict, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseRecovery(self, request, context):
-        """No restarts for a while. Ends by itself.
+        """Prevents restarts for a given time. Ends by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +97,7 @@ class RecoveryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetBudget(self, request, context):
-        """Gives a spent restart budget back, after a person has seen to the cause.
+        """Restores an exhausted restart budget, once a person has fixed the cause.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +140,7 @@ def add_RecoveryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RecoveryService:
-    """What the watchdog sees, decided and did; and how a person holds it back or lets it go on.
+    """What the watchdog sees, has decided and has done, and how an operator pauses and resumes it.
     Served by the watchdog, also while Postgres or the workers are down.
     """
 

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RecoveryServiceStub:
-    """What the watchdog sees, decided and did; and how a person holds it back or lets it go on.
+    """What the watchdog sees, has decided and has done, and how an operator pauses and resumes it.
     Served by the watchdog, also while Postgres or the workers are down.
     """
 
@@ -36,36 +36,36 @@ class RecoveryServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RecoveryServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetStatusRequest, _recovery_service_pb2.GetStatusResponse]
-    """Returns the state of recovery for each worker that this watchdog guards."""
+    """Returns the state of recovery of each worker that this watchdog guards."""
     ListEvents: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListEventsRequest, _recovery_service_pb2.ListEventsResponse]
-    """Lists recoveries and changes of verdict, newest first: the audit log."""
+    """Lists the audit log: restarts, orders and changes of verdict, newest first."""
     PauseRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.PauseRecoveryRequest, _recovery_service_pb2.PauseRecoveryResponse]
-    """No restarts for a while. Ends by itself."""
+    """Prevents restarts for a given time. Ends by itself."""
     ResumeRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ResumeRecoveryRequest, _recovery_service_pb2.ResumeRecoveryResponse]
     """Ends a pause now."""
     ResetBudget: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ResetBudgetRequest, _recovery_service_pb2.ResetBudgetResponse]
-    """Gives a spent restart budget back, after a person has seen to the cause."""
+    """Restores an exhausted restart budget, once a person has fixed the cause."""
 
 @_typing.type_check_only
 class RecoveryServiceAsyncStub(RecoveryServiceStub):
-    """What the watchdog sees, decided and did; and how a person holds it back or lets it go on.
+    """What the watchdog sees, has decided and has done, and how an operator pauses and resumes it.
     Served by the watchdog, also while Postgres or the workers are down.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetStatusRequest, _recovery_service_pb2.GetStatusResponse]  # type: ignore[assignment]
-    """Returns the state of recovery for each worker that this watchdog guards."""
+    """Returns the state of recovery of each worker that this watchdog guards."""
     ListEvents: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListEventsRequest, _recovery_service_pb2.ListEventsResponse]  # type: ignore[assignment]
-    """Lists recoveries and changes of verdict, newest first: the audit log."""
+    """Lists the audit log: restarts, orders and changes of verdict, newest first."""
     PauseRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.PauseRecoveryRequest, _recovery_service_pb2.PauseRecoveryResponse]  # type: ignore[assignment]
-    """No restarts for a while. Ends by itself."""
+    """Prevents restarts for a given time. Ends by itself."""
     ResumeRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ResumeRecoveryRequest, _recovery_service_pb2.ResumeRecoveryResponse]  # type: ignore[assignment]
     """Ends a pause now."""
     ResetBudget: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ResetBudgetRequest, _recovery_service_pb2.ResetBudgetResponse]  # type: ignore[assignment]
-    """Gives a spent restart budget back, after a person has seen to the cause."""
+    """Restores an exhausted restart budget, once a person has fixed the cause."""
 
 class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What the watchdog sees, decided and did; and how a person holds it back or lets it go on.
+    """What the watchdog sees, has decided and has done, and how an operator pauses and resumes it.
     Served by the watchdog, also while Postgres or the workers are down.
     """
 
@@ -75,7 +75,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.GetStatusResponse, _abc.Awaitable[_recovery_service_pb2.GetStatusResponse]]:
-        """Returns the state of recovery for each worker that this watchdog guards."""
+        """Returns the state of recovery of each worker that this watchdog guards."""
 
     @_abc_1.abstractmethod
     def ListEvents(
@@ -83,7 +83,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.ListEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.ListEventsResponse, _abc.Awaitable[_recovery_service_pb2.ListEventsResponse]]:
-        """Lists recoveries and changes of verdict, newest first: the audit log."""
+        """Lists the audit log: restarts, orders and changes of verdict, newest first."""
 
     @_abc_1.abstractmethod
     def PauseRecovery(
@@ -91,7 +91,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.PauseRecoveryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.PauseRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.PauseRecoveryResponse]]:
-        """No restarts for a while. Ends by itself."""
+        """Prevents restarts for a given time. Ends by itself."""
 
     @_abc_1.abstractmethod
     def ResumeRecovery(
@@ -107,6 +107,6 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.ResetBudgetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.ResetBudgetResponse, _abc.Awaitable[_recovery_service_pb2.ResetBudgetResponse]]:
-        """Gives a spent restart budget back, after a person has seen to the cause."""
+        """Restores an exhausted restart budget, once a person has fixed the cause."""
 
 def add_RecoveryServiceServicer_to_server(servicer: RecoveryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ CREATE TABLE batches (
 );
 CREATE INDEX batches_by_state ON batches (state, id);
 
--- No foreign keys: a check per row would double the cost of an upload, and rows go with their batch in one place.
+-- No foreign keys: a check per row would double the cost of an upload, and one place removes the rows of a batch.
 CREATE TABLE requests (
     batch_id bigint NOT NULL,
     index integer NOT NULL,
@@ -50,7 +50,7 @@ CREATE TABLE chunks (
     lease_until timestamptz,
     CHECK ((state = 'leased') = (incarnation IS NOT NULL AND lease_until IS NOT NULL AND worker_id IS NOT NULL))
 );
--- Partial, so that claiming and sweeping cost the same whatever has been finished before.
+-- Partial, so that the cost of claiming and releasing does not grow with the chunks that are done.
 CREATE INDEX chunks_pending ON chunks (priority DESC, id) WHERE state = 'pending';
 CREATE INDEX chunks_leased ON chunks (lease_until) WHERE state = 'leased';
 CREATE INDEX chunks_by_batch ON chunks (batch_id, first_index);
@@ -102,10 +102,10 @@ CREATE TABLE recovery_events (
 -- One open restart per worker: two watchdogs cannot both be restarting it.
 CREATE UNIQUE INDEX recovery_events_open ON recovery_events (worker_id) WHERE outcome = 'open';
 CREATE INDEX recovery_events_by_worker ON recovery_events (worker_id, id);
--- Changes of verdict are many and read by people alone; what decisions are made of is found without them.
+-- Changes of verdict are many and only for people; decisions are based on the other events.
 CREATE INDEX recovery_events_of_note ON recovery_events (worker_id, kind, id) WHERE kind <> 'verdict';
 
--- Chunks and batches are small rows that are updated all the time; results and requests are only added.
+-- Chunks and batches are small rows that are updated all the time; results and requests are only inserted.
 ALTER TABLE chunks SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 ALTER TABLE batches SET (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 ALTER TABLE heartbeats SET (fillfactor = 50, autovacuum_vacuum_threshold = 200);
@@ -113,5 +113,5 @@ ALTER TABLE heartbeats SET (fillfactor = 50, autovacuum_vacuum_threshold = 200);
 
 
 def up(migrator: Any, db: Any) -> None:
-    """Creates everything."""
+    """Creates the schema."""
     db.execute_sql(SCHEMA)

@@ -1,9 +1,9 @@
-"""Events that are known before Postgres has them; the heartbeat of watchdogs."""
+"""A key for events that exist before Postgres has them; the heartbeats of watchdogs."""
 
 from typing import Any
 
 SCHEMA = """
--- What a watchdog wrote into its journal while Postgres was away is merged once, however often it tries.
+-- Events that a watchdog wrote to its journal while Postgres was away are merged once, however often it tries.
 ALTER TABLE recovery_events ADD COLUMN key uuid NOT NULL DEFAULT gen_random_uuid();
 CREATE UNIQUE INDEX recovery_events_by_key ON recovery_events (key);
 

@@ -1,8 +1,8 @@
-"""The trace in which a batch was created, for its requests to run in."""
+"""The trace that created a batch, in which its requests run."""
 
 from typing import Any
 
 
 def up(migrator: Any, db: Any) -> None:
-    """Adds it."""
+    """Adds the column."""
     db.execute_sql("ALTER TABLE batches ADD COLUMN traceparent text")

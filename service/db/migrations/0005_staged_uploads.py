@@ -1,4 +1,4 @@
-"""Uploads that are stored by and by: what never becomes a batch is removed when it is due."""
+"""Uploads that are stored piece by piece: rows that never become a batch are removed when due."""
 
 from typing import Any
 
@@ -9,5 +9,5 @@ CREATE INDEX purges_due ON purges (due_time);
 
 
 def up(migrator: Any, db: Any) -> None:
-    """Adds when a purge is due: at once for a deleted batch."""
+    """Adds the time at which a purge is due: at once for a deleted batch."""
     db.execute_sql(SCHEMA)

@@ -1,4 +1,4 @@
-"""A result has its request's custom_id: reading a million of them would look up as many requests."""
+"""The custom_id in each result: without it, reading a million results looks up a million requests."""
 
 from typing import Any
 
@@ -8,5 +8,5 @@ ALTER TABLE results ADD COLUMN custom_id text;
 
 
 def up(migrator: Any, db: Any) -> None:
-    """Adds the column. Results of before, and those of requests that were never run, are looked up as ever."""
+    """Adds the column. Results that lack it, such as earlier ones, still take it from their request."""
     db.execute_sql(SCHEMA)

@@ -1,6 +1,6 @@
-"""Run by each Python process of a stack that has this folder in PYTHONPATH: SIGUSR2 makes it run BATCH_HOME/inject.py.
+"""Makes each Python process of a stack with this folder in PYTHONPATH run BATCH_HOME/inject.py on SIGUSR2.
 
-In its main thread, between two of its own instructions: so faults come from within, without a hook in the product.
+The code runs in the main thread, between two instructions: faults come from within, without a hook in the product.
 """
 
 import os

@@ -1,0 +1,48 @@
+"""Options that several commands share."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vllm_batch.channel import DEFAULT_WATCHDOG_TARGET
+
+
+def part_of(output: Path) -> Path | None:
+    """Where an output file is written until it is complete; None for what is no regular file, such as a pipe."""
+    return None if output.exists() and not output.is_file() else output.with_name(output.name + ".part")
+
+
+class _OutputFile(click.Path):
+    """A file that can be written, checked before anything is uploaded instead of after hours of waiting."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        output: Path = super().convert(value, param, ctx)  # type: ignore[assignment]  # path_type
+        try:
+            part = part_of(output)
+            if part is None:
+                return output
+            # Under a name of its own: another command may be writing there.
+            with tempfile.NamedTemporaryFile(dir=part.parent, prefix=f"{part.name}.") as file:
+                # On a full disk a file can be created, but not written to.
+                file.write(b"\n" * 4096)
+                file.flush()
+        except OSError as error:
+            self.fail(f"{str(output)!r} cannot be written: {error.strerror}", param, ctx)
+        return output
+
+
+OUTPUT_FILE = _OutputFile(dir_okay=False, path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
+result_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print Result messages of the API, with index and finish_time."
+)
+watchdog_option = click.option(
+    "--watchdog-target",
+    envvar="BATCH_WATCHDOG_TARGET",
+    default=DEFAULT_WATCHDOG_TARGET,
+    show_default=True,
+    help="Watchdog address, host:port.",
+)

@@ -1,0 +1,113 @@
+"""`vllm-batch results` and `result`: results to stdout or a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vllm_batch.cli.options import OUTPUT_FILE, part_of, result_json_option
+from vllm_batch.cli.terminal import errors, file_errors
+from vllm_batch.client import Client
+from vllm_batch.output import json_line, line
+
+
+@click.command()
+@click.argument("batch")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="Write to this file. Default: stdout.")
+@click.option("--follow", is_flag=True, help="Keep going until the batch has ended.")
+@click.option(
+    "--order",
+    type=click.Choice(["input", "finished"]),
+    default="input",
+    show_default=True,
+    help="Input order, or order of completion.",
+)
+@click.option("--only", type=click.Choice(["succeeded", "failed"]), help="Only these results.")
+@result_json_option
+@click.pass_obj
+def results(
+    client: Client, batch: str, output: Path | None, follow: bool, order: str, only: str | None, as_json: bool
+) -> None:
+    """Print the results of BATCH so far, in OpenAI's batch output format, one per line.
+
+    \b
+    Examples:
+      vllm-batch results batch_1 -o results.jsonl
+      vllm-batch results batch_1 --follow --order finished | jq .custom_id
+      vllm-batch results batch_1 --only failed | jq -r .custom_id
+    """
+    with errors(batch):
+        write_results(client, batch, output, follow, order, as_json, only)
+
+
+@click.command()
+@click.argument("batch")
+@click.argument("custom_id")
+@result_json_option
+@click.pass_obj
+def result(client: Client, batch: str, custom_id: str, as_json: bool) -> None:
+    """Print the result of one request of BATCH, in OpenAI's batch output format.
+
+    Fails with NOT_FOUND until the request has finished.
+
+    \b
+    Example:
+      vllm-batch result batch_1 summarise-03-0 | jq .response.body
+    """
+    with errors():
+        found = client.result(batch, custom_id)
+        if as_json or not found.response.omitted_body_bytes:
+            click.echo(json_line(found) if as_json else line(found))
+            return
+        for piece in client.result_line(batch, found):
+            click.echo(piece, nl=False)
+
+
+def write_results(
+    client: Client,
+    batch_id: str,
+    output: Path | None,
+    follow: bool = False,
+    order: str = "input",
+    as_json: bool = False,
+    only: str | None = None,
+) -> None:
+    """Writes the results to `output`, completely or not at all; None: to stdout as they come."""
+    asked: dict[str, Any] = {"follow": follow, "order": f"RESULT_ORDER_{order.upper()}"}
+    if only:
+        asked["filter"] = f"RESULT_FILTER_{only.upper()}"
+    lines = (
+        (f"{json_line(result)}\n".encode() for result in client.results(batch_id, **asked))
+        if as_json
+        else client.result_bytes(batch_id, **asked)
+    )
+    with file_errors(f"; the results stay stored: vllm-batch results {batch_id} -o FILE"):
+        if output is None:
+            for some in lines:
+                click.echo(some, nl=False)
+        else:
+            _write_file(output, lines)
+
+
+def _write_file(output: Path, lines: Iterable[bytes]) -> None:
+    """A file that exists under its name can be trusted to be complete."""
+    part = part_of(output)
+    if part is None:
+        with output.open("wb") as file:
+            file.writelines(lines)
+        return
+    try:
+        with part.open("wb") as file:
+            file.writelines(lines)
+            file.flush()
+            # A disk may report a failed write only now.
+            os.fsync(file.fileno())
+        part.replace(output)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

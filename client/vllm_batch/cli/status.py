@@ -1,0 +1,82 @@
+"""`vllm-batch status`: everything on one screen, once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from typing import Any
+
+import click
+from google.protobuf.json_format import MessageToDict
+
+from vllm_batch.cli.options import json_option, watchdog_option
+from vllm_batch.cli.overview import Gateway, Watchdog, ask_gateway, ask_watchdog
+from vllm_batch.cli.recovery import event_line, print_worker
+from vllm_batch.cli.tables import notes, table
+from vllm_batch.cli.terminal import EXIT_UNAVAILABLE, errors, open_or_fail, out
+from vllm_batch.client import Client
+
+BATCHES_SHOWN = 8
+
+_as_dict = partial(MessageToDict, preserving_proto_field_name=True)
+
+
+@click.command()
+@watchdog_option
+@json_option
+@click.pass_obj
+def status(client: Client, watchdog_target: str, as_json: bool) -> None:
+    """Show gateway, workers, last recovery and batches on one screen; shows whatever is reachable.
+
+    Exits with 4 if the gateway does not answer.
+
+    \b
+    Example:
+      vllm-batch status --json | jq .gateway.accepts_new_work
+    """
+    with errors(), Client(client.target, patience_s=0) as quick, open_or_fail(watchdog_target) as channel:
+        gateway = ask_gateway(quick, BATCHES_SHOWN)
+        if as_json:
+            click.echo(json.dumps(_json(gateway, ask_watchdog(channel))))
+        else:
+            # At once: a watchdog that hangs must not delay it.
+            _print_gateway(client.target, gateway)
+            _print_watchdog(watchdog_target, ask_watchdog(channel))
+            if not gateway.failure:
+                out.print(table(gateway.batches) if gateway.batches else "batches: none")
+                for line in notes(gateway.batches):
+                    out.print(line, markup=False)
+    sys.exit(EXIT_UNAVAILABLE if gateway.failure else 0)
+
+
+def _json(gateway: Gateway, watchdog: Watchdog) -> dict[str, Any]:
+    accepts = not (gateway.failure or gateway.refusal)
+    return {
+        "gateway": {"accepts_new_work": accepts, "failure": gateway.failure, "refusal": gateway.refusal},
+        "watchdog": {"failure": watchdog.failure},
+        "workers": [_as_dict(worker) for worker in watchdog.workers],
+        "last_restart": _as_dict(watchdog.restarts[0]) if watchdog.restarts else None,
+        "models": list(gateway.models),
+        "batches": [_as_dict(batch) for batch in gateway.batches],
+    }
+
+
+def _print_gateway(target: str, gateway: Gateway) -> None:
+    out.print(f"gateway   {target}  ", end="", markup=False)
+    if gateway.failure:
+        out.print(gateway.failure, style="red", markup=False)
+    elif gateway.refusal:
+        out.print(gateway.refusal, style="yellow", markup=False)
+    else:
+        out.print("accepts new work", style="green")
+
+
+def _print_watchdog(target: str, watchdog: Watchdog) -> None:
+    if watchdog.failure:
+        out.print(f"watchdog  {target}  ", end="", markup=False)
+        out.print(watchdog.failure, style="red", markup=False)
+        return
+    for worker in watchdog.workers:
+        print_worker(worker)
+    out.print(f"recovery  {event_line(watchdog.restarts[0]) if watchdog.restarts else 'none yet'}", markup=False)

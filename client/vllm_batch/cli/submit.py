@@ -1,0 +1,130 @@
+"""`vllm-batch submit`: from files to batches and, with --wait, to results."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import click
+from rich.progress import DownloadColumn
+
+from vllm_batch.cli.options import OUTPUT_FILE, json_option
+from vllm_batch.cli.terminal import EXIT_FAILED, errors, print_batch, print_json, progress_bar
+from vllm_batch.cli.watch import is_success, wait_for
+from vllm_batch.client import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE")
+    return dict(value.split("=", 1) for value in values)
+
+
+@click.command()
+@click.argument("files", type=click.File("rb"), nargs=-1, required=True, metavar="FILE...")
+@click.option("--wait", is_flag=True, help="Wait until the batch has ended.")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="With --wait: write the results to this file, as JSONL.")
+@click.option("--request-id", default="", help="Idempotency key: submitting again with it returns the same batch.")
+@click.option(
+    "-m", "--metadata", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="Stored with the batch; repeatable."
+)
+@click.option("--priority", type=click.IntRange(-100, 100), default=0, show_default=True, help="Higher runs first.")
+@click.option(
+    "--window", type=click.FloatRange(min=0, min_open=True), help="Seconds until the batch expires. Default: never."
+)
+@click.option(
+    "--order",
+    type=click.Choice(["prefix", "input"]),
+    default="prefix",
+    show_default=True,
+    help="Order in which requests run: by shared prefixes, which spares computing them again, or as in FILE.",
+)
+@click.option("--webhook", default="", metavar="URL", help="Notify this URL of its end. Default: your tenant's.")
+@json_option
+@click.pass_obj
+def submit(
+    client: Client,
+    files: tuple[BinaryIO, ...],
+    wait: bool,
+    output: Path | None,
+    request_id: str,
+    metadata: dict[str, str],
+    priority: int,
+    window: float | None,
+    order: Literal["prefix", "input"],
+    webhook: str,
+    as_json: bool,
+) -> None:
+    """Submit FILE: requests in the OpenAI batch format, one per line. `-` reads stdin. Prints the batch id.
+
+    Each file becomes a batch of its own.
+
+    \b
+    Examples:
+      vllm-batch submit batch.jsonl --wait -o results.jsonl
+      vllm-batch submit monday.jsonl tuesday.jsonl --priority -10 -m team=search
+      make-requests | vllm-batch submit - --request-id "nightly-$(date +%F)"
+    """
+    if output is not None and not wait:
+        raise click.UsageError("--output needs --wait; to get results later: vllm-batch results BATCH -o FILE")
+    if len(files) > 1 and (output is not None or request_id):
+        raise click.UsageError("--output and --request-id allow only one FILE")
+    stored = []
+    for file in files:
+        with errors(interrupted="interrupted; `vllm-batch list` shows whether the batch was stored"):
+            stored.append(_upload(client, file, request_id, metadata, priority, window, order, webhook))
+        print_batch(stored[-1], stored[-1].id, as_json)
+    if wait:
+        # Waits for all, also after one has failed.
+        ended = [_wait(client, batch.id, output, as_json) for batch in stored]
+        sys.exit(0 if all(map(is_success, ended)) else EXIT_FAILED)
+
+
+def _upload(
+    client: Client,
+    file: BinaryIO,
+    request_id: str,
+    metadata: dict[str, str],
+    priority: int,
+    window: float | None,
+    order: Literal["prefix", "input"],
+    webhook: str,
+) -> pb.Batch:
+    with _seekable(file) as (source, size), progress_bar(DownloadColumn()) as progress:
+        task = progress.add_task(f"uploading {file.name}", total=size)
+        return client.submit(
+            source,
+            request_id=request_id,
+            metadata=metadata,
+            priority=priority,
+            completion_window_s=window,
+            order=order,
+            webhook=webhook,
+            on_sent=lambda sent: progress.update(task, completed=sent),
+        )
+
+
+def _wait(client: Client, batch_id: str, output: Path | None, as_json: bool) -> pb.Batch:
+    batch = wait_for(client, batch_id, output=output)
+    if as_json:
+        print_json(batch)
+    return batch
+
+
+@contextmanager
+def _seekable(file: BinaryIO) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size in bytes; a pipe is copied to a temporary file first."""
+    if file.seekable():
+        yield file, os.fstat(file.fileno()).st_size
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(file, copy)
+        yield copy, copy.tell()

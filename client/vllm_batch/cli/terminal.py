@@ -1,0 +1,112 @@
+"""What all commands share: where they write, how they print errors, their exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import grpc
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+
+from vllm_batch.channel import check_target, open_channel
+from vllm_batch.errors import CallError
+from vllm_batch.output import json_line
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 3
+EXIT_UNAVAILABLE = 4
+EXIT_OUTPUT = 5
+EXIT_INTERRUPTED = 130
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def errors(batch_id: str = "", *, interrupted: str = "") -> Iterator[None]:
+    """Turns a CallError into a message and an exit code, without a traceback.
+
+    Ctrl-C prints how to come back to `batch_id`, or else the text `interrupted`.
+    """
+    try:
+        yield
+    except CallError as error:
+        unavailable = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        for field, description in error.violations:
+            err.print(f"{field}: {description}", style="red", markup=False)
+        if not error.violations:
+            reason = f" ({error.reason})" if error.reason else ""
+            err.print(f"{error.code.name}{reason}: {error.message}", style="red", markup=False)
+        if unavailable and not error.reason:
+            err.print("no answer from the server: is it running, and is --target its address?")
+        sys.exit(EXIT_UNAVAILABLE if unavailable else EXIT_REFUSED)
+    except KeyboardInterrupt:
+        if batch_id:
+            interrupted = f"{batch_id} goes on. Come back with: vllm-batch watch {batch_id}"
+        err.print(f"\n{interrupted}".rstrip())
+        sys.exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def file_errors(hint: str = "") -> Iterator[None]:
+    """Turns the OSError of a file, stdout included, into one line and an exit code. A closed pipe is for click."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        err.print(f"{name}{error.strerror or error}{hint}", style="red", markup=False)
+        sys.exit(EXIT_OUTPUT)
+
+
+def open_or_fail(target: str) -> grpc.Channel:
+    """A channel to `target`. Contradictory TLS or token settings are a usage error."""
+    try:
+        check_target(target)
+        return open_channel(target)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
+
+
+@contextmanager
+def calls(target: str, stub: Callable[[grpc.Channel], object]) -> Iterator[Any]:
+    """A service at `target`, by its stub. Its calls raise CallError."""
+    with open_or_fail(target) as channel:
+        try:
+            yield stub(channel)
+        except grpc.RpcError as error:
+            raise CallError(error) from error
+
+
+def print_json(message: Message) -> None:
+    """Prints a line of JSON, flushed so that a reader of the pipe has it at once."""
+    click.echo(json_line(message))
+    sys.stdout.flush()
+
+
+def print_batch(batch: pb.Batch, text: str, as_json: bool) -> None:
+    """Prints a batch as JSON or as `text`, flushed as well."""
+    if as_json:
+        print_json(batch)
+    else:
+        click.echo(text)
+        sys.stdout.flush()
+
+
+def progress_bar(counts: ProgressColumn) -> Progress:
+    """A bar on stderr; nothing where that is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        counts,
+        TimeElapsedColumn(),
+        console=err,
+        disable=not err.is_terminal,
+    )

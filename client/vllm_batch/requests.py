@@ -1,0 +1,82 @@
+"""Requests that both clients build in the same way. Pure, but for the random name of a retry."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+MAX_PAGE_SIZE = 1000
+# A host has more to it than a batch.
+HOSTS_PAGE = 200
+
+
+class Listing:
+    """Pages of up to `limit` batches: send `request` and `take` its page, until `is_complete`."""
+
+    def __init__(self, states: Iterable[str], limit: int, tenant: str = "") -> None:
+        self._left = limit
+        self._is_last = False
+        self.request = pb.ListBatchesRequest(states=states, page_size=self._page_size, tenant=tenant)
+
+    @property
+    def is_complete(self) -> bool:
+        """True when there is no further page to ask for."""
+        return self._is_last or self._left <= 0
+
+    def take(self, page: pb.ListBatchesResponse) -> Sequence[pb.Batch]:
+        """The batches of a page; `request` asks for the next one from now on."""
+        self._left -= len(page.batches)
+        self._is_last = not page.next_page_token
+        self.request.page_size, self.request.page_token = self._page_size, page.next_page_token
+        return page.batches
+
+    @property
+    def _page_size(self) -> int:
+        return max(0, min(self._left, MAX_PAGE_SIZE))
+
+
+def results(
+    batch_id: str,
+    *,
+    follow: bool,
+    order: str,
+    resume_token: str = "",
+    as_lines: bool = False,
+    filter: str = "RESULT_FILTER_UNSPECIFIED",
+) -> pb.StreamResultsRequest:
+    """Asks for the results of a batch, as messages or as lines of OpenAI's batch output."""
+    form = pb.RESULT_FORMAT_JSONL if as_lines else pb.RESULT_FORMAT_UNSPECIFIED
+    return pb.StreamResultsRequest(
+        batch_id=batch_id, order=order, follow=follow, resume_token=resume_token, format=form, filter=filter
+    )
+
+
+def line(batch_id: str, result: pb.Result) -> pb.StreamResultsRequest:
+    """Asks for results as lines, beginning with one whose body was left out of its message."""
+    return results(
+        batch_id, follow=False, order="RESULT_ORDER_INPUT", resume_token=result.response.line_token, as_lines=True
+    )
+
+
+class Lines:
+    """Joins lines that arrive in pieces."""
+
+    def __init__(self) -> None:
+        self._begun: list[bytes] = []
+
+    def take(self, piece: bytes) -> bytes:
+        """The whole lines that this completes; empty while there is none."""
+        if self._begun or not piece.endswith(b"\n"):
+            self._begun.append(piece)
+            if not piece.endswith(b"\n"):
+                return b""
+            piece = b"".join(self._begun)
+            self._begun.clear()
+        return piece
+
+
+def retry(batch_id: str, request_id: str) -> pb.RetryBatchRequest:
+    """Asks to retry a batch, under a request_id of its own: however often this is sent, it creates one batch."""
+    return pb.RetryBatchRequest(batch_id=batch_id, request_id=request_id or str(uuid.uuid4()))

@@ -1,0 +1,66 @@
+"""How long calls of both clients may take, and when they are retried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import grpc
+import tenacity
+
+from vllm_batch.errors import CallError
+
+# Deadlines of one attempt, in seconds.
+CALL_TIMEOUT_S = 30.0
+UPLOAD_TIMEOUT_S = 3600.0
+# Answered from memory: a slower answer counts as none.
+STATUS_TIMEOUT_S = 5.0
+# How long failed calls are retried: a model of moderate size loads in less.
+PATIENCE_S = 600.0
+FIRST_DELAY_S = 0.5
+MAX_DELAY_S = 10.0
+
+# Called with the error and the delay in seconds before each wait.
+OnRetry: TypeAlias = Callable[[CallError, float], None]
+
+
+# What gRPC says of calls on a channel that was closed under them, on either side of a gateway.
+CHANNEL_CLOSED = "Channel closed!"
+
+
+def retry_rules(
+    patience_s: float, on_retry: OnRetry | None = None, is_closed: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Arguments for tenacity's Retrying and AsyncRetrying: retry UNAVAILABLE and rate limits, and little else.
+
+    Calls that ended with their channel are retried too, unless `is_closed`: the caller has closed it.
+    """
+
+    def is_retryable(error: BaseException) -> bool:
+        return isinstance(error, CallError) and _is_retryable(error) and not is_closed()
+
+    def before_sleep(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if on_retry is not None and isinstance(error, CallError) and state.next_action is not None:
+            on_retry(error, state.next_action.sleep)
+
+    return {
+        "retry": tenacity.retry_if_exception(is_retryable),
+        "wait": _wait_s,
+        "stop": tenacity.stop_after_delay(patience_s),
+        "before_sleep": before_sleep,
+        "reraise": True,
+    }
+
+
+def _is_retryable(error: CallError) -> bool:
+    if error.code is grpc.StatusCode.CANCELLED:
+        return error.message == CHANNEL_CLOSED
+    return error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "RATE_LIMITED"
+
+
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    """The delay that the server asks for; without one, a delay that doubles with each attempt."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_delay_s if isinstance(error, CallError) else None
+    return asked if asked is not None else min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (state.attempt_number - 1))

@@ -1,0 +1,86 @@
+"""Checks whether a Postgres is usable: it answers, is new enough, accepts writes, and lets us create tables."""
+
+import re
+from dataclasses import dataclass
+
+import peewee
+
+from scripts.prerequisites import Finding
+from service.db import connection, schema, sessions
+from service.db.availability import DATABASE_ERRORS, DatabaseUnfitError
+
+# The first with gen_random_uuid() built in.
+OLDEST = 13
+TIMEOUT_S = 5.0
+FACTS = """
+SELECT current_setting('server_version_num')::int / 10000, pg_is_in_recovery(), current_user, current_database(),
+       CASE WHEN to_regclass('batches') IS NULL THEN has_schema_privilege(current_schema(), 'CREATE')
+            ELSE has_table_privilege('batches', 'INSERT, UPDATE, DELETE') END
+"""
+
+
+@dataclass(frozen=True)
+class Database:
+    """What a server reports about itself. `error`: why it could not be queried. `unfit`: what has to be changed."""
+
+    error: str = ""
+    version: int = 0
+    is_standby: bool = False
+    user: str = ""
+    name: str = ""
+    may_write: bool = False
+    unfit: str = ""
+
+
+def judge(found: Database, setting: str) -> Finding:
+    """Checks whether the server that a setting names is usable."""
+    if found.error:
+        fix = f"correct {setting}, or start that server (pg_isready shows whether it listens)"
+        if re.search(r"certificate|SSL", found.error):
+            fix = f"correct the server's TLS, or host, sslmode and sslrootcert in {setting}"
+        return Finding("postgres", problem=f"{setting}: {found.error}", fix=fix)
+    if found.unfit:
+        problem, _, fix = found.unfit.partition(": ")
+        return Finding("postgres", problem=f"{setting}: {problem}", fix=fix)
+    if found.version < OLDEST:
+        problem = f"{setting}: Postgres {found.version} is too old"
+        return Finding("postgres", problem=problem, fix=f"use Postgres {OLDEST} or newer")
+    if found.is_standby:
+        problem = f"{setting}: the server is a standby and accepts no writes"
+        return Finding("postgres", problem=problem, fix="use the primary (target_session_attrs=read-write)")
+    if not found.may_write:
+        problem = f"{setting}: {found.user} may not create or change tables in {found.name}"
+        fix = f'psql {found.name} -c "GRANT CREATE ON SCHEMA public TO {found.user}" (as the owner)'
+        return Finding("postgres", problem=problem, fix=fix)
+    return Finding("postgres", f"{setting}: Postgres {found.version}, {found.user} in {found.name}")
+
+
+def probe(url: str, synchronous_commit: str | None = None) -> Database:
+    """Connects once, as the stack does, and queries the server."""
+    try:
+        connections = connection.Database(url, "doctor", TIMEOUT_S, 1, synchronous_commit)
+    except ValueError as error:
+        return Database(error=first_line(error))
+    try:
+        return connections.call(_ask)
+    except DatabaseUnfitError as error:
+        return Database(unfit=str(error))
+    except DATABASE_ERRORS as error:
+        return Database(error=first_line(error))
+    finally:
+        connections.close()
+
+
+def _ask(db: peewee.PostgresqlDatabase) -> Database:
+    sessions.check(db)
+    [row] = db.execute_sql(FACTS).fetchall()
+    found = Database("", *row)
+    if found.may_write:
+        # Who may not write may not read this either.
+        schema.check_version(db)
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """Returns the cause alone, never the URL, which contains a password."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Makes the pictures in docs/images again: the page and `vllm-batch top`, of a stack of their own. Needs Chromium.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec .venv/bin/python -m tests.browser.screenshots docs/images

@@ -1,0 +1,78 @@
+"""Where servers listen and how they are called: IPv4, IPv6 with and without brackets and zones, names of hosts."""
+
+import ipaddress
+import re
+import socket
+
+# RFC 1123, and the underscore that container networks allow.
+_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+
+
+def bare(host: str) -> str:
+    """The host without the brackets that IPv6 addresses have in `[address]:port`."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def joined(host: str, port: int) -> str:
+    """`host:port` as gRPC takes it."""
+    host = bare(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address; None for a name."""
+    try:
+        return ipaddress.ip_address(bare(host))
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address that other machines cannot reach."""
+    address = parsed(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def is_any(host: str) -> bool:
+    """True for the wildcard addresses 0.0.0.0 and `::`, which cannot be called."""
+    address = parsed(host)
+    return address is not None and address.is_unspecified
+
+
+def problem(host: str) -> str:
+    """Why a host is invalid; empty for a valid address or name, whether or not the name resolves."""
+    shown = repr(host)
+    if "://" in host:
+        return f"{shown} is a URL, not a host: leave out what stands before and after it"
+    if parsed(host) is not None:
+        # Brackets are for IPv6, in pairs.
+        return f"{shown} is not an IPv6 address" if host.startswith("[") and ":" not in host else ""
+    if re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d*", host):
+        return f"{shown} has a port: ports have settings of their own"
+    if ":" in host or "[" in host or "]" in host:
+        return f"{shown} is not an IPv6 address"
+    # Forms that the C library accepts as an address: 127.1, 0, 0x7f.1.
+    labels = host.removesuffix(".").split(".")
+    if re.fullmatch(r"\d+|0x[0-9a-fA-F]*", labels[-1]):
+        return f"{shown} is not an IPv4 address: four numbers from 0 to 255"
+    if len(host) > 253 or not all(_NAME.fullmatch(label) for label in labels):
+        return f"{shown} is neither an IP address nor the name of a host"
+    return ""
+
+
+def cannot_listen(host: str) -> str:
+    """Why this machine cannot listen at a valid host; empty when it can. Resolves names."""
+    try:
+        found = socket.getaddrinfo(bare(host), 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        return f"{host} cannot be resolved: {error.strerror if isinstance(error, OSError) else error}"
+    reasons = []
+    for family, kind, _, _, address in found:
+        try:
+            with socket.socket(family, kind) as one:
+                one.bind(address)
+        except OSError as error:
+            reasons.append(str(error.strerror))
+        else:
+            return ""
+    return f"{host} is not an address of this machine ({reasons[0]})" if reasons else f"{host} has no address"

@@ -1,0 +1,102 @@
+"""The schema and who can work with it: two versions share one database for as long as an upgrade takes.
+
+A migration either expands the schema, so that programs that do not know it go on working, or contracts it: it removes
+what programs used once. A contraction has `NEEDS`, the last migration that a program must know to work without what
+it removes. It waits while an older program is alive, and programs that are too old are refused afterwards.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import peewee
+from playhouse.migrations import Migration, Runner
+
+from service.db.availability import DatabaseAwayError, DatabaseUnfitError
+from service.telemetry import logs
+from vllm_batch import __version__
+
+VERSION = __version__
+MIGRATIONS = Path(__file__).parent / "migrations"
+# A program that was not seen for this long counts as gone.
+GONE_S = 600.0
+
+# Everything that reports its version. Gateways before 0015 are not listed: they do not report at all.
+OLDER = """
+SELECT id, version, schema_version FROM (
+    SELECT worker_id AS id, version, schema_version, last_seen, phase = 'stopping' AS is_ended FROM heartbeats
+    UNION ALL SELECT watchdog_id, version, schema_version, last_seen, is_ended FROM watchdogs
+    UNION ALL SELECT server_id, version, schema_version, last_seen, is_ended FROM servers
+) AS programs
+WHERE NOT is_ended AND schema_version < %s AND last_seen > clock_timestamp() - make_interval(secs => %s)
+ORDER BY id LIMIT 5
+"""
+
+log = logs.get("schema")
+
+
+class TooOldError(DatabaseUnfitError):
+    """This program is too old for the schema. The text says what to do."""
+
+
+@cache
+def known(directory: Path = MIGRATIONS) -> int:
+    """The last migration that this program knows: the version of its schema."""
+    return max(int(migration.idx) for migration in Migration.load_directory(str(directory)))
+
+
+def migrate(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> list[str]:
+    """Applies what is pending, in the caller's transaction, up to a contraction that older programs do not allow yet.
+
+    Returns the migrations applied. Raises TooOldError for a program that is too old itself.
+    """
+    check_version(db, directory)
+    runner = Runner(db, directory=str(directory))
+    applied: list[str] = []
+    for migration, needs in _pending(runner):
+        if needs is not None and (older := _older(db, needs)):
+            log.warning("contraction_waits", migration=migration.name, needs=needs, older=older)
+            break
+        applied += runner.up(migration.name)
+        if needs is not None:
+            db.execute_sql("UPDATE schema_floor SET oldest = greatest(oldest, %s)", (needs,))
+    return applied
+
+
+def check(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> None:
+    """Raises DatabaseAwayError until another process has applied what this program needs.
+
+    Raises TooOldError for a program that is too old.
+    """
+    check_version(db, directory)
+    missing = [migration.name for migration, needs in _pending(Runner(db, directory=str(directory))) if needs is None]
+    if missing:
+        schema, name = db.execute_sql("SELECT current_schema(), current_database()").fetchone()
+        raise DatabaseAwayError(
+            f"migration {missing[0]} is pending in schema {schema} of {name}; a worker or the watchdog applies it"
+        )
+
+
+def check_version(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> None:
+    """Raises TooOldError for a program that is too old for what the schema was contracted to."""
+    if db.execute_sql("SELECT to_regclass('schema_floor') IS NULL").fetchone()[0]:
+        return
+    [oldest] = db.execute_sql("SELECT oldest FROM schema_floor").fetchone()
+    if oldest > known(directory):
+        raise TooOldError(
+            f"version {VERSION} is too old for this database, whose schema needs version {oldest} of it and this"
+            f" program knows {known(directory)}: upgrade this host (docs/fleet.md, Upgrades)"
+        )
+
+
+def _pending(runner: Runner) -> Iterator[tuple[Migration, int | None]]:
+    """Pending migrations in order, each with its `NEEDS`; None for an expansion."""
+    for migration in runner.status():
+        if migration.path is not None and not migration.applied:
+            yield migration, getattr(migration.load(), "NEEDS", None)
+
+
+def _older(db: peewee.PostgresqlDatabase, needs: int) -> list[str]:
+    """Programs that are alive and do not know the migration `needs`, in words."""
+    rows = db.execute_sql(OLDER, (needs, GONE_S)).fetchall()
+    return [f"{name} (version {version or 'unknown'}, schema {schema})" for name, version, schema in rows]

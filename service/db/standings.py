@@ -1,0 +1,128 @@
+"""Where batches stand: what workers hold of them, how fast they went, and what is before them.
+
+Bounded: reads the chunks that are leased or suspect (by their partial indexes, no more than workers have in hand), and
+per batch some twenty of its results (by their numbers); the open batches only while one of those asked for waits.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import peewee
+
+# The youngest mark but the last result itself; each further one is twice as far back.
+NEAREST_MARK = 16
+# Batches that are running beside those asked for, whose speed is that of the workers.
+MAX_OTHERS = 20
+
+HELD = """
+SELECT batch_id, worker_id, sum(unfinished)::bigint, bool_or(deaths > 1)
+FROM chunks WHERE state = 'leased' GROUP BY batch_id, worker_id
+"""
+SUSPECTS = """
+SELECT batch_id, count(*), count(*) FILTER (WHERE deaths > 1)
+FROM chunks WHERE state <> 'done' AND deaths > 0 GROUP BY batch_id
+"""
+MARKS = f"""
+SELECT b.id, back.count, b.completed + b.failed, extract(epoch FROM clock_timestamp() - r.finish_time)::float8
+FROM batches b
+CROSS JOIN LATERAL (
+    SELECT 0::bigint AS count
+    UNION ALL SELECT {NEAREST_MARK} * (1::bigint << n) FROM generate_series(0, 32) n
+    WHERE {NEAREST_MARK} * (1::bigint << n) < b.completed + b.failed) back
+JOIN results r ON r.batch_id = b.id AND r.sequence = b.completed + b.failed - back.count
+WHERE b.id = ANY(%s) AND b.state = 'in_progress' AND b.completed + b.failed > 0
+ORDER BY b.id, back.count
+"""
+# Only for batches that name several models: otherwise those of the batch.
+PENDING = "SELECT DISTINCT batch_id, models FROM chunks WHERE batch_id = ANY(%s) AND state = 'pending'"
+UNFINISHED = """
+SELECT priority, sum(total - completed - failed)::bigint FROM batches
+WHERE state = 'in_progress' AND models <@ %s::text[] GROUP BY priority
+"""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The result that was stored `count` results before the last one, `age_s` ago."""
+
+    count: int
+    age_s: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one batch stands."""
+
+    # Requests without a result in chunks that workers hold, by worker.
+    held: Mapping[str, int] = field(default_factory=dict)
+    # Requests, each a chunk of its own, that were in an engine when it died; of those, how many must run alone.
+    suspects: int = 0
+    must_run_alone: int = 0
+    # One of those runs.
+    runs_alone: bool = False
+    # Results stored, and from the last one back. Empty: none is stored.
+    done: int = 0
+    marks: Sequence[Mark] = ()
+    # The models of the chunks that wait. Empty: as of the batch.
+    waiting_models: Set[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What is common to all batches, as of `read_time` by the database's clock."""
+
+    read_time: datetime
+    # Requests that each worker holds.
+    held: Mapping[str, int]
+    # Workers that run suspects alone, and nothing else.
+    alone: Set[str]
+    # Unfinished requests by priority, of the batches that workers with these models may run.
+    unfinished: Mapping[frozenset[str], Mapping[int, int]]
+    # Marks of batches that are running.
+    running: Sequence[Sequence[Mark]]
+
+
+def read(
+    db: peewee.PostgresqlDatabase, models: Mapping[int, Set[str]], pools: Iterable[frozenset[str]]
+) -> tuple[Queue, dict[int, Standing]]:
+    """The standing of batches, given with their models. `pools` are the models that workers serve now, by worker."""
+    [now] = db.execute_sql("SELECT clock_timestamp()").fetchone()
+    held: dict[int, dict[str, int]] = {}
+    by_worker: dict[str, int] = {}
+    alone: dict[int, set[str]] = {}
+    for batch_id, worker_id, requests, is_alone in db.execute_sql(HELD).fetchall():
+        held.setdefault(batch_id, {})[worker_id] = requests
+        by_worker[worker_id] = by_worker.get(worker_id, 0) + requests
+        if is_alone:
+            alone.setdefault(batch_id, set()).add(worker_id)
+    suspects = {row[0]: (row[1], row[2]) for row in db.execute_sql(SUSPECTS).fetchall()}
+    waiting = [batch_id for batch_id in models if batch_id not in held]
+    others = [batch_id for batch_id in held if batch_id not in models][:MAX_OTHERS] if waiting else []
+    marks: dict[int, list[Mark]] = {}
+    done: dict[int, int] = {}
+    for batch_id, count, done[batch_id], age_s in db.execute_sql(MARKS, ([*models, *others],)).fetchall():
+        marks.setdefault(batch_id, []).append(Mark(count, age_s))
+    pending: dict[int, set[frozenset[str]]] = {}
+    if several := [batch_id for batch_id in waiting if len(models[batch_id]) > 1]:
+        for batch_id, names in db.execute_sql(PENDING, (several,)).fetchall():
+            pending.setdefault(batch_id, set()).add(frozenset(names))
+    unfinished = {}
+    if waiting:
+        for pool in set(pools):
+            unfinished[pool] = dict(db.execute_sql(UNFINISHED, (sorted(pool),)).fetchall())
+    standings = {
+        batch_id: Standing(
+            held=held.get(batch_id, {}),
+            suspects=suspects.get(batch_id, (0, 0))[0],
+            must_run_alone=suspects.get(batch_id, (0, 0))[1],
+            runs_alone=batch_id in alone,
+            done=done.get(batch_id, 0),
+            marks=marks.get(batch_id, ()),
+            waiting_models=pending.get(batch_id, frozenset()),
+        )
+        for batch_id in models
+    }
+    workers_alone = frozenset().union(*alone.values())
+    running = [marks[batch_id] for batch_id in held if batch_id in marks]
+    return Queue(now, by_worker, workers_alone, unfinished, running), standings

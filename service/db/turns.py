@@ -1,0 +1,132 @@
+"""The queue of open batches: what enters it, what is pulled forward in it, and the weights of tenants.
+
+Claims (`chunks.claim`) take turns by it. Migration 0010 has its tables, and the function that takes turns.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import peewee
+from psycopg2.extras import execute_values
+
+from service import turns
+from service.db import sharing
+from service.turns import Expiring
+
+# A pool that nobody has claimed from for so long has no workers.
+ALIVE_S = 60.0
+ESTIMATE = 500  # tokens per request, where nothing was estimated
+
+
+def enqueue(db: peewee.PostgresqlDatabase, batch_id: int) -> None:
+    """Puts a new batch into the queue of the smallest pool of live workers that serve all its models."""
+    db.execute_sql(
+        """
+        INSERT INTO pools (models)
+        SELECT models FROM batches b WHERE id = %(id)s
+        AND NOT EXISTS (SELECT FROM pools p WHERE p.models @> b.models)
+        ON CONFLICT DO NOTHING
+        """,
+        {"id": batch_id},
+    )
+    db.execute_sql(
+        """
+        WITH queued AS (
+            INSERT INTO queue (batch_id, pool_id, tenant, models, priority, expire_time, total, estimate, tokens,
+                               expected)
+            SELECT b.id, p.id, b.tenant, b.models, b.priority, b.expire_time, b.total, e.estimate,
+                   b.prompt_tokens + b.completion_tokens, e.estimate * (b.completed + b.failed)
+            FROM batches b CROSS JOIN LATERAL (
+                SELECT coalesce(nullif(b.estimated_tokens::float8 / b.total, 0), %(estimate)s) AS estimate) e
+            CROSS JOIN LATERAL (
+                SELECT id FROM pools WHERE pools.models @> b.models
+                ORDER BY last_turn < clock_timestamp() - make_interval(secs => %(alive)s), cardinality(pools.models), id
+                LIMIT 1) p
+            WHERE b.id = %(id)s
+            RETURNING batch_id, pool_id, tenant
+        )
+        INSERT INTO queue_changes (pool_id, batch_id, tenant, has_pending)
+        SELECT pool_id, batch_id, tenant, true FROM queued
+        """,
+        {"id": batch_id, "alive": ALIVE_S, "estimate": ESTIMATE},
+    )
+    sharing.tell_arrival(db)
+
+
+def mend(db: peewee.PostgresqlDatabase) -> None:
+    """Removes batches from the queue that have ended, and puts back what is missing in it.
+
+    A batch is missing after a worker of an earlier version has stored it; pending chunks, after a transaction that had
+    locked them was rolled back.
+    """
+    db.execute_sql(
+        """
+        INSERT INTO queue_changes (pool_id, batch_id, tenant, is_over)
+        SELECT q.pool_id, q.batch_id, q.tenant, true
+        FROM queue q LEFT JOIN batches b ON b.id = q.batch_id AND b.state IN ('in_progress', 'cancelling')
+        WHERE b.id IS NULL AND NOT EXISTS (SELECT FROM queue_changes c WHERE c.batch_id = q.batch_id AND c.is_over)
+        """
+    )
+    db.execute_sql(
+        """
+        INSERT INTO queue_changes (pool_id, batch_id, tenant, has_pending)
+        SELECT pool_id, batch_id, tenant, true FROM queue q
+        WHERE NOT waits
+          AND EXISTS (SELECT FROM chunks c WHERE c.batch_id = q.batch_id AND c.state = 'pending' AND c.deaths = 0)
+          AND NOT EXISTS (SELECT FROM queue_changes c WHERE c.batch_id = q.batch_id AND c.has_pending)
+        """
+    )
+    for (batch_id,) in db.execute_sql(
+        "SELECT id FROM batches b WHERE state = 'in_progress'"
+        " AND NOT EXISTS (SELECT FROM queue q WHERE q.batch_id = b.id) ORDER BY id"
+    ).fetchall():
+        enqueue(db, batch_id)
+
+
+def pull_forward(db: peewee.PostgresqlDatabase) -> list[int]:
+    """Decides which batches are pulled forward from now on. Returns their ids, first those that were not before."""
+    before = {row[0] for row in db.execute_sql("SELECT batch_id FROM urgent_batches").fetchall()}
+    rows = db.execute_sql(
+        """
+        SELECT q.pool_id, q.priority, q.batch_id,
+               greatest(0, extract(epoch FROM q.expire_time - clock_timestamp()))::float8,
+               greatest(0, q.total * q.estimate - q.expected) / (q.expected + 10 * q.estimate)
+               * (q.tokens + 10 * q.estimate * coalesce(t.actual / nullif(t.expected, 0), 1)) / p.rate,
+               (SELECT sum(a.in_flight) FROM pool_tenants a WHERE a.pool_id = p.id)::float8 / p.rate
+        FROM queue q JOIN pools p ON p.id = q.pool_id
+        JOIN pool_tenants t ON t.pool_id = q.pool_id AND t.tenant = q.tenant
+        WHERE q.expire_time IS NOT NULL AND q.waits AND p.rate > 0
+        """
+    ).fetchall()
+    expiring: dict[tuple[int, int], list[Expiring]] = defaultdict(list)
+    busy_s = {}
+    for pool_id, priority, batch_id, left_s, needs_s, pool_busy_s in rows:
+        expiring[pool_id, priority].append(Expiring(batch_id, left_s, needs_s))
+        busy_s[pool_id] = pool_busy_s or 0.0
+    pulled = [
+        (batch_id, pool_id, rank)
+        for (pool_id, priority), batches in expiring.items()
+        for rank, batch_id in enumerate(turns.pulled_forward(batches, busy_s[pool_id]))
+    ]
+    if before or pulled:
+        with db.atomic():
+            db.execute_sql("DELETE FROM urgent_batches")
+            if pulled:
+                with db.cursor() as cursor:
+                    execute_values(cursor, "INSERT INTO urgent_batches (batch_id, pool_id, rank) VALUES %s", pulled)
+    return [batch_id for batch_id, _, _ in pulled if batch_id not in before]
+
+
+def set_weights(db: peewee.PostgresqlDatabase, weights: Mapping[str, float], otherwise: float) -> None:
+    """Sets the weights of tenants, and the one of all others. A tenant's takes effect at its next turn."""
+    wanted = {**weights, "": otherwise}
+    if wanted == dict(db.execute_sql("SELECT tenant, weight FROM tenant_weights").fetchall()):
+        return
+    with db.atomic(), db.cursor() as cursor:
+        db.execute_sql("DELETE FROM tenant_weights WHERE tenant <> ALL(%s)", (list(wanted),))
+        execute_values(
+            cursor,
+            "INSERT INTO tenant_weights (tenant, weight) VALUES %s ON CONFLICT (tenant) DO UPDATE"
+            " SET weight = EXCLUDED.weight",
+            sorted(wanted.items()),
+        )

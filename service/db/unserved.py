@@ -1,0 +1,56 @@
+"""Batches that wait for models which no worker serves any more."""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+
+import peewee
+
+
+@dataclass(frozen=True)
+class Unserved:
+    """The batches in progress, by id, that name `models`, all of which no single worker serves.
+
+    `age_s`: how long ago a worker is last known to have served them, or the first of the batches was created.
+    """
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    age_s: float
+
+
+WANTED = """
+SELECT models, array_agg(id ORDER BY id) AS ids
+FROM batches WHERE state = 'in_progress' GROUP BY models ORDER BY min(id)
+"""
+# A heartbeat keeps the models of a worker that is gone; those of one that came back with others are gone with it, and
+# the last result tells.
+AGE = """
+SELECT extract(epoch FROM clock_timestamp() - greatest(
+    (SELECT min(create_time) FROM batches WHERE id = ANY (%(ids)s)),
+    (SELECT max(last_seen) FROM heartbeats h WHERE %(models)s::text[] <@ h.models),
+    (SELECT max(last.finish_time) FROM unnest(%(ids)s) id
+     CROSS JOIN LATERAL (SELECT finish_time FROM results r WHERE r.batch_id = id ORDER BY sequence DESC LIMIT 1) last)
+))::float8
+"""
+
+
+def find(db: peewee.PostgresqlDatabase, is_unserved: Callable[[Set[str]], bool]) -> Sequence[Unserved]:
+    """Which batches in progress name models for which `is_unserved` holds. Reads the batches in progress."""
+    found = []
+    for models, ids in db.execute_sql(WANTED).fetchall():
+        if is_unserved(frozenset(models)):
+            [age_s] = db.execute_sql(AGE, {"models": models, "ids": ids}).fetchone()
+            found.append(Unserved(tuple(models), tuple(ids), age_s))
+    return found
+
+
+def awaited(db: peewee.PostgresqlDatabase) -> frozenset[str]:
+    """The models of the pools in which batches wait. Reads the pools, and the head of each."""
+    rows = db.execute_sql(
+        """
+        SELECT DISTINCT model FROM pools p CROSS JOIN LATERAL unnest(p.models) AS model
+        WHERE EXISTS (SELECT FROM queue q WHERE q.pool_id = p.id AND q.waits)
+           OR EXISTS (SELECT FROM queue_changes c WHERE c.pool_id = p.id AND c.has_pending)
+        """
+    ).fetchall()
+    return frozenset(model for (model,) in rows)

@@ -1,0 +1,106 @@
+"""Hosts as messages of the API, with what is wrong with them in words. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service.db import heartbeats
+from service.db.hosts import Host, Program, State
+from service.rpc.times import duration
+from vllm_batch.v1 import host_service_pb2 as pb
+
+STATES = {
+    State.ALIVE: pb.HOST_STATE_ALIVE,
+    State.STOPPED: pb.HOST_STATE_STOPPED,
+    State.LOST: pb.HOST_STATE_LOST,
+}
+
+
+def host_message(host: Host, timeout_s: float, newest: int) -> pb.Host:
+    """Converts a host. `newest`: the schema version of this gateway."""
+    detail = _watchdog_detail(host)
+    guards = {str(guard["worker_id"]): guard for guard in detail.get("guards", ())}
+    drain = None
+    if host.drain_age_s is not None:
+        drain = pb.Drain(
+            reason=host.drain_reason,
+            age=duration(host.drain_age_s),
+            is_complete=host.is_drained(timeout_s),
+            held=host.held,
+        )
+    workers = [each for each in host.programs if each.program == "worker"]
+    return pb.Host(
+        name=host.name,
+        state=STATES[host.state(timeout_s)],
+        age=duration(max(0.0, min(each.age_s for each in host.programs))),
+        programs=_programs(host, detail, timeout_s),
+        workers=[_worker(each, guards.get(each.id, {})) for each in workers],
+        gpus=[pb.Gpu(name=str(gpu["name"]), memory_bytes=int(gpu["memory_bytes"])) for gpu in detail.get("gpus", ())],
+        drain=drain,
+        notes=_notes(host, timeout_s, newest),
+    )
+
+
+def _watchdog_detail(host: Host) -> Mapping[str, Any]:
+    return next((each.detail for each in host.programs if each.program == "watchdog"), {})
+
+
+def _programs(host: Host, detail: Mapping[str, Any], timeout_s: float) -> list[pb.HostProgram]:
+    """Those that supervisord runs, as the watchdog saw it, and those that report themselves."""
+    found = {str(name): pb.HostProgram(name=str(name), state=str(state)) for name, state in detail.get("programs", ())}
+    alive = {each.id for each in host.alive(timeout_s)}
+    for each in host.programs:
+        name = each.id.rpartition(":")[2]
+        message = found.setdefault(name, pb.HostProgram(name=name))
+        message.is_alive = each.id in alive
+        message.address, message.version, message.schema_version = each.address, each.version, each.schema_version
+        message.age.CopyFrom(duration(max(0.0, each.age_s)))
+    return [found[name] for name in sorted(found)]
+
+
+def _worker(program: Program, guard: Mapping[str, Any]) -> pb.HostWorker:
+    return pb.HostWorker(
+        worker_id=program.id,
+        phase=program.phase,
+        models=program.models,
+        requests_held=program.queued,
+        verdict=str(guard.get("verdict", "")),
+        reason=str(guard.get("reason", "")),
+        budget_left=int(guard.get("budget_left", 0)),
+        budget_limit=int(guard.get("budget_limit", 0)),
+        gave_up=bool(guard.get("gave_up", False)),
+        cause=heartbeats.failure_in(program.detail)["cause"],
+    )
+
+
+def _notes(host: Host, timeout_s: float, newest: int) -> list[str]:
+    alive, notes = host.alive(timeout_s), []
+    state, age_s = host.state(timeout_s), min(each.age_s for each in host.programs)
+    if state is State.LOST:
+        notes.append(f"lost: last seen {age_s:.0f} s ago, and nothing said that it was stopped")
+    watchdogs = [each for each in host.programs if each.program == "watchdog"]
+    if state is State.ALIVE and any(each not in alive and not each.is_ended for each in watchdogs):
+        notes.append(f"its watchdog is gone (last seen {watchdogs[0].age_s:.0f} s ago): nothing restarts its programs")
+    workers = [each for each in alive if each.program == "worker"]
+    if workers and (not watchdogs or watchdogs[0].is_ended):
+        notes.append("no watchdog guards its workers")
+    if host.drain_age_s is not None and (deaf := _deaf(workers)):
+        notes.append(f"{', '.join(deaf)} is of a version that follows no order to drain: stop it with supervisorctl")
+    return notes + _versions(alive, newest)
+
+
+def _deaf(workers: Sequence[Program]) -> list[str]:
+    """Workers of a version that does not know of orders: it does not report its version either."""
+    return [each.id for each in workers if not each.schema_version]
+
+
+def _versions(alive: Sequence[Program], newest: int) -> list[str]:
+    """A line for programs that are older than this gateway, and one for those that are newer."""
+    notes = []
+    for word, those in (
+        ("older", [each for each in alive if each.schema_version < newest]),
+        ("newer", [each for each in alive if each.schema_version > newest]),
+    ):
+        if those:
+            names = ", ".join(f"{each.id.rpartition(':')[2]} {each.version or '(unknown)'}" for each in those)
+            notes.append(f"of a version {word} than this gateway: {names}")
+    return notes

@@ -1,0 +1,75 @@
+"""The application: OpenAI's operations and the document that describes them, health, and the page."""
+
+from collections.abc import Set
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from service.db.connection import Database, check_schema
+from service.http import batches, door, files, models, uploads
+from service.http.door import Door
+from service.http.files import Keeping
+from service.http.page.wiring import Page
+from service.rpc.access import Access
+from service.webhook_targets import Networks
+
+
+def made(
+    database: Database,
+    access: Access,
+    keeping: Keeping,
+    heartbeat_timeout_s: float,
+    webhook_networks: Networks,
+    page: Page,
+    names: Set[str],
+    is_local: bool,
+) -> Door:
+    """The application, with what each request passes around it.
+
+    `names` are those of this machine; `is_local`: no other one reaches it.
+    """
+    app = FastAPI(
+        title="vLLM batch server",
+        description="Files, uploads, batches and models as in OpenAI's API.",
+        version="1",
+        # They are made of scripts of other hosts.
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    for router in (
+        files.router(database, keeping),
+        uploads.router(database, keeping),
+        batches.router(database, keeping.limits, webhook_networks),
+        models.router(database, heartbeat_timeout_s),
+    ):
+        app.include_router(router)
+    for router in page.routers():
+        app.include_router(router)
+    # The same, for who has signed in on the page.
+    for router in (files.router(database, keeping), batches.router(database, keeping.limits, webhook_networks)):
+        app.include_router(router, prefix="/page/api", include_in_schema=False)
+
+    @app.get("/healthz", name="healthz", include_in_schema=False)
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", name="readyz", include_in_schema=False)
+    async def readyz() -> dict[str, str]:
+        # Also with no worker alive: what is kept is begun later.
+        await database.run(check_schema)
+        return {"status": "ok"}
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
+        return door.of_http(error.status_code, error.detail, request)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return door.of_validation(error.errors())
+
+    for kind in door.HANDLED:
+        app.add_exception_handler(kind, door.on_error)
+    return Door(app, app.routes, access, page.sessions, names, is_local)

@@ -1,0 +1,225 @@
+"""What every request passes: who may call and how often; its id, span and count; errors in OpenAI's form.
+
+Around the application, so that a request that is refused is not even read.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import grpc
+import peewee
+import psycopg2
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api import messages
+from service.auth.callers import NOBODY, Caller
+from service.db.availability import DatabaseAwayError, Meaning, first_line, meaning_of
+from service.db.limits import FullError
+from service.errors import ApiError, database_unavailable
+from service.http import browsers, errors
+from service.http.page.sessions import REQUEST_FOREIGN, Sessions
+from service.rpc import call_context
+from service.rpc.access import Access
+from service.telemetry import logs
+
+# Of a body that is read as a whole; those of STREAMED are read as they arrive, up to limits of their own.
+MAX_BODY_BYTES = 4 << 20
+STREAMED = frozenset({"/openai/CreateFile", "/openai/AddUploadPart"})
+# What the page asks for; all else is OpenAI's API.
+PAGE = "/page/"
+SIGN_IN = "/page/SignIn"
+# What operations raise, beside what Starlette has answers for.
+HANDLED = (ApiError, FullError, ClientDisconnect, DatabaseAwayError, psycopg2.Error, peewee.PeeweeException, Exception)
+
+log = logs.get("http")
+
+
+class _EndedError(Exception):
+    """The request ended with an error that was sent already, or cannot be sent any more."""
+
+
+class _Ending:
+    """How a request ended, as call_context asks for it."""
+
+    def __init__(self) -> None:
+        self.status = 0
+
+    def code(self) -> grpc.StatusCode:
+        """As a gRPC code."""
+        return errors.code_of(self.status or 500)
+
+
+class Door:
+    """An ASGI application around `app`, whose operations are the names of `routes`.
+
+    `names` are those of this machine; `is_local`: no other one reaches it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Sequence[BaseRoute],
+        access: Access,
+        sessions: Sessions,
+        names: Set[str],
+        is_local: bool,
+    ) -> None:
+        self._app = app
+        self._routes = routes
+        self._access = access
+        self._sessions = sessions
+        self._names = names
+        self._is_local = is_local
+
+    @property
+    def operations(self) -> set[str]:
+        """The operations that need a token, where tokens are required."""
+        found = {_method(route.name) for route in self._routes if isinstance(route, Route) and not route.name.islower()}
+        return found - {SIGN_IN}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        operation = self._operation(scope)
+        if operation is None:
+            await self._app(scope, receive, send)
+            return
+        metadata = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        call = call_context.begin(operation, metadata)
+        ending = _Ending()
+        request_id = call.id.encode("latin-1", "replace")
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                ending.status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            await send(message)
+
+        with contextlib.suppress(_EndedError):
+            refusal: Exception | None = None
+            try:
+                call.caller = await self._caller(operation, scope, metadata)
+            except HANDLED as error:
+                refusal = error
+            with call.served(ending):  # type: ignore[arg-type]
+                try:
+                    if refusal is not None:
+                        if isinstance(refusal, ApiError):
+                            log.warning("call_refused", method=operation, peer=_peer(scope), reason=refusal.reason)
+                        raise refusal
+                    self._access.count(operation, call.caller, _peer(scope))
+                    body = receive if operation in STREAMED else _limited(receive, dict(metadata))
+                    await self._app(scope, body, send_on)
+                except Exception as error:
+                    if not ending.status and (error is refusal or isinstance(error, ApiError)):
+                        answer = await on_error(Request(scope), error)
+                        await answer(scope, receive, send_on)
+                    elif ending.status < 400:
+                        # In the middle of an answer: the connection ends, and the client sees that the rest is missing.
+                        log.warning("answer_broken_off", method=operation, exc_info=True)
+                        raise
+                if ending.status >= 400:
+                    raise _EndedError
+
+    async def _caller(self, operation: str, scope: Scope, metadata: Sequence[tuple[str, str]]) -> Caller:
+        """Who makes a request. Raises UNAUTHENTICATED or PERMISSION_DENIED, also for one that another site makes."""
+        headers, method = dict(metadata), scope["method"]
+        is_of_page = scope["path"].startswith(PAGE)
+        problem = browsers.foreign(method, headers) if is_of_page or method not in browsers.SAFE else ""
+        # With tokens, a site of another name has no session; and within a network of its own a server has any name.
+        if not problem and self._access.tokens is None and (is_of_page or self._is_local):
+            problem = browsers.wrong_host(headers.get("host", ""), self._names)
+        if problem:
+            raise ApiError(grpc.StatusCode.PERMISSION_DENIED, f"refused: {problem}", REQUEST_FOREIGN)
+        if operation == SIGN_IN:
+            return NOBODY
+        if is_of_page:
+            if method not in browsers.SAFE:
+                self._sessions.check(headers)
+            return await self._sessions.caller(operation, headers)
+        # Certificates name no caller here: who shows one needs a token too.
+        return self._access.caller(operation, metadata) or self._access.certified(operation, (), metadata)
+
+    def _operation(self, scope: Scope) -> str | None:
+        for route in self._routes:
+            if isinstance(route, Route) and route.matches(scope)[0] is Match.FULL:
+                # Health, the document and the files of the page are for everybody.
+                return None if route.name.islower() else _method(route.name)
+        return None
+
+
+def _method(name: str) -> str:
+    """The operation of a route as roles know it."""
+    return name if name.startswith("/") else f"/openai/{name}"
+
+
+def _limited(receive: Receive, headers: Mapping[str, str]) -> Receive:
+    """The body of a request, which ends the request once it is too large. Raises RESOURCE_EXHAUSTED."""
+    announced, size = headers.get("content-length", ""), 0
+    if announced.isascii() and announced.isdigit() and int(announced[:18]) > MAX_BODY_BYTES:
+        raise messages.too_large("bytes of the body", MAX_BODY_BYTES, int(announced[:18]))
+
+    async def counted() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > MAX_BODY_BYTES:
+            raise messages.too_large("bytes of the body", MAX_BODY_BYTES, size)
+        return message
+
+    return counted
+
+
+def _peer(scope: Scope) -> str:
+    """The client's address as gRPC writes it."""
+    host, port = scope.get("client") or ("", 0)
+    return f"{'ipv6' if ':' in host else 'ipv4'}:{host}:{port}"
+
+
+def response(error: ApiError) -> JSONResponse:
+    """The answer for an error."""
+    return JSONResponse(errors.body_of(error), errors.status_of(error), errors.headers_of(error))
+
+
+async def on_error(request: Request, error: Exception) -> JSONResponse:
+    """The answer for whatever an operation raises."""
+    name = getattr(request.scope.get("route"), "name", request.url.path)
+    if isinstance(error, ApiError):
+        return response(error)
+    if isinstance(error, ClientDisconnect):
+        # Nobody reads it.
+        return response(ApiError(grpc.StatusCode.INVALID_ARGUMENT, "the client has gone"))
+    if isinstance(error, FullError):
+        return response(messages.creation_error(error))
+    if isinstance(error, DatabaseAwayError):
+        log.warning("call_without_database", method=name, cause=str(error))
+        return response(database_unavailable(str(error)))
+    if meaning_of(error) is Meaning.REFUSED:
+        log.warning("call_refused_by_database", method=name, cause=first_line(error))
+        cause = f"Postgres refuses it: {first_line(error)}"
+        return response(ApiError(grpc.StatusCode.INVALID_ARGUMENT, cause))
+    log.error("call_failed", method=name, exc_info=error)
+    return response(ApiError(grpc.StatusCode.INTERNAL, f"{name} failed: {type(error).__name__}"))
+
+
+def of_http(status: int, detail: str, request: Request) -> JSONResponse:
+    """The answer for a path or method that is not there, and for a body that cannot be read."""
+    if status not in (404, 405):
+        return JSONResponse(errors.body(detail, status), status)
+    message = f"Unknown request URL: {request.method} {request.url.path[:200]}"
+    return JSONResponse(errors.body(message, status, code="unknown_url"), status)
+
+
+def of_validation(found: Sequence[Any]) -> JSONResponse:
+    """The answer for parameters that are not as the document says; what was given is left out."""
+    first = found[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = ".".join(place) or None
+    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    return JSONResponse(errors.body(message, 400, param), 400)

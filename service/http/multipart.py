@@ -1,0 +1,127 @@
+"""Multipart forms, read as they arrive: fields come whole, files piece by piece."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from service.api.uploads import PIECE_TIMEOUT_S
+from service.errors import ApiError
+from service.http.objects import wrong
+
+MAX_HEADER_BYTES = 16 << 10
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a form. `filename` None: it is not a file."""
+
+    name: str
+    filename: str | None
+
+
+class _Reader:
+    """What the parser has found since it was last asked: data with its field; None is the end of a field."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self.found: list[tuple[Field, bytes | None]] = []
+        self.is_complete = False
+        self._headers: dict[bytes, bytes] = {}
+        self._header = (b"", b"")
+        self._header_bytes = 0
+        self._field = Field("", None)
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._name,
+                "on_header_value": self._value,
+                "on_header_end": self._header_end,
+                "on_headers_finished": self._headers_end,
+                "on_part_data": self._data,
+                "on_part_end": self._end,
+                "on_end": self._complete,
+            },
+        )
+
+    def feed(self, data: bytes) -> list[tuple[Field, bytes | None]]:
+        """What these bytes complete. Raises MultipartParseError."""
+        self._parser.write(data)
+        found, self.found = self.found, []
+        return found
+
+    def _begin(self) -> None:
+        self._headers, self._header, self._header_bytes = {}, (b"", b""), 0
+
+    def _name(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._header = (self._header[0] + data[start:end], self._header[1])
+
+    def _value(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._header = (self._header[0], self._header[1] + data[start:end])
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise MultipartParseError("the headers of a part are too long")
+
+    def _header_end(self) -> None:
+        name, value = self._header
+        self._headers[name.lower()] = value
+        self._header = (b"", b"")
+
+    def _headers_end(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        filename = options.get(b"filename")
+        self._field = Field(
+            options.get(b"name", b"").decode("utf-8", "replace"),
+            None if filename is None else filename.decode("utf-8", "replace"),
+        )
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self.found.append((self._field, data[start:end]))
+
+    def _end(self) -> None:
+        self.found.append((self._field, None))
+
+    def _complete(self) -> None:
+        self.is_complete = True
+
+
+async def fields(request: Request) -> AsyncIterator[tuple[Field, bytes | None]]:
+    """The data of each field as it arrives, and None at its end.
+
+    Raises INVALID_ARGUMENT for what is not such a form, DEADLINE_EXCEEDED for a client that has gone silent.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise wrong("content-type", "must be multipart/form-data, with a boundary")
+    try:
+        reader = _Reader(boundary)
+        async for data in timely(request.stream()):
+            for found in reader.feed(data):
+                yield found
+    except MultipartParseError as error:
+        raise wrong("body", f"is not multipart/form-data: {error}") from None
+    if not reader.is_complete:
+        raise wrong("body", "is not complete: the last boundary is missing")
+
+
+async def timely(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """The body of a request. Raises DEADLINE_EXCEEDED if no data arrives for PIECE_TIMEOUT_S."""
+    while True:
+        try:
+            async with asyncio.timeout(PIECE_TIMEOUT_S):
+                data = await anext(stream, None)
+        except TimeoutError as error:
+            why = f"upload stopped: no data arrived for {PIECE_TIMEOUT_S:.0f} s"
+            raise ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, why) from error
+        if data is None:
+            return
+        yield data

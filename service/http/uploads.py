@@ -1,0 +1,123 @@
+"""Uploads: a file in parts, which may arrive in any order and at once."""
+
+import asyncio
+import contextlib
+import hashlib
+
+from fastapi import APIRouter, Request
+
+from service.db import files
+from service.db.connection import Database
+from service.db.files import File, PartsError
+from service.errors import ApiError, not_found
+from service.http import multipart, objects
+from service.http.files import Keeping
+from service.http.objects import CompleteUpload, CreateUpload, PartObject, UploadObject
+from service.http.storing import PartWriter
+from service.rpc import call_context
+from service.telemetry import logs
+
+MAX_PART_BYTES = 64 << 20
+MAX_BYTES = 8 << 30
+
+FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {"data": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+
+log = logs.get("uploads")
+
+
+def router(database: Database, keeping: Keeping) -> APIRouter:
+    """The operations on uploads."""
+    made = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+
+    @made.post("", name="CreateUpload")
+    async def create(asked: CreateUpload) -> UploadObject:
+        most = min(MAX_BYTES, keeping.file_bytes)
+        if asked.bytes > most:
+            raise objects.wrong("bytes", f"is {asked.bytes}, at most {most} are allowed")
+        lifetime_s = float(asked.expires_after.seconds) if asked.expires_after else keeping.lifetime_s
+        upload = await database.run(
+            files.begin_upload,
+            call_context.current().caller.tenant,
+            asked.filename,
+            asked.bytes,
+            lifetime_s,
+            keeping.limits,
+        )
+        return objects.upload_object(upload)
+
+    @made.post("/{upload_id}/parts", name="AddUploadPart", openapi_extra=FORM)
+    async def add(upload_id: str, request: Request) -> PartObject:
+        number = objects.number_of(upload_id, "upload_", "upload")
+        part_id = await database.run(files.begin_part, call_context.scope(), number)
+        if part_id is None:
+            raise not_found(f"pending upload {upload_id!r}")
+        writer = PartWriter(database, part_id, MAX_PART_BYTES)
+        try:
+            has_data = False
+            async for field, data in multipart.fields(request):
+                if field.name != "data":
+                    raise objects.wrong(field.name[:100] or "body", "is not a field of this form")
+                has_data = True
+                if data is not None:
+                    await writer.add(data)
+            if not has_data:
+                raise objects.wrong("data", "is required")
+            await writer.end()
+        except BaseException:
+            # What was stored of it goes with the upload.
+            with contextlib.suppress(Exception):
+                await asyncio.shield(writer.settle())
+            raise
+        return objects.part_object(await database.run(files.finish_part, part_id, writer.size))
+
+    @made.post("/{upload_id}/complete", name="CompleteUpload")
+    async def complete(upload_id: str, asked: CompleteUpload) -> UploadObject:
+        number = objects.number_of(upload_id, "upload_", "upload")
+        try:
+            part_ids = [objects.number_of(part, "part_", "part") for part in asked.part_ids]
+        except ApiError as error:
+            raise objects.wrong("part_ids", error.message) from None
+        try:
+            upload = await database.run(files.complete, call_context.scope(), number, part_ids)
+        except PartsError as error:
+            raise objects.wrong("part_ids", str(error)) from None
+        if upload is None:
+            raise not_found(f"upload {upload_id!r}")
+        if asked.md5 is not None:
+            await _check_md5(database, upload, asked.md5)
+        log.info("upload_completed", upload=upload_id, bytes=upload.bytes, parts=len(part_ids))
+        return objects.upload_object(upload)
+
+    @made.post("/{upload_id}/cancel", name="CancelUpload")
+    async def cancel(upload_id: str) -> UploadObject:
+        number = objects.number_of(upload_id, "upload_", "upload")
+        upload = await database.run(files.discard, call_context.scope(), number, "pending")
+        if upload is None:
+            raise not_found(f"pending upload {upload_id!r}")
+        return objects.upload_object(upload)
+
+    return made
+
+
+async def _check_md5(database: Database, upload: File, wanted: str) -> None:
+    """Deletes a file with another checksum than the client's. Raises INVALID_ARGUMENT."""
+    checksum, at = hashlib.md5(usedforsecurity=False), 0
+    while piece := await database.run(files.read_piece, upload.id, at):
+        await asyncio.to_thread(checksum.update, piece)
+        at += len(piece)
+    if checksum.hexdigest() != wanted.lower():
+        await database.run(files.discard, upload.tenant, upload.id, "kept")
+        raise objects.wrong("md5", f"does not fit: what has arrived has {checksum.hexdigest()}")

@@ -1,0 +1,246 @@
+"""Presence of the workers: their heartbeats, read every second, the links to them, and the health that results."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+from uuid import UUID
+
+import peewee
+
+from service import announce
+from service.announce import AddressError
+from service.clock import Clock
+from service.db import heartbeats, hosts, recoveries, standby, unserved, watchdogs
+from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseAwayError, DatabaseUnfitError, first_line
+from service.db.chunks import host_of
+from service.db.connection import Database, check_schema
+from service.db.heartbeats import SeenBeat
+from service.errors import ApiError
+from service.insight import waiting
+from service.insight.channels import Channels
+from service.insight.links import Links
+from service.insight.routing import Freshness, Load, live, spread, unreachable
+from service.insight.waiting import Worker
+from service.machine import Place
+from service.telemetry import logs
+
+LOOK_INTERVAL_S = 1.0
+# Reading them takes milliseconds: after this long, Postgres counts as away.
+AWAY_S = 6.0
+# A worker whose health changes writes it to its heartbeat at the same time.
+LOOK_AGAIN_S = 0.1
+
+# Without a live worker all callers get the same error for this long, unless news arrives.
+REFUSAL_S = 0.2
+# So many workers that are gone are still known, those seen last.
+MOST_GONE = 100
+
+T = TypeVar("T")
+
+log = logs.get("presence")
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """The error that refused a batch naming `models`, reused until `until_s`."""
+
+    models: Set[str]
+    until_s: float
+    error: ApiError
+
+
+@dataclass
+class Presence:
+    """Knows without a call or a query whether new work would be accepted now.
+
+    `on_change(is_accepting)` is awaited when that changes.
+    """
+
+    database: Database
+    channels: Channels
+    clock: Clock
+    timeout_s: float
+    on_change: Callable[[bool], Awaitable[None]]
+    # Where this process runs, and what its host announces; None: it does not matter to others.
+    place: Place
+    host: str | None = None
+    draw: Callable[[], float] = random.random
+    freshness: Freshness = field(default_factory=Freshness)
+    _links: Links = field(init=False)
+    _refused: "_Refused | None" = None
+    _loads: dict[str, Load] = field(default_factory=dict)
+    _is_accepting: bool | None = None
+    _is_schema_there: bool = False
+    _are_addresses_checked: bool = False
+    # Workers that announce an address of which only their own host knows.
+    _unreachable: frozenset[UUID] = frozenset()
+    _has_looked: bool = False
+    _availability: AvailabilityLog = field(default_factory=lambda: AvailabilityLog(log))
+    _judge_now: asyncio.Event = field(default_factory=asyncio.Event)
+    _look_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._links = Links(self.channels, self.clock, self._contact_changed)
+
+    def live(self, models: Set[str]) -> Sequence[SeenBeat]:
+        """The workers for a batch naming `models`, best first. Raises UNAVAILABLE with the reason."""
+        now_s = self.clock.monotonic()
+        refused = self._refused
+        if refused is not None and refused.models == models and now_s < refused.until_s:
+            raise refused.error.with_traceback(None)
+        try:
+            now = self.now()
+            return spread(live(now, now_s, self.timeout_s, models), now, now_s, self._loads, self.draw)
+        except ApiError as error:
+            self._refused = _Refused(models, now_s + REFUSAL_S, error)
+            raise
+
+    def unreachable(self, seen: SeenBeat, cause: str, request_id: str) -> ApiError:
+        """UNAVAILABLE for a chosen worker that does not answer."""
+        return unreachable(seen, self.now(), self.clock.monotonic(), cause, request_id)
+
+    async def call(self, seen: SeenBeat, call: Awaitable[T]) -> T:
+        """Awaits a call to a worker. Raises LostError as soon as the link to the worker is lost."""
+        return await self._links.call(seen.beat.address, call)
+
+    @contextlib.contextmanager
+    def forwarding(self, seen: SeenBeat) -> Iterator[None]:
+        """Counts a call that is forwarded to the worker, as long as the block runs."""
+        name, now_s = seen.beat.worker_id, self.clock.monotonic()
+        self._loads[name] = Load(self._loads.get(name, Load()).in_flight + 1, now_s)
+        try:
+            yield
+        finally:
+            self._loads[name] = replace(self._loads[name], in_flight=self._loads[name].in_flight - 1)
+
+    def workers(self) -> list[Worker]:
+        """What each worker can do for a batch, as far as known now."""
+        return waiting.workers_of(self.now(), self.clock.monotonic(), self.timeout_s)
+
+    def is_unserved(self, models: Set[str]) -> bool:
+        """True if no worker serves `models` or is about to. Unknown before the first look: False."""
+        return self._has_looked and waiting.is_unserved({frozenset(models)}, self.workers())
+
+    async def follow(self) -> None:
+        """Reads heartbeats and updates the health, for ever."""
+        try:
+            # Separate tasks: reading waits for the database, and news from a link must not.
+            await asyncio.gather(self._look(), self._judge())
+        finally:
+            await self._links.close()
+
+    def now(self) -> Freshness:
+        """What is known about the workers, with the state of their links."""
+        return replace(self.freshness, contacts=self._links.contacts)
+
+    def _contact_changed(self) -> None:
+        self._refused = None
+        self._judge_now.set()
+        self._look_now.set()
+
+    async def _look(self) -> None:
+        while True:
+            await self.look()
+            self._judge_now.set()
+            if await _wait(self._look_now, LOOK_INTERVAL_S):
+                await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def look(self) -> None:
+        """Reads all heartbeats once, and keeps links to the workers whose heartbeat is fresh.
+
+        Raises DatabaseUnfitError as long as the schema was never found, and AddressError at the first read if other
+        hosts are there that cannot reach this one.
+        """
+        try:
+            if not self._is_schema_there:
+                await self.database.run(check_schema)
+                self._is_schema_there = True
+            reading = asyncio.ensure_future(self.database.run(_read, self.timeout_s))
+            if not (await asyncio.wait({reading}, timeout=AWAY_S))[0]:
+                # It still waits: for a frozen server, or to connect.
+                self._note_away(DatabaseAwayError(f"Postgres did not answer within {AWAY_S:.3g} s"))
+                self._judge_now.set()
+            found = await reading
+        except DATABASE_ERRORS as error:
+            if isinstance(error, DatabaseUnfitError) and not self._is_schema_there:
+                raise
+            self._note_away(error)
+        else:
+            self._availability.back()
+            found = replace(found, beats=self._reachable(found.beats), read_at_s=self.clock.monotonic())
+            _tell_news(self.freshness.beats, found.beats)
+            self.freshness = found
+            self._has_looked = True
+            names = {seen.beat.worker_id for seen in found.beats}
+            self._loads = {name: load for name, load in self._loads.items() if load.in_flight or name in names}
+            self._refused = None
+            await self._links.keep({seen.beat.address for seen in found.beats if seen.age_s <= self.timeout_s})
+
+    def _reachable(self, beats: Sequence[SeenBeat]) -> list[SeenBeat]:
+        """The workers that can be called from here. Raises AddressError at the first call."""
+        if not self._are_addresses_checked:
+            if self.host is not None and (why := announce.problem(self.host, beats, self.place)):
+                raise AddressError(f"{why}. {announce.ADVICE}")
+            self._are_addresses_checked = True
+        lost = [seen.beat for seen in beats if not announce.is_reachable(seen, self.place)]
+        for beat in lost:
+            if beat.incarnation not in self._unreachable:
+                log.warning("worker_not_reachable", worker_id=beat.worker_id, address=beat.address)
+        self._unreachable = frozenset(beat.incarnation for beat in lost)
+        return [seen for seen in beats if seen.beat.incarnation not in self._unreachable]
+
+    def _note_away(self, error: Exception) -> None:
+        self._availability.away(error)
+        self.freshness = replace(self.freshness, failure=first_line(error))
+
+    async def _judge(self) -> None:
+        while True:
+            reason = ""
+            try:
+                self.live(frozenset())
+            except ApiError as error:
+                reason = f"{error.reason}: {error.message}"
+            is_accepting = not reason
+            if is_accepting is not self._is_accepting:
+                self._is_accepting = is_accepting
+                log.info("accepting" if is_accepting else "not_accepting", reason=reason)
+                await self.on_change(is_accepting)
+            # Also without news: heartbeats become stale by themselves.
+            await _wait(self._judge_now, LOOK_INTERVAL_S)
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
+    """Waits for an event and clears it. False: it was not set within `timeout_s`."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+        event.clear()
+        return True
+    return False
+
+
+def _tell_news(before: Sequence[SeenBeat], now: Sequence[SeenBeat]) -> None:
+    known = {(seen.beat.incarnation, seen.beat.phase) for seen in before}
+    for beat in (seen.beat for seen in now):
+        if (beat.incarnation, beat.phase) not in known:
+            log.info(
+                "worker_phase", worker_id=beat.worker_id, address=beat.address, phase=beat.phase, models=beat.models
+            )
+
+
+def _read(db: peewee.PostgresqlDatabase, timeout_s: float) -> Freshness:
+    standby.check(db)
+    beats = heartbeats.read_recent(db, timeout_s, MOST_GONE)
+    worker_ids = [seen.beat.worker_id for seen in beats]
+    timings = {worker_id: dict(found) for worker_id, found in recoveries.last_timings(db, worker_ids).items()}
+    dogs = watchdogs.read(db, {host_of(worker_id) for worker_id in worker_ids})
+    return Freshness(
+        beats,
+        given_up=frozenset(recoveries.given_up(db, worker_ids)),
+        timings=timings,
+        watchdogs={seen.watchdog_id: seen.age_s for seen in dogs},
+        drained=hosts.drained(db),
+        awaited=unserved.awaited(db),
+    )

@@ -1,0 +1,111 @@
+"""Prepares Ray for vLLM: marks what this worker will run in a cluster, and removes what its earlier lives left there.
+
+Processes on this host are ended by the watchdog. Ray's are on other hosts too, where a placement group that is still
+held would keep the next start waiting for its GPUs. The sweep is a process of its own, since connecting may hang and
+vLLM has to make its own connection: `RAY_ADDRESS=... python -m service.worker.engine.ray_cluster WORKER`.
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Collection
+from typing import Any
+
+from service.telemetry import logs
+from service.worker.engine.cause import Cause
+from service.worker.engine.protocol import EngineStartError
+
+# Ray reads the description of a job from it.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+OWNER = "vllm_batch_worker"
+# A cluster that ends with the worker. Ray's default would be one that ran on this machine before, dead or not.
+OWN_CLUSTER = "local"
+# Ray kills an actor that does not end by itself, and takes a host for dead that is silent for half a minute.
+SWEEP_TIMEOUT_S = 90.0
+LOOK_INTERVAL_S = 0.2
+
+log = logs.get("ray")
+
+
+async def prepare(worker_id: str, timeout_s: float = SWEEP_TIMEOUT_S) -> None:
+    """Sets the environment from which Ray starts, and waits until no earlier life of this worker holds anything.
+
+    Raises EngineStartError.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise EngineStartError(Cause.of("Ray is not installed", "On each host: .venv/bin/pip install -e '.[ray]'"))
+    address = os.environ.setdefault("RAY_ADDRESS", OWN_CLUSTER)
+    environment = dict(os.environ)
+    os.environ[JOB_CONFIG] = json.dumps({"metadata": {OWNER: worker_id}})
+    if address == OWN_CLUSTER:
+        return
+    sweep = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", __name__, worker_id),
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        said, failed = await asyncio.wait_for(sweep.communicate(), timeout_s)
+    except TimeoutError:
+        raise EngineStartError(
+            Cause.of(
+                f"the Ray cluster at RAY_ADDRESS={address} did not answer, or still holds what an earlier life of this"
+                f" worker started, after {timeout_s:.0f} s",
+                "ray status --address ADDRESS shows the cluster, ray list placement-groups what holds its GPUs.",
+            )
+        ) from None
+    finally:
+        if sweep.returncode is None:
+            sweep.kill()
+            await sweep.wait()
+    if sweep.returncode != 0:
+        lines = failed.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise EngineStartError(
+            Cause.of(
+                f"the Ray cluster at RAY_ADDRESS={address} cannot be used: {lines[-1]}",
+                "It must run the same version of Ray and of Python, and be reachable: ray status --address ADDRESS",
+            )
+        )
+    if removed := said.decode().split():
+        log.warning("ray_swept", placement_groups=removed)
+
+
+def jobs_of(worker_id: str, jobs: dict[Any, Any]) -> set[str]:
+    """The ids of the jobs that lives of this worker have started."""
+    return {job.job_id.hex() for job in jobs.values() if job.config.metadata.get(OWNER) == worker_id}
+
+
+def of_jobs(ids: Collection[str], jobs: set[str]) -> set[str]:
+    """Those placement groups or actors that belong to the jobs: their ids end with the job's."""
+    return {each for each in ids if any(each.endswith(job) for job in jobs)}
+
+
+def _sweep(worker_id: str) -> set[str]:
+    """Removes the placement groups of all jobs of a worker; returns once neither they nor any actor is left."""
+    import ray
+    from ray._private.state import actors
+    from ray._raylet import PlacementGroupID
+
+    ray.init(log_to_driver=False, configure_logging=False)
+    worker = ray._private.worker.global_worker
+    removed: set[str] = set()
+    while True:
+        jobs = jobs_of(worker_id, worker.gcs_client.get_all_job_info())
+        table = ray.util.placement_group_table()
+        groups = of_jobs([name for name, one in table.items() if one["state"] != "REMOVED"], jobs)
+        # vLLM's actors live in placement groups, and end with them.
+        for group in groups - removed:
+            worker.core_worker.remove_placement_group(PlacementGroupID.from_hex(group))
+        removed |= groups
+        left = of_jobs([name for name, one in actors().items() if one["State"] != "DEAD"], jobs)
+        if not groups and not left:
+            return removed
+        time.sleep(LOOK_INTERVAL_S)
+
+
+if __name__ == "__main__":
+    print(*_sweep(sys.argv[1]), sep="\n")  # noqa: T201 - the caller reads it

@@ -1,0 +1,197 @@
+"""Parses and checks the lines of a batch: JSON in OpenAI's batch format. Pure."""
+
+import re
+from collections.abc import Set
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from service.errors import Violation
+from service.worker import estimates, prefixes
+
+MAX_CUSTOM_ID = 512
+# Digits that are read of a number of tokens: more than any model has.
+MAX_DIGITS = 12
+# Stop after this many invalid fields: more would tell the client nothing new.
+MAX_VIOLATIONS = 20
+
+# The first bytes of files in other formats, and what these formats are called.
+_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"BZh": "compressed with bzip2",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_AT_BYTE = re.compile(r" \(byte (\d+)\)$")
+_NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)\b")
+_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+_MISSING = re.compile(r"missing required field `([^`]+)`")
+
+
+class _Line(msgspec.Struct):
+    custom_id: str
+    url: str
+    body: msgspec.Raw
+    method: str = "POST"
+
+
+_ABSENT = msgspec.Raw(b"")
+
+
+class _Body(msgspec.Struct):
+    """The fields of a body that we check or count; the endpoint checks the rest."""
+
+    model: str | None = None
+    stream: Any = False
+    # Not decoded: a number that fits into no float is the endpoint's to refuse.
+    max_completion_tokens: msgspec.Raw = _ABSENT
+    max_tokens: msgspec.Raw = _ABSENT
+    max_output_tokens: msgspec.Raw = _ABSENT
+    n: msgspec.Raw = _ABSENT
+
+
+class _PromptedBody(prefixes.Prompt):
+    """The same with what makes its prompt."""
+
+    model: str | None = None
+    stream: Any = False
+    max_completion_tokens: msgspec.Raw = _ABSENT
+    max_tokens: msgspec.Raw = _ABSENT
+    max_output_tokens: msgspec.Raw = _ABSENT
+    n: msgspec.Raw = _ABSENT
+
+
+_decode_line = msgspec.json.Decoder(_Line).decode
+_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_prompted = msgspec.json.Decoder(_PromptedBody).decode
+
+
+# A struct, because one is made for each line.
+class ParsedLine(msgspec.Struct, frozen=True):
+    """A valid line. `body` is its JSON text as given, `estimated_tokens` those of prompt and answer.
+
+    `prefix` is the key of its prompt; empty if it is too short, or was not asked for.
+    """
+
+    custom_id: str
+    url: str
+    body: bytes
+    model: str | None
+    estimated_tokens: int
+    prefix: bytes = b""
+
+
+class LineError(Exception):
+    """An invalid line, with all its violations."""
+
+    def __init__(self, violations: list[Violation]) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
+
+
+def format_of(data: bytes) -> str | None:
+    """The format of data that is not JSON lines in UTF-8, by its first bytes; None if it is not recognized."""
+    return next((name for begin, name in _FORMATS.items() if data.startswith(begin)), None)
+
+
+def not_json(data: bytes, error: Exception) -> str:
+    """Describes what is wrong with JSON text; NaN and Infinity, as Python writes them, are named."""
+    text = str(error)
+    place = _AT_BYTE.search(text)
+    if place:
+        at = int(place[1])
+        # The parser reports the position after a minus sign.
+        at -= data[at - 1 : at] == b"-"
+        found = _NO_NUMBER.match(data, at)
+        if found:
+            return f"not JSON: {found[0].decode()} is no JSON number (byte {at}): use null, or leave it out"
+    return f"not JSON: {text}"
+
+
+def parse(line: bytes, where: str, models: Set[str], urls: Set[str], with_prefix: bool = False) -> ParsedLine:
+    """Parses one line and checks it against what the worker serves. Raises LineError naming `where` and the fields."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LineError([Violation(where, f"not UTF-8 at byte {error.start}")]) from None
+    try:
+        parsed = _decode_line(line)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise LineError([_violation(where, "", error, line)]) from None
+
+    violations = []
+
+    def wrong(field: str, description: str) -> None:
+        violations.append(Violation(f"{where}: {field}", description))
+
+    if not parsed.custom_id:
+        wrong("custom_id", "must not be empty")
+    elif len(parsed.custom_id) > MAX_CUSTOM_ID:
+        wrong("custom_id", f"has {len(parsed.custom_id)} characters; at most {MAX_CUSTOM_ID} are allowed")
+    elif "\0" in parsed.custom_id:
+        wrong("custom_id", "must not contain NUL")
+    if parsed.method != "POST":
+        wrong("method", f"must be 'POST', not {parsed.method[:20]!r}")
+    if parsed.url not in urls:
+        wrong("url", f"{parsed.url[:100]!r} is not served; available: {', '.join(sorted(urls))}")
+    model = None
+    text = bytes(parsed.body)
+    try:
+        body = _read_body(text, with_prefix)
+    except (msgspec.DecodeError, RecursionError) as error:
+        violations.append(_violation(where, "body", error, parsed.body))
+    else:
+        if body.stream not in (False, None):
+            wrong("body.stream", "batch results are not streamed: omit it or set it to false")
+        # vLLM treats null and "" as missing, too.
+        if body.model:
+            model = body.model
+            if model not in models:
+                wrong("body.model", f"{model[:100]!r} is not served; available: {', '.join(sorted(models))}")
+    if violations:
+        raise LineError(violations)
+    asked = _integer(body.max_completion_tokens) or _integer(body.max_tokens) or _integer(body.max_output_tokens)
+    tokens = estimates.tokens(parsed.url, len(text), asked, _integer(body.n))
+    prefix = b""
+    if isinstance(body, _PromptedBody):
+        prefix = prefixes.key(parsed.url, body)
+    elif with_prefix and len(text) > prefixes.MOST_BYTES:
+        prefix = prefixes.key_of_large(parsed.url, text)
+    return ParsedLine(parsed.custom_id, parsed.url, text, model, tokens, prefix)
+
+
+def _read_body(text: bytes, with_prefix: bool) -> _Body | _PromptedBody:
+    """The fields of a body; with those of its prompt if it is worth a key and of a reasonable size."""
+    if with_prefix and prefixes.LEAST_BYTES <= len(text) <= prefixes.MOST_BYTES:
+        # Messages may be anything: the endpoint judges them.
+        with suppress(msgspec.DecodeError, RecursionError):
+            return _decode_prompted(text)
+    return _decode_body(text)
+
+
+def _integer(number: msgspec.Raw) -> int:
+    """A positive integer, of which the first digits are enough; 0 for all else."""
+    text = bytes(number)
+    return int(text[:MAX_DIGITS]) if text.isdigit() else 0
+
+
+def _violation(where: str, parent: str, error: Exception, data: bytes | msgspec.Raw) -> Violation:
+    """Converts msgspec's error, moving the path of the field out of its message."""
+    text = str(error)
+    if isinstance(error, RecursionError):
+        return Violation(f"{where}: {parent}" if parent else where, "nested too deeply")
+    path = _PATH.search(text)
+    missing = _MISSING.search(text)
+    fields = [part for part in (parent, path and path[1], missing and missing[1]) if part]
+    if missing:
+        text = "is required"
+    elif path:
+        text = text[: path.start()]
+    elif not isinstance(error, msgspec.ValidationError):
+        text = not_json(bytes(data), error)
+    return Violation(f"{where}: {'.'.join(fields)}" if fields else where, text)

@@ -1,0 +1,38 @@
+"""Starts the requests that are ready, each once Postgres knows that it may be in the engine."""
+
+from dataclasses import dataclass
+
+from service.db import chunks
+from service.db.availability import DATABASE_ERRORS, AvailabilityLog
+from service.db.chunks import Holder
+from service.db.connection import Database
+from service.worker.held_chunks import HeldChunks
+from service.worker.window import Window
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Should this host be lost, only the requests that were in its engine are suspects.
+
+    While Postgres is away nothing is noted, and nothing waits for it.
+    """
+
+    database: Database
+    holder: Holder
+    held: HeldChunks
+    window: Window
+    availability: AvailabilityLog
+
+    async def start(self, most: int) -> None:
+        """Starts up to `most` requests. Notes a window of each chunk at once, so that few statements do."""
+        starting = [self.held.ready.popleft() for _ in range(min(most, len(self.held.ready)))]
+        last = self.held.begin(starting, self.window.size)
+        if last and not self.availability.is_away:
+            try:
+                await self.database.run(chunks.begin, self.holder, last)
+            except DATABASE_ERRORS as error:
+                self.availability.away(error)
+        for request in starting:
+            # Its lease may have been lost meanwhile.
+            if request.chunk_id in self.held:
+                self.window.start(request)

@@ -1,0 +1,24 @@
+"""Settings for all tests."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+IS_THOROUGH = os.environ.get("THOROUGH") == "1"
+# 10,000 examples against a stack take an hour.
+THOROUGH_TIMEOUT_S = 7200
+
+# The duration of an example depends on the machine more than on the code.
+settings.register_profile("short", deadline=None)
+settings.register_profile("long", deadline=None, max_examples=10_000)
+settings.load_profile("long" if IS_THOROUGH else "short")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked `thorough` unless THOROUGH=1 asks for them, and gives all more time if it does."""
+    for item in items:
+        if IS_THOROUGH and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(THOROUGH_TIMEOUT_S))
+        elif not IS_THOROUGH and item.get_closest_marker("thorough"):
+            item.add_marker(pytest.mark.skip(reason="THOROUGH=1 runs it"))

@@ -1,0 +1,87 @@
+"""A start that cannot succeed ends soon, with the reason."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.stacks import ROOT, FullStack, full_stack
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def wait(stack: FullStack) -> "subprocess.CompletedProcess[str]":
+    """The second half of start-all.sh, which waits until the stack accepts work or has failed."""
+    command = [sys.executable, str(ROOT / "scripts/wait_until_accepting.py"), str(stack.conf)]
+    return subprocess.run(command, env=stack.env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_postgres_that_cannot_start() -> None:
+    """When Postgres exits at every start, start-all.sh fails with Postgres's own message."""
+    with full_stack(BATCH_ENGINE="simulated") as stack:
+        (stack.home / "pgdata").mkdir(mode=0o700)
+        started = stack.script("start-all.sh")
+        assert started.returncode == 1
+        last = started.stderr.splitlines()[-1]
+        assert last.startswith("start: FAILED: postgres: ")
+        assert "pgdata" in last
+
+
+def test_port_that_was_taken_in_between() -> None:
+    """When another program takes the gateway's port after the doctor's check, the gateway's own error is shown."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with full_stack(BATCH_ENGINE="simulated", BATCH_GATEWAY_PORT=str(port)) as stack:
+            assert stack.script("supervisord.sh").returncode == 0
+            ended = wait(stack)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("start: FAILED: gateway: ")
+    assert str(port) in last
+
+
+def test_supervisord_that_is_away() -> None:
+    """When supervisord is not running, the message says so."""
+    with full_stack(BATCH_ENGINE="simulated") as stack:
+        ended = wait(stack)
+    assert ended.returncode == 1
+    assert "supervisord did not start" in ended.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts need root")
+@pytest.mark.parametrize(
+    ("mount", "told"),
+    [
+        ("mount -t tmpfs -o size=1m tmpfs /dev/shm", "1 MiB free in /dev/shm; Postgres needs 8"),
+        ('mount -t tmpfs -o size=8m,ro tmpfs "$BATCH_HOME"', "is on a file system that is mounted read-only"),
+        ('mount -t tmpfs -o size=8m tmpfs "$BATCH_HOME"', "0.0 GiB free in "),
+        ('rmdir "$BATCH_HOME" && touch "$BATCH_HOME"', "is not a folder"),
+        ('rmdir "$BATCH_HOME" && ln -s nowhere "$BATCH_HOME"', "is a link to nothing"),
+    ],
+    ids=["small shm", "read-only home", "full home", "home is a file", "home is a dangling link"],
+)
+def test_machine_that_cannot(mount: str, told: str) -> None:
+    """On a machine that lacks something, the start fails with the doctor's line and a remedy."""
+    with full_stack(BATCH_ENGINE="simulated") as stack:
+        script = f'{mount} && exec "{ROOT}/scripts/start-all.sh"'
+        command = ["unshare", "--mount", "bash", "-c", script]
+        started = subprocess.run(command, env=stack.env, cwd="/", capture_output=True, text=True, timeout=120)
+        if "unshare failed" in started.stderr or "permission denied" in started.stderr:
+            pytest.skip("no mounts here")
+        if not stack.home.is_dir():
+            stack.home.unlink()
+            stack.home.mkdir()
+    assert started.returncode == 1, started.stdout + started.stderr
+    assert told in started.stderr
+    assert " → " in started.stderr
+
+
+def test_wrong_address() -> None:
+    """An address of another machine is rejected at start."""
+    with full_stack(BATCH_ENGINE="simulated", BATCH_HOST="192.0.2.7", BATCH_ALLOW_INSECURE="true") as stack:
+        started = stack.script("start-all.sh")
+        assert started.returncode == 2
+        assert "BATCH_HOST: 192.0.2.7 is not an address of this machine" in started.stderr

@@ -1,0 +1,270 @@
+"""Hosts as things: listed from any gateway, drained and given work again, forgotten; losses are reported by others."""
+
+import subprocess
+from collections.abc import Iterator
+from uuid import NAMESPACE_OID, uuid5
+
+import peewee
+import pytest
+from pydantic import SecretStr
+
+from service import machine
+from service.clock import SystemClock
+from service.config import Settings
+from service.db import heartbeats, hosts, schema, server_beats, watchdogs
+from service.db.connection import Database
+from service.db.heartbeats import Beat, Phase
+from service.gateway.housekeeping import Housekeeping
+from service.gateway.metrics import GatewayCollector
+from service.insight.presence import MOST_GONE, Presence
+from service.insight.routing import Freshness
+from tests.support.batches import finished, lines, refused
+from tests.support.namespaces import own_name
+from tests.support.ports import free_port
+from tests.support.sentry_receiver import receiving
+from tests.support.servers import Stack, new_database
+from tests.support.stacks import BIN
+from tests.support.waiting import until
+from vllm_batch import Client
+from vllm_batch.v1 import host_service_pb2 as pb
+from watchdog.alerts import Alerts
+from watchdog.neighbours import Neighbours
+from watchdog.self_report import Report
+from watchdog.supervisor import Supervisor
+
+LIMIT_S = 60.0
+# What is gone in a test, and of which kind it is.
+LOST = (("lost", "host"), ("rare", "model"), ("half", "watchdog"))
+
+
+@pytest.fixture(scope="module")
+def fleet(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A gateway here, and a worker on each of the hosts `alpha` and `beta`."""
+    with new_database(postgres) as url:
+        stack = Stack(url, tmp_path_factory.mktemp("fleet"), free_port(), [])
+        try:
+            stack.gateway()
+            for name in ("alpha", "beta"):
+                with own_name(name):
+                    # Sockets and logs of both are in one folder, so their names differ.
+                    stack.worker(f"worker-{name}", window=8, simulated_window=8)
+            with Client(stack.target) as client:
+                until(lambda: {"alpha", "beta"} <= {one.name for one in client.hosts() if serves(one)}, "both")
+            stack.wait_until_accepting()
+            yield stack
+        finally:
+            stack.end()
+
+
+def serves(host: pb.Host) -> bool:
+    return any(worker.phase == "ready" for worker in host.workers)
+
+
+def command(stack: Stack, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A `vllm-batch` command at the stack's gateway."""
+    return subprocess.run(
+        [str(BIN / "vllm-batch"), "--target", stack.target, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def holders(database: Database) -> set[str]:
+    """The workers that have a lease."""
+    rows = database.call(
+        lambda db: db.execute_sql("SELECT DISTINCT worker_id FROM chunks WHERE state = 'leased'").fetchall()
+    )
+    return {name for (name,) in rows}
+
+
+def test_every_host_is_listed_from_a_gateway(fleet: Stack) -> None:
+    """The gateway lists the hosts of all programs with their versions, by name and by page; so does the command."""
+    with Client(fleet.target) as client:
+        found = {host.name: host for host in client.hosts()}
+        [alone] = client.hosts("beta")
+        assert list(client.hosts("gamma")) == []
+    assert len(found) == 3
+    for name in ("alpha", "beta"):
+        [worker] = found[name].workers
+        [program] = found[name].programs
+        assert (worker.worker_id, worker.phase, list(worker.models)) == (f"{name}:worker-{name}", "ready", ["tiny"])
+        assert (program.version, program.schema_version) == (schema.VERSION, schema.known())
+        assert found[name].state == pb.HOST_STATE_ALIVE
+        assert list(found[name].notes) == ["no watchdog guards its workers"]
+    assert alone.name == "beta"
+    [own] = found.keys() - {"alpha", "beta"}
+    assert [program.name for program in found[own].programs] == ["gateway"]
+    shown = command(fleet, "hosts").stdout
+    assert "alpha" in shown
+    assert "worker-beta ready" in shown
+
+
+def test_a_drained_host_gets_nothing_and_gives_back(fleet: Stack) -> None:
+    """`hosts drain --wait` returns once the host holds nothing; batches go to others until `hosts resume`."""
+    database, gateway = Database(fleet.database_url, "test"), fleet.servers[0]
+    try:
+        with Client(fleet.target) as client:
+            batch = client.submit_lines(lines(600, vllm_xargs={"simulate": 0.2}))
+            until(lambda: len(holders(database)) == 2, "both hosts to work")
+            done = command(fleet, "hosts", "drain", "alpha", "--wait", "--reason", "new disk")
+            assert done.returncode == 0, done.stderr
+            assert holders(database) == {"beta:worker-beta"}
+            [alpha] = client.hosts("alpha")
+            assert (alpha.drain.is_complete, alpha.drain.held, alpha.drain.reason) == (True, 0, "new disk")
+            assert "drained (new disk)" in command(fleet, "hosts").stdout
+            before = len(gateway.events("batch_forwarded"))
+            for _ in range(4):
+                client.submit_lines(lines(1))
+            forwarded = gateway.events("batch_forwarded")[before:]
+            assert {event["worker_id"] for event in forwarded} == {"beta:worker-beta"}
+            assert holders(database) == {"beta:worker-beta"}
+            # Now it is the only one: what it does not get, waits and says why.
+            client.drain_host("beta")
+            until(lambda: "drained" in client.accepting(), "new work to be refused")
+            until(lambda: "drained" in client.get(batch.id).wait.message, "the batch to say what it waits for")
+            assert command(fleet, "hosts", "resume", "alpha").returncode == 0
+            until(lambda: holders(database) == {"alpha:worker-alpha"}, "the host to work again")
+            client.resume_host("beta")
+            assert finished(client, batch.id).counts.completed == 600
+            kinds = database.call(
+                lambda db: db.execute_sql("SELECT worker_id, kind FROM recovery_events ORDER BY id").fetchall()
+            )
+            assert kinds == [(name, f"host_{what}") for what in ("drained", "resumed") for name in ("alpha", "beta")]
+    finally:
+        database.close()
+
+
+def test_a_host_is_forgotten_only_when_it_is_gone(fleet: Stack) -> None:
+    """Orders about unknown hosts, `resume` without an order and `forget` of a living host are refused in words."""
+    with Client(fleet.target, patience_s=0) as client:
+        assert "'gamma' does not exist" in refused(lambda: client.drain_host("gamma")).message
+        assert "is not drained" in refused(lambda: client.resume_host("alpha")).message
+        assert "is alive: its worker-alpha was seen" in refused(lambda: client.forget_host("alpha")).message
+        database = Database(fleet.database_url, "test")
+        beat(database, "gone:worker")
+        age(database, "gone", 100)
+        assert "gone" in {host.name for host in client.hosts()}
+        assert command(fleet, "hosts", "forget", "gone").returncode == 0
+        assert "gone" not in {host.name for host in client.hosts()}
+        database.close()
+
+
+def beat(database: Database, worker_id: str, *models: str, phase: Phase = Phase.READY) -> None:
+    # One life: another would first have to take the name over.
+    assert database.call(heartbeats.write, Beat(worker_id, uuid5(NAMESPACE_OID, worker_id), "a:1", phase, 1, models))
+
+
+def age(database: Database, host: str, age_s: float) -> None:
+    """Makes everything that was seen of a host older."""
+
+    def make_older(db: peewee.PostgresqlDatabase) -> None:
+        for table, name in (("heartbeats", "worker_id"), ("watchdogs", "watchdog_id"), ("servers", "server_id")):
+            db.execute_sql(
+                f"UPDATE {table} SET last_seen = last_seen - make_interval(secs => %s) WHERE host_of({name}) = %s",
+                (age_s, host),
+            )
+
+    database.call(make_older)
+
+
+def watching(database: Database, host: str, alerts: Alerts) -> Neighbours:
+    """The watchdog of a host, which has beaten for long enough to judge others."""
+    report = Report(Supervisor("unix:///nowhere", 1), (), 10, list)
+    found = Neighbours(database, host, "", report, LIMIT_S, 1000, SystemClock(), alerts, lambda: None)
+    found.beat()
+    found._steady_since_s = -LIMIT_S
+    return found
+
+
+def events(database: Database) -> list[tuple[str, str]]:
+    rows = database.call(
+        lambda db: db.execute_sql("SELECT worker_id, kind FROM recovery_events ORDER BY id").fetchall()
+    )
+    return [(host, kind) for host, kind in rows]
+
+
+def test_one_of_those_left_reports_what_is_gone(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost host, its model and a dead watchdog are in the audit log and at Sentry once, and once they are back."""
+    monkeypatch.setattr("service.db.recoveries.uptime_s", lambda db: 1e6)
+    with receiving() as receiver:
+        alerts = Alerts(Settings(sentry_dsn=SecretStr(receiver.dsn)))
+        left = [watching(database, name, alerts) for name in ("left", "other")]
+        database.call(watchdogs.write, "lost", 1)
+        database.call(watchdogs.write, "half", 1)
+        database.call(watchdogs.write, "stopped", 1)
+        database.call(watchdogs.end, "stopped", 1)
+        database.call(server_beats.write, "drained:gateway", "gateway", "a:1", 1)
+        database.call(hosts.drain, "drained", "")
+        beat(database, "lost:worker", "rare", "common")
+        for name in ("lost", "half", "stopped", "drained"):
+            age(database, name, 100)
+        beat(database, "half:worker", "common")
+        for each in (*left, *left):
+            each.look()
+        assert events(database)[1:] == [(subject, f"{kind}_lost") for subject, kind in LOST]
+        until(lambda: len(receiver.events) == 3, "three alerts")
+        found = left[0].survey
+        assert {(loss.kind, loss.subject) for loss in found.lost} == {(kind, host) for host, kind in LOST}
+        assert found.counts == {"alive": 3, "stopped": 2, "lost": 1}
+        beat(database, "lost:worker", "rare")
+        database.call(watchdogs.write, "half", 1)
+        database.call(watchdogs.write, "lost", 2)
+        for each in left:
+            each.look()
+        assert set(events(database)[4:]) == {(subject, f"{kind}_back") for subject, kind in LOST}
+        alerts.close()
+        assert len(receiver.events) == 3
+
+
+def test_after_an_outage_nobody_is_reported(database: Database) -> None:
+    """A watchdog whose own beats have just begun to arrive waits until every host had time for another one."""
+    alerts = Alerts(Settings())
+    own = watching(database, "left", alerts)
+    own._steady_since_s = SystemClock().monotonic()
+    beat(database, "lost:worker", "rare")
+    age(database, "lost", 100)
+    own.look()
+    assert len(own.survey.lost) == 2
+    assert events(database) == []
+    alerts.close()
+
+
+def test_dead_hosts_cost_little_and_are_forgotten(database: Database) -> None:
+    """What gateways read and export does not grow with hosts that are gone; those are forgotten by themselves."""
+
+    def many(db: peewee.PostgresqlDatabase) -> None:
+        db.execute_sql(
+            "INSERT INTO heartbeats (worker_id, incarnation, address, phase, pid, models, detail, last_seen)"
+            " SELECT 'dead' || n || ':worker', gen_random_uuid(), 'a:1', 'ready', 1, '{rare}', '{}',"
+            " clock_timestamp() - make_interval(secs => 100 + n) FROM generate_series(1, 500) n"
+        )
+        db.execute_sql(
+            "INSERT INTO recovery_events (worker_id, kind, verdict, reason, evidence, start_time)"
+            " SELECT 'dead' || n || ':worker', 'verdict', '', '', '{}', clock_timestamp() - interval '1 day'"
+            " FROM generate_series(1, 500) n"
+        )
+
+    database.call(many)
+    beat(database, "alive:worker", "tiny")
+    recent = database.call(heartbeats.read_recent, LIMIT_S, MOST_GONE)
+    assert len(recent) == MOST_GONE
+    assert "alive:worker" in {seen.beat.worker_id for seen in recent}
+
+    async def ignore(_: bool) -> None:
+        return None
+
+    presence = Presence(database, None, SystemClock(), LIMIT_S, ignore, machine.here())  # type: ignore[arg-type]
+    presence.freshness = Freshness(recent, SystemClock().monotonic())
+    samples = [one for metric in GatewayCollector(presence, database, 60).collect() for one in metric.samples]
+    ready = [one.labels for one in samples if one.name == "vllm_batch_worker_phase" and one.value]
+    assert ready == [{"worker_id": "alive:worker", "phase": "ready"}]
+    assert len([one for one in samples if one.name == "vllm_batch_lost_age_seconds"]) == hosts.MOST_LOST
+    assert next(one.value for one in samples if one.name == "vllm_batch_hosts" and one.labels["state"] == "lost") == 500
+
+    keeping = Housekeeping(database, retention_s=0, is_unserved=lambda models: False, host_forgotten_s=350)
+    for _ in range(4):
+        database.call(keeping.forget_hosts)
+    left = database.call(hosts.read, 1000)
+    # Seen before 101 to 600 s; some of them a few seconds ago in this test.
+    assert 200 < len(left) <= 251
+    assert "host_forgotten" in {kind for _, kind in events(database)}
+    assert database.call(hosts.prune_events, 3600, 10_000) == 501 - len(left)
+    assert "dead1:worker" in {host for host, _ in events(database)}

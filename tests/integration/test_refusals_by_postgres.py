@@ -1,0 +1,129 @@
+"""Postgres refuses in every way that it can: no process ends, each call gets the reason, and work resumes."""
+
+import os
+
+import psycopg2
+import pytest
+
+from service.database_url import parse
+from service.db.availability import CLASSES, Meaning, meaning
+from tests.support.batches import lines, refused, run_sql
+from tests.support.ports import free_port
+from tests.support.servers import Stack
+from tests.support.waiting import until
+from vllm_batch import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+COUNT = 20
+# One code of each class, and those whose meaning differs from their class. 00000 cannot be raised.
+CODES = [f"{name}000" for name in CLASSES if name != "00"]
+CODES += ["25006", "25P03", "42501", "42P01", "42601", "40P01", "55P03", "57014", "57P01", "53100", "53300", "23514"]
+
+# One of each meaning, and the errors that servers raise most; THOROUGH=1 walks through all.
+IN_CI = ["08000", "22000", "23514", "25006", "40P01", "42501", "42601", "53100", "57P01", "58000", "XX000"]
+
+# The status of a call that meets such an error.
+CALLS = {Meaning.AWAY: "UNAVAILABLE", Meaning.REFUSED: "INVALID_ARGUMENT", Meaning.FAULT: "INTERNAL"}
+
+# Reading heartbeats and writing the other tables goes through a function that may raise.
+FAULTS = """
+CREATE TABLE fault (code text);
+CREATE FUNCTION fail() RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
+DECLARE wanted text;
+BEGIN
+    SELECT code INTO wanted FROM fault;
+    IF wanted IS NOT NULL THEN RAISE EXCEPTION 'raised: %', wanted USING ERRCODE = wanted; END IF;
+    RETURN true;
+END $$;
+CREATE FUNCTION fail_trigger() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM fail(); RETURN NULL; END $$;
+ALTER TABLE heartbeats RENAME TO heartbeats_kept;
+CREATE VIEW heartbeats AS SELECT * FROM heartbeats_kept WHERE (SELECT fail());
+CREATE TRIGGER fails BEFORE INSERT OR UPDATE OR DELETE ON batches EXECUTE FUNCTION fail_trigger();
+CREATE TRIGGER fails BEFORE INSERT OR UPDATE OR DELETE ON chunks EXECUTE FUNCTION fail_trigger();
+CREATE TRIGGER fails BEFORE INSERT OR UPDATE OR DELETE ON requests EXECUTE FUNCTION fail_trigger();
+CREATE TRIGGER fails BEFORE INSERT OR UPDATE OR DELETE ON results EXECUTE FUNCTION fail_trigger();
+"""
+
+
+@pytest.mark.timeout(400)
+def test_every_class(stack: Stack, client: Client) -> None:
+    """Whatever error a real server raises, calls fail with the cause and all work completes afterwards."""
+    run_sql(stack, FAULTS)
+    stack.gateway()
+    stack.worker()
+    batches = {}
+    for code in CODES if os.environ.get("THOROUGH") == "1" else IN_CI:
+        stack.wait_until_accepting()
+        batch = client.submit_lines(lines(COUNT, vllm_xargs={"simulate": 0.5}))
+        run_sql(stack, f"INSERT INTO fault VALUES ('{code}')")
+        until(lambda code=code: f"raised: {code}" in client.accepting(), f"the gateway to report {code}")  # type: ignore[misc]
+        error = refused(lambda: client.submit_lines(lines(1)))
+        assert (error.code.name, error.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
+        assert f"raised: {code}" in error.message
+        # Calls that go to the database itself fail too: as retryable, rejected, or our fault.
+        error = refused(lambda batch=batch: client.cancel(batch.id))  # type: ignore[misc]
+        assert error.code.name == CALLS[meaning(code)], code
+        assert (error.reason == "DATABASE_UNAVAILABLE") == (meaning(code) is Meaning.AWAY)
+        ended = [server.log.stem for server in stack.servers if server.process.poll() is not None]
+        assert not ended, code
+        run_sql(stack, "DELETE FROM fault")
+        batches[code] = batch.id
+    for code, batch_id in batches.items():
+        *_, done = client.watch(batch_id)
+        assert done.state == pb.BATCH_STATE_COMPLETED
+        found = list(client.results(batch_id))
+        assert [result.custom_id for result in found] == [f"c{number}" for number in range(COUNT)]
+        # Only a rejection of the data itself may have become a result.
+        failed = {result.error.code for result in found if result.HasField("error")}
+        assert failed <= ({"RESULT_NOT_STORABLE"} if meaning(code) is Meaning.REFUSED else set()), code
+    assert [server.process.poll() for server in stack.servers] == [None, None]
+
+
+def test_read_only_for_a_while(stack: Stack, client: Client) -> None:
+    """While Postgres is read-only nothing is written; afterwards all work completes without any process ending."""
+    stack.gateway()
+    stack.worker(window=50)
+    stack.wait_until_accepting()
+    batch = client.submit_lines(lines(300, vllm_xargs={"simulate": 0.2}))
+    read_only = f"ALTER DATABASE {parse(stack.database_url)['dbname']} SET default_transaction_read_only = "
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute(read_only + "on")
+        connection.commit()
+        # New sessions are read-only at once; old ones have to be replaced.
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid()"
+        )
+        for server in stack.servers:
+            until(lambda server=server: server.events("database_away"), "the outage to be noticed")  # type: ignore[misc]
+        # Some connections were cut before they were refused a write, so the first cause logged may be another.
+        until(lambda: "read-only" in stack.servers[1].log.read_text(), "the worker to log that it is read-only")
+        assert [server.process.poll() for server in stack.servers] == [None, None]
+        cursor.execute(read_only + "off")
+    with Client(stack.target, patience_s=60) as patient:
+        *_, done = patient.watch(batch.id)
+    assert done.counts.completed == 300
+    assert [server.process.poll() for server in stack.servers] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("part", "event"),
+    [
+        ("gateway.presence", "task_failed"),
+        ("gateway.housekeeping", "task_failed"),
+        ("worker.pulse", "program_failed"),
+        ("worker.writer", "program_failed"),
+        ("watchdog.health", "program_failed"),
+    ],
+)
+def test_a_part_that_fails_ends_the_process(
+    stack: Stack, part: str, event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one part of a process fails, the whole process exits with the cause, so that it can be restarted."""
+    monkeypatch.setenv("BROKEN_PART", part)
+    name = part.partition(".")[0]
+    ports = {"worker_port": free_port(), "watchdog_port": free_port(), "watchdog_metrics_port": 0}
+    process = stack.run("tests.support.broken_parts", name, **ports)
+    until(lambda: process.process.poll() is not None, "the process to end", 60)
+    assert process.process.returncode == 1
+    assert "a fault of ours" in str(process.events(event)[0])

@@ -1,0 +1,187 @@
+"""Versions on one database: contractions wait for old programs, old programs are refused, two releases work at once."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.db import schema, server_beats
+from service.db.availability import DatabaseAwayError, DatabaseUnfitError
+from service.db.connection import Database
+from tests.support.batches import count, finished, lines, run_sql
+from tests.support.namespaces import own_name
+from tests.support.ports import free_port
+from tests.support.servers import ROOT, Server, Stack, new_database
+from tests.support.waiting import until
+from vllm_batch import Client
+
+UP = """
+
+def up(migrator, db):
+    db.execute_sql("{sql}")
+"""
+
+
+def newer(folder: Path, name: str, sql: str, needs: int | None = None) -> None:
+    """Adds a migration to the ones that there are."""
+    (folder / f"{name}.py").write_text(("" if needs is None else f"NEEDS = {needs}\n") + UP.format(sql=sql))
+
+
+def columns(database: Database) -> set[str]:
+    rows = database.call(
+        lambda db: db.execute_sql(
+            "SELECT column_name FROM information_schema.columns WHERE table_name = 'servers'"
+        ).fetchall()
+    )
+    return {name for (name,) in rows}
+
+
+def test_a_contraction_waits_for_old_programs_and_then_refuses_them(database: Database, tmp_path: Path) -> None:
+    """An expansion is applied at once; a contraction once no older program is alive, and then those cannot start."""
+    mine, last = tmp_path / "migrations", schema.known()
+    shutil.copytree(schema.MIGRATIONS, mine)
+    database.call(server_beats.write, "old:gateway", "gateway", "a:1", 1)
+    newer(mine, f"{last + 1:04}_more", "ALTER TABLE servers ADD COLUMN more int")
+    newer(mine, f"{last + 2:04}_less", "ALTER TABLE servers DROP COLUMN address", last + 1)
+    with pytest.raises(DatabaseAwayError, match="_more is pending"):
+        database.call(schema.check, mine)
+    assert database.call(schema.migrate, mine) == [f"{last + 1:04}_more"]
+    # What expands is enough to work with, and what knows less still works.
+    database.call(schema.check, mine)
+    database.call(schema.check)
+    assert database.call(schema.migrate) == []
+    assert "address" in columns(database)
+    database.call(server_beats.end, "old:gateway", 1)
+    assert database.call(schema.migrate, mine) == [f"{last + 2:04}_less"]
+    assert "address" not in columns(database)
+    database.call(schema.check, mine)
+    for refused in (schema.check, schema.migrate):
+        with pytest.raises(DatabaseUnfitError, match=f"{schema.VERSION} is too old .* needs version {last + 1} of it"):
+            database.call(refused)
+
+
+def test_a_program_that_is_too_old_says_so(stack: Stack) -> None:
+    """Gateway and worker end when the schema is contracted, and refuse to start again; both say why and what to do."""
+    started = [stack.gateway(), stack.worker()]
+    stack.wait_until_accepting()
+    run_sql(stack, f"UPDATE schema_floor SET oldest = {schema.known() + 1}")
+    for server in started:
+        until(lambda: server.process.poll() is not None, "it to end")  # noqa: B023
+        server.start()
+        until(lambda: server.process.poll() is not None, "it to end again")  # noqa: B023
+        told = [event for event in server.events("start_failed") if "is too old for this database" in str(event)]
+        assert len(told) == 2, server.log.read_text()[-2000:]
+        assert all("upgrade this host" in str(event["cause"]) for event in told)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code of before the newest release's migrations: the last commit whose programs did not report a version."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+
+    try:
+        first = git("log", "--diff-filter=A", "--format=%H", "--", "service/db/schema.py").splitlines()[-1]
+        before = git("rev-parse", "--verify", f"{first}^")
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        pytest.skip("the history of the earlier version is not here, as in a shallow clone")
+    folder = tmp_path_factory.mktemp("release")
+    archive = subprocess.run(
+        ["git", "archive", before, "service", "watchdog", "client"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, timeout=60, check=True)
+    return folder
+
+
+class Earlier(Stack):
+    """A stack that runs the code of another folder."""
+
+    root: Path
+
+    def run(self, module: str, name: str, **settings: object) -> Server:
+        """Starts a process of that code."""
+        started = Server.start
+        root = self.root
+
+        def start(server: Server) -> "subprocess.Popen[bytes]":
+            with server.log.open("ab") as log:
+                env = server._env | {"PYTHONPATH": f"{root / 'client'}:{root}"}
+                server.process = subprocess.Popen(server._arguments, env=env, cwd=root, stdout=log, stderr=log)
+            return server.process
+
+        Server.start = start  # type: ignore[method-assign]
+        try:
+            return super().run(module, name, **settings)
+        finally:
+            Server.start = started  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def two(release: Path, postgres: str, tmp_path: Path) -> Iterator[tuple[Earlier, Stack]]:
+    """Stacks of the earlier version and of this one on one empty database, each on a host of its own."""
+    with new_database(postgres, "template1") as url:
+        stacks = []
+        for kind, name in ((Earlier, "before"), (Stack, "now")):
+            (tmp_path / name).mkdir()
+            stacks.append(kind(url, tmp_path / name, free_port(), []))
+        old, new = stacks
+        assert isinstance(old, Earlier)
+        old.root = release
+        try:
+            yield old, new
+        finally:
+            for stack in stacks:
+                stack.end()
+
+
+def test_two_versions_work_on_one_database(two: tuple[Earlier, Stack]) -> None:
+    """Hosts of the earlier release and of this one share queue and batches while one is replaced by the other."""
+    old, new = two
+    with own_name("before"):
+        old.gateway()
+        old.worker("worker-old", window=8, simulated_window=8)
+    old.wait_until_accepting()
+    assert count(old, "pg_tables WHERE tablename = 'servers'") == 0
+    with Client(old.target) as before, Client(new.target) as now:
+        first = before.submit_lines(lines(1500, vllm_xargs={"simulate": 0.1}))
+        with own_name("after"):
+            new.gateway()
+            new.worker("worker-new", window=8, simulated_window=8)
+        new.wait_until_accepting()
+        second = now.submit_lines(lines(50))
+        for client in (before, now):
+            assert finished(client, second.id).counts.completed == 50
+            assert not client.accepting()
+        until(lambda: workers_of(new) == {"before:worker-old", "after:worker-new"}, "both to have leases")
+        hosts = {host.name: host for host in now.hosts()}
+        assert "older than this gateway" in " ".join(hosts["before"].notes)
+        assert not hosts["after"].notes or "older" not in " ".join(hosts["after"].notes)
+        # The old host is upgraded: what it held goes on elsewhere.
+        third = before.submit_lines(lines(50))
+        for server in reversed(old.servers):
+            assert server.terminate() == 0
+        assert finished(now, first.id).counts.completed == 1500
+        assert finished(now, third.id).counts.completed == 50
+        assert len({result.custom_id for result in now.results(first.id)}) == 1500
+    assert count(new, "(SELECT DISTINCT incarnation FROM results) AS incarnations") == 2
+    assert count(new, "chunks WHERE deaths > 0") == 0
+
+
+def workers_of(stack: Stack) -> set[str]:
+    database = Database(stack.database_url, "test")
+    try:
+        rows = database.call(
+            lambda db: db.execute_sql("SELECT DISTINCT worker_id FROM chunks WHERE state = 'leased'").fetchall()
+        )
+    finally:
+        database.close()
+    return {name for (name,) in rows}

@@ -1,0 +1,205 @@
+"""What both clients share: their methods, when they retry, and what each attempt sends."""
+
+import asyncio
+import inspect
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+
+import grpc
+import pytest
+import tenacity
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vllm_batch
+from service.errors import ApiError
+from vllm_batch import AsyncClient, CallError, Client
+from vllm_batch.requests import Lines, Listing
+from vllm_batch.retries import retry_rules
+from vllm_batch.uploads import Upload, to_bytes
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+
+class Failure(grpc.RpcError):
+    """An RpcError as gRPC raises it for a server's error."""
+
+    def __init__(self, code: grpc.StatusCode, delay_s: float | None = None, message: str = "no") -> None:
+        self.error = ApiError(code, message, "REASON", {"a": "b"}, delay_s)
+
+    def code(self) -> grpc.StatusCode:
+        return self.error.code
+
+    def details(self) -> str:
+        return self.error.message
+
+    def trailing_metadata(self) -> object:
+        return self.error.trailing_metadata
+
+
+def sync(call: Callable[[], str], rules: dict[str, object]) -> str:
+    return tenacity.Retrying(**rules)(call)  # type: ignore[arg-type]
+
+
+def aio(call: Callable[[], str], rules: dict[str, object]) -> str:
+    async def once() -> str:
+        return call()
+
+    return asyncio.run(tenacity.AsyncRetrying(**rules)(once))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("retry", [sync, aio])
+def test_unavailable_alone_is_tried_again(retry: Callable[[Callable[[], str], dict[str, object]], str]) -> None:
+    """Only UNAVAILABLE is retried, after the server's delay or a growing one of our own; other errors are final."""
+    waits: list[float] = []
+    unavailable = grpc.StatusCode.UNAVAILABLE
+    failures = [Failure(unavailable, 0.01), Failure(unavailable, 0.02), Failure(unavailable)]
+
+    def call() -> str:
+        if failures:
+            raise CallError(failures.pop(0))
+        return "done"
+
+    rules = retry_rules(60, lambda error, delay_s: waits.append(delay_s))
+    assert retry(call, rules) == "done"
+    assert waits == [0.01, 0.02, 2.0]
+    for code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL):
+        failures[:] = [Failure(code, 0.01)]
+        with pytest.raises(CallError) as caught:
+            retry(call, rules)
+        assert (caught.value.code, caught.value.reason, caught.value.metadata) == (code, "REASON", {"a": "b"})
+    assert len(waits) == 3
+
+
+@pytest.mark.parametrize("retry", [sync, aio])
+def test_calls_that_end_with_their_channel(retry: Callable[[Callable[[], str], dict[str, object]], str]) -> None:
+    """A call whose channel was closed under it is tried again; not one that was cancelled, nor after `close`."""
+    for message, is_closed, is_retried in (
+        ("Channel closed!", False, True),
+        ("Channel closed!", True, False),
+        ("Cancelled on request", False, False),
+    ):
+        failures = [Failure(grpc.StatusCode.CANCELLED, 0.01, message)]
+
+        def call(failures: list[Failure] = failures) -> str:
+            if failures:
+                raise CallError(failures.pop(0))
+            return "done"
+
+        rules = retry_rules(60, is_closed=lambda is_closed=is_closed: is_closed)  # type: ignore[misc]
+        if is_retried:
+            assert retry(call, rules) == "done"
+            continue
+        with pytest.raises(CallError) as caught:
+            retry(call, rules)
+        assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
+def test_patience_ends() -> None:
+    """Once patience has run out, UNAVAILABLE is raised instead of retried."""
+    with pytest.raises(CallError):
+        sync(
+            lambda: (_ for _ in ()).throw(CallError(Failure(grpc.StatusCode.UNAVAILABLE, 0.01))), retry_rules(0, print)
+        )
+
+
+def test_each_try_sends_the_same() -> None:
+    """Each attempt sends the whole file under the same request_id, and the previous attempt yields nothing more."""
+    file = io.BytesIO(b"x" * 700_000)
+    upload = Upload(file, {"priority": 3})
+    first = upload.messages()
+    begun = [next(first), next(first)]
+    second = list(upload.messages())
+    assert second[0] == begun[0]
+    assert second[0].options.request_id
+    assert second[0].options.priority == 3
+    assert b"".join(message.data for message in second) == file.getvalue()
+    assert second[-1] == pb.UploadBatchRequest(end=pb.UploadEnd())
+    assert list(first) == []
+
+
+def test_lines() -> None:
+    """Requests may be dicts, strings or bytes, with or without a final newline."""
+    assert [to_bytes(line) for line in ({"a": "ü"}, "b", b"c\n")] == [b'{"a": "\\u00fc"}\n', b"b\n", b"c\n"]
+
+
+def calls(client: type) -> dict[str, inspect.Signature]:
+    """A client's public methods with their signatures, those of AsyncClient mapped to their sync counterparts."""
+    found = {}
+    for name, function in vars(client).items():
+        if name.startswith("_") and name != "__init__":
+            continue
+        signature = inspect.signature(function)
+        lines = signature.parameters.get("lines")
+        if lines is not None:
+            plain = lines.replace(annotation=lines.annotation.replace(" | AsyncIterable[Line]", ""))
+            parameters = [plain if each is lines else each for each in signature.parameters.values()]
+            signature = signature.replace(parameters=parameters)
+        returned = signature.return_annotation
+        if returned.startswith("AsyncGenerator["):
+            returned = returned.replace("AsyncGenerator[", "Iterator[").replace(", None]", "]")
+        found[name] = signature.replace(return_annotation=returned)
+    return found
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    """Both clients have the same methods, with the same parameters, defaults, types and documentation."""
+    assert calls(Client) == calls(AsyncClient)
+    assert {"__init__", "submit", "results", "service_status", "accepting", "close"} <= set(calls(Client))
+    for name in set(calls(Client)) - {"__init__", "close"}:
+        plain, awaited = getattr(Client, name), getattr(AsyncClient, name)
+        assert (awaited.__doc__ or "").startswith((plain.__doc__ or "?").rstrip()), name
+        is_stream = "Iterator" in calls(Client)[name].return_annotation
+        assert inspect.isasyncgenfunction(awaited) == is_stream, name
+        assert inspect.iscoroutinefunction(awaited) != is_stream, name
+
+
+def test_the_package_is_cheap_to_import() -> None:
+    """Importing the generated messages loads neither gRPC nor the clients, yet every public name is available."""
+    script = """
+import sys
+from vllm_batch.v1 import batch_service_pb2
+assert not {"grpc", "tenacity", "rich", "vllm_batch.client"} & set(sys.modules), sorted(sys.modules)
+from vllm_batch import *
+assert Client.__module__ == "vllm_batch.client" and DEFAULT_TARGET and SubmitOptions
+assert not {"rich", "click"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert set(vllm_batch.__all__) <= set(dir(vllm_batch))
+    with pytest.raises(AttributeError, match="Cleint"):
+        vllm_batch.Cleint  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("limit", "stored", "sizes"),
+    [(0, 9, []), (5, 9, [5]), (2500, 9000, [1000, 1000, 500]), (2500, 1200, [1000, 1000]), (1000, 1000, [1000])],
+)
+def test_listing_asks_for_no_more_than_its_limit(limit: int, stored: int, sizes: list[int]) -> None:
+    """Listing fetches pages, each by the previous token, until the limit is reached or the last page has come."""
+    listing = Listing(["BATCH_STATE_COMPLETED"], limit)
+    asked, sent = [], 0
+    while not listing.is_complete:
+        assert listing.request.page_token == (str(sent) if sent else "")
+        assert list(listing.request.states) == [pb.BATCH_STATE_COMPLETED]
+        asked.append(listing.request.page_size)
+        count = min(asked[-1], stored - sent)
+        sent += count
+        page = pb.ListBatchesResponse(batches=[pb.Batch()] * count, next_page_token=str(sent) if sent < stored else "")
+        assert len(listing.take(page)) == count
+    assert asked == sizes
+    assert sent == min(limit, stored)
+
+
+@given(st.lists(st.binary(max_size=20), max_size=10), st.lists(st.integers(0, 200), max_size=12))
+def test_lines_in_pieces_of_any_size(texts: list[bytes], cuts: list[int]) -> None:
+    """However lines are split into pieces, they are put together again, whole and unchanged."""
+    data = b"".join(text.replace(b"\n", b"") + b"\n" for text in texts)
+    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    lines, taken = Lines(), []
+    for begin, end in pairwise(places):
+        taken.append(lines.take(data[begin:end]))
+    assert b"".join(taken) == data
+    assert all(not some or some.endswith(b"\n") for some in taken)

@@ -1,0 +1,150 @@
+"""What the HTTP door decides: ranges of bytes, statuses of errors, codes of wrong lines, ids and windows."""
+
+import grpc
+import pytest
+
+from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
+from service.http import errors, objects, ranges
+from service.worker import wrong_lines
+
+SIZE = 1000
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        (None, None),
+        ("bytes=0-0", (0, 1)),
+        ("bytes=5-", (5, SIZE)),
+        ("bytes=990-5000", (990, SIZE)),
+        ("bytes=-10", (990, SIZE)),
+        ("bytes=-5000", (0, SIZE)),
+        ("Bytes = 1 - 2", (1, 3)),
+        ("bytes=5-4", None),
+        ("bytes=0-1,5-6", None),
+        ("lines=0-1", None),
+        ("bytes=-", None),
+        ("bytes=1", None),
+        ("bytes=" + "9" * 30 + "-", None),
+    ],
+)
+def test_range(header: str | None, found: tuple[int, int] | None) -> None:
+    """One range is answered as asked; what is no single range is answered with the whole file."""
+    assert ranges.asked(header, SIZE) == found
+
+
+@pytest.mark.parametrize("header", ["bytes=1000-", "bytes=1000-2000", "bytes=-0"])
+def test_range_behind_the_end(header: str) -> None:
+    """Who has the whole file already is told that there is no more."""
+    with pytest.raises(ranges.UnsatisfiableError):
+        ranges.asked(header, SIZE)
+    with pytest.raises(ranges.UnsatisfiableError):
+        ranges.asked("bytes=-1", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "param", "code"),
+    [
+        (invalid([Violation("limit", "is 0")]), 400, "invalid_request_error", "limit", None),
+        (not_found("file"), 404, "invalid_request_error", None, "not_found"),
+        (
+            ApiError(grpc.StatusCode.UNAUTHENTICATED, "", "TOKEN_WRONG"),
+            401,
+            "invalid_request_error",
+            None,
+            "invalid_api_key",
+        ),
+        (
+            ApiError(grpc.StatusCode.PERMISSION_DENIED, "", "ROLE_MISSING"),
+            403,
+            "permission_error",
+            None,
+            "role_missing",
+        ),
+        (
+            ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, "", "RATE_LIMITED", retry_delay_s=0.2),
+            *(429, "rate_limit_error", None, "rate_limited"),
+        ),
+        (
+            ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, "", "LIMIT_REACHED"),
+            413,
+            "invalid_request_error",
+            None,
+            "limit_reached",
+        ),
+        (database_unavailable("gone"), 503, "server_error", None, "database_unavailable"),
+        (ApiError(grpc.StatusCode.INTERNAL, ""), 500, "server_error", None, None),
+    ],
+)
+def test_error(error: ApiError, status: int, kind: str, param: str | None, code: str | None) -> None:
+    """Each error has the status and the object by which OpenAI's clients know what to do."""
+    body = errors.body_of(error)["error"]
+    assert (errors.status_of(error), body["type"], body["param"], body["code"]) == (status, kind, param, code)
+    assert set(body) == {"message", "type", "param", "code"}
+
+
+def test_when_to_try_again() -> None:
+    """A delay is given in both forms that SDKs read, rounded up to seconds in the one."""
+    limited = ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, "", "RATE_LIMITED", retry_delay_s=0.2)
+    assert errors.headers_of(limited) == {"retry-after": "1", "retry-after-ms": "200"}
+    assert errors.headers_of(not_found("file")) == {}
+
+
+@pytest.mark.parametrize(
+    ("violation", "code", "line", "param"),
+    [
+        (Violation("line 3", "not JSON: x"), "invalid_json_line", 3, None),
+        (Violation("line 3: body", "not JSON: x"), "invalid_json_line", 3, "body"),
+        (Violation("line 4: custom_id", "is required"), "missing_required_parameter", 4, "custom_id"),
+        (
+            Violation("line 5: custom_id", "'a' is already used by an earlier request"),
+            "duplicate_custom_id",
+            5,
+            "custom_id",
+        ),
+        (Violation("line 6: url", "'/x' is not served"), "invalid_url", 6, "url"),
+        (Violation("line 7: body.model", "'x' is not served"), "model_not_found", 7, "body.model"),
+        (Violation("line 8: method", "must be 'POST'"), "invalid_method", 8, "method"),
+        (Violation("line 9: custom_id", "must not be empty"), "invalid_value", 9, "custom_id"),
+        (Violation("requests", "must contain at least one request"), "empty_file", None, "file"),
+        (Violation("file", "is compressed with gzip"), "invalid_file", None, "file"),
+    ],
+)
+def test_wrong_line(violation: Violation, code: str, line: int | None, param: str | None) -> None:
+    """Each wrong line is told with a code, its number and its field."""
+    [found] = wrong_lines.errors_of(invalid([violation]))
+    assert (found["code"], found["line"], found["param"]) == (code, line, param)
+    assert found["message"]
+
+
+def test_line_that_is_too_long() -> None:
+    """A limit that a line is over names that line."""
+    error = ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, "bytes of line 7: 99, at most 5 are allowed", "LIMIT_REACHED")
+    assert wrong_lines.errors_of(error) == [
+        {"code": "limit_reached", "line": 7, "message": error.message, "param": None}
+    ]
+
+
+def test_wrong_line_with_anything_in_it() -> None:
+    """What a file has in it can be told, whatever it is."""
+    [found] = wrong_lines.errors_of(invalid([Violation("line 1: a\0b", "is \udc80\0")]))
+    assert (found["param"], found["message"]) == ("ab", "ab is ?")
+
+
+@pytest.mark.parametrize("kind", ["input", "output", "error"])
+def test_ids_of_files(kind: str) -> None:
+    """An id says which file it is, and what is no id is a 404."""
+    name = objects.file_name(kind, 12)  # type: ignore[arg-type]
+    assert objects.file_of(name) == (kind, 12)
+    for wrong in (name + "x", "file-", "file-" + "1" * 30, "batch_12", "", "file-٣"):
+        with pytest.raises(ApiError):
+            objects.file_of(wrong)
+
+
+def test_windows() -> None:
+    """24h as OpenAI has it, and other times as a client of one's own server needs them."""
+    assert objects.window_s("24h") == 86_400
+    assert objects.window_s("7d") == 7 * 86_400
+    for wrong in ("", "24", "0h", "367d", "-1h", "24hours", "1.5h"):
+        with pytest.raises(ApiError):
+            objects.window_s(wrong)

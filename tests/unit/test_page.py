@@ -1,0 +1,77 @@
+"""What the page decides: whose requests are refused, what is sent again, what browsers may load."""
+
+import re
+
+import pytest
+
+from service.http import browsers
+from service.http.page import assets, live, sessions
+
+NAMES = {"gpu-box"}
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:50054", "127.0.0.1", "[::1]:50054", "192.0.2.7:80", "localhost:1", "gpu-box:50054", "GPU-BOX"]
+)
+def test_host_of_this_machine(host: str) -> None:
+    """Addresses and the machine's own names are taken."""
+    assert browsers.wrong_host(host, NAMES) == ""
+
+
+@pytest.mark.parametrize(
+    "host", ["", "evil.example:50054", "127.0.0.1.evil.example", "gpu-box.evil.example", "[::1", "@"]
+)
+def test_host_of_somebody_else(host: str) -> None:
+    """A name that another site has made to resolve to this machine is refused (DNS rebinding)."""
+    assert browsers.wrong_host(host, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "is_foreign"),
+    [
+        ("POST", {}, False),
+        ("GET", {"origin": "https://evil.example"}, False),
+        ("POST", {"origin": "http://127.0.0.1:1", "host": "127.0.0.1:1"}, False),
+        ("POST", {"origin": "http://127.0.0.1:2", "host": "127.0.0.1:1"}, True),
+        ("POST", {"origin": "null", "host": "127.0.0.1:1"}, True),
+        ("POST", {"origin": "https://evil.example", "host": "127.0.0.1:1"}, True),
+        ("POST", {"sec-fetch-site": "same-origin", "origin": "https://name", "host": "behind:1"}, False),
+        ("POST", {"sec-fetch-site": "none"}, False),
+        ("POST", {"sec-fetch-site": "cross-site", "origin": "http://127.0.0.1:1", "host": "127.0.0.1:1"}, True),
+        ("GET", {"sec-fetch-site": "cross-site"}, True),
+        ("GET", {"sec-fetch-site": "same-site"}, True),
+    ],
+)
+def test_request_of_another_site(method: str, headers: dict[str, str], is_foreign: bool) -> None:
+    """What a browser says comes from another site is refused; what is no browser is not."""
+    assert bool(browsers.foreign(method, headers)) is is_foreign
+
+
+def test_only_changes_are_sent() -> None:
+    """Parts that are as before are not sent again, and those that are gone are named."""
+    before = {"a": 1, "b": {"c": [1]}, "gone": 2}
+    assert live.changed({}, before) == before
+    assert live.changed(before, before) == {}
+    assert live.changed(before, {"a": 1, "b": {"c": [2]}, "new": 3}) == {"b": {"c": [2]}, "new": 3, "gone": None}
+
+
+def test_cookie_of_a_session() -> None:
+    """The secret is found among other cookies; cookies that cannot be read are none."""
+    assert sessions.secret_of({"cookie": "a=1; vllm_batch_session=s3cret; b=2"}) == "s3cret"
+    assert sessions.secret_of({"cookie": "a=1"}) == ""
+    assert sessions.secret_of({}) == ""
+
+
+def test_policy() -> None:
+    """Nothing inline, nothing of other hosts, no markup made of text; and the files of the page ask for none of it."""
+    for part in ("default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'"):
+        assert part in assets.POLICY
+    assert "unsafe" not in assets.POLICY
+    texts = {path.name: path.read_text() for path in assets.STATIC.iterdir() if path.suffix in assets.TYPES}
+    assert {"index.html", "main.js", "page.css"} <= texts.keys()
+    for name, text in texts.items():
+        links = set(re.findall(r"https?://[^\s\"')]+", text)) - {"http://www.w3.org/2000/svg"}
+        assert not links, name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\son\w+=|<style|style=", text
+        )

@@ -1,0 +1,94 @@
+"""When a start script that waits for the gateway gives up, and what it reports."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from scripts.wait_until_accepting import FAILING_S, SILENT_S, Patience, Refusal, last_words
+
+LOAD_S = 1800.0
+ALL = {"postgres": "RUNNING", "gateway": "RUNNING", "worker": "RUNNING", "watchdog": "RUNNING"}
+NO_ANSWER = Refusal("failed to connect to all addresses")
+
+
+def ends_after_s(states: Sequence[dict[str, str]], *, is_silent: bool = False, until_s: float = LOAD_S + 10) -> float:
+    """The second at which waiting ends, if the given states follow one another, one a second."""
+    patience = Patience(0.0, LOAD_S)
+    for second in range(int(until_s)):
+        if patience.is_over(float(second), NO_ANSWER, states[second % len(states)], is_silent=is_silent):
+            return float(second)
+    return until_s
+
+
+@pytest.mark.parametrize("program", ["postgres", "gateway", "watchdog", "worker"])
+@pytest.mark.parametrize(
+    "cycle",
+    [
+        ["FATAL"],
+        ["EXITED"],
+        ["BACKOFF"],
+        # How supervisord shows a program that exits at each start.
+        ["STARTING", "BACKOFF"],
+        ["STARTING", "BACKOFF", "BACKOFF", "BACKOFF"],
+        # And a program that lives for a second or two.
+        ["RUNNING", "RUNNING", "EXITED", "STARTING"],
+    ],
+)
+def test_a_program_that_does_not_stay_up(program: str, cycle: list[str]) -> None:
+    """Whether a program is down or keeps restarting, waiting ends within 35 s."""
+    assert ends_after_s([ALL | {program: state} for state in cycle]) <= 35
+
+
+def test_supervisord_that_is_not_there() -> None:
+    """Waiting ends soon when no supervisord is running."""
+    assert ends_after_s([{}]) <= 30
+    assert ends_after_s([{"unix:///home/run/supervisor.sock": "no"}]) <= 30
+
+
+def test_a_gateway_that_runs_and_does_not_answer() -> None:
+    """Waiting ends within 30 s when a running gateway does not answer, for example because of a wrong port or TLS."""
+    assert SILENT_S <= ends_after_s([ALL], is_silent=True) <= 30
+    # While it starts it need not answer.
+    starting = [ALL | {"gateway": "STARTING"}]
+    assert ends_after_s(starting, is_silent=True, until_s=100) == 100
+
+
+def test_a_model_that_loads_for_long() -> None:
+    """While every program runs, only BATCH_LOAD_TIMEOUT_S ends the wait."""
+    assert ends_after_s([ALL]) > LOAD_S
+
+
+def test_a_program_that_came_up_after_all() -> None:
+    """A program that failed at first and then runs no longer counts as failing."""
+    patience = Patience(0.0, LOAD_S)
+    for second in range(int(FAILING_S)):
+        state = "BACKOFF" if second < 5 else "RUNNING"
+        assert not patience.is_over(float(second), NO_ANSWER, ALL | {"postgres": state}, is_silent=False)
+    assert not patience.is_over(1000.0, NO_ANSWER, ALL, is_silent=False)
+    assert patience.failing(1000.0, ALL) == []
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        ('{"event": "x", "level": "info"}\nTraceback\n  File\nOSError: no room\n', "OSError: no room"),
+        ("initdb failed: no such user\n\n", "initdb failed: no such user"),
+        ('{"event": "failed", "level": "error", "cause": "why"}\n{"event": "y", "level": "info"}\n', "failed: why"),
+        ('{"event": "y", "level": "info"}\n', ""),
+        ("", ""),
+    ],
+)
+def test_last_words(log: str, told: str, tmp_path: Path) -> None:
+    """The last line of a log that names an error is found, in JSON or plain text."""
+    path = tmp_path / "log"
+    path.write_text(log)
+    assert last_words(path) == told
+
+
+def test_several_processes_of_a_program() -> None:
+    """Several gateways and workers, which supervisord lists with their program, are waited for like one of each."""
+    several = {"gateway:gateway_0": "RUNNING", "gateway:gateway_1": "RUNNING", "worker:worker_0": "RUNNING"}
+    assert ends_after_s([several], until_s=100) == 100
+    assert ends_after_s([several], is_silent=True, until_s=100) <= SILENT_S + 2
+    assert ends_after_s([several | {"gateway:gateway_1": "FATAL"}]) <= 35

@@ -1,0 +1,132 @@
+"""Files of any line endings, encoding and size become rows for COPY, wherever they are split into pieces."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import ApiError
+from service.worker.intake import Offer, Rows, Sizes
+
+URL = "/v1/chat/completions"
+ANY = Sizes(1_000_000, 1 << 20, 1 << 30)
+ENDINGS = st.sampled_from([b"\n", b"\r\n", b" \n", b"\t\r\n"])
+BLANKS = st.lists(st.sampled_from([b"\n", b"\r\n", b"  \n", b"\r\r\n"]), max_size=3).map(b"".join)
+CUTS = st.lists(st.integers(0, 5000), max_size=8)
+ENCODINGS = (
+    *("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252", "cp437", "koi8-r"),
+    *("shift_jis", "euc_jp", "euc_kr", "gb18030", "big5", "iso2022_jp", "utf-7", "cp037"),
+)
+NUMBER = r"-?(0|[1-9][0-9]{0,40})(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,8})?"
+
+
+def line(custom_id: str, body: str = "{}") -> bytes:
+    return f'{{"custom_id": {json.dumps(custom_id)}, "url": "{URL}", "body": {body}}}'.encode()
+
+
+def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
+    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    return [data[begin:end] for begin, end in pairwise(places)]
+
+
+def fed(data: bytes, cuts: Iterable[int] = (), sizes: Sizes = ANY) -> tuple[Rows, list[Sequence[bytes]]]:
+    """Returns what Postgres reads from the rows: number, custom_id and body. Raises ApiError."""
+    rows = Rows(7, Offer({"tiny"}, {URL}), sizes)
+    copied = b"".join(rows.feed(piece) for piece in pieces(data, cuts)) + rows.end()
+    assert b"\r" not in copied
+    columns = [row.split(b"\t") for row in copied.split(b"\n")[:-1]]
+    assert all(row[0] == b"7" and row[3] == URL.encode() and len(row) == 7 for row in columns)
+    return rows, [(row[1], unescaped(row[2]), unescaped(row[4])) for row in columns]
+
+
+def unescaped(field: bytes) -> bytes:
+    """As Postgres reads a field of COPY's text format."""
+    kept = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
+    return re.sub(rb"\\(.)", lambda found: kept.get(found[1], found[1]), field, flags=re.DOTALL)
+
+
+@given(st.lists(st.tuples(BLANKS, ENDINGS), min_size=1, max_size=8), BLANKS, st.booleans(), CUTS)
+def test_line_endings(given: list[tuple[bytes, bytes]], after: bytes, is_ended: bool, cuts: list[int]) -> None:
+    """Any line endings, blank lines and no last line break: one request per line, in order, with its line number."""
+    data, places = b"", []
+    for number, (before, ending) in enumerate(given):
+        data += before
+        places.append(data.count(b"\n") + 1)
+        data += line(f"c{number}") + ending
+    data = data + after if is_ended else data[: -len(given[-1][1])]
+    rows, found = fed(data, cuts)
+    assert [(int(row[0]), row[1]) for row in found] == [(i, f"c{i}".encode()) for i in range(len(given))]
+    assert [rows.place_of_row(number + 1) for number in range(rows.total)] == [f"line {place}" for place in places]
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=5), st.booleans(), CUTS)
+def test_any_text(texts: list[str], is_ascii: bool, cuts: list[int]) -> None:
+    """Names and bodies of any text reach Postgres byte for byte."""
+    names = [f"{number}{text}".replace("\0", "") for number, text in enumerate(texts)]
+    bodies = [json.dumps({"x": text}, ensure_ascii=is_ascii) for text in texts]
+    data = b"\n".join(line(name, body) for name, body in zip(names, bodies, strict=True))
+    _, found = fed(data, cuts)
+    assert [(row[1], row[2]) for row in found] == [
+        (name.encode(), body.encode()) for name, body in zip(names, bodies, strict=True)
+    ]
+
+
+@given(
+    st.text(max_size=30),
+    st.sampled_from(ENCODINGS),
+    CUTS,
+)
+def test_any_encoding(text: str, encoding: str, cuts: list[int]) -> None:
+    """A file that is not valid UTF-8 is refused; the bytes of any other are stored unchanged."""
+    try:
+        data = line("a", json.dumps({"x": text}, ensure_ascii=False)).decode().encode(encoding)
+    except UnicodeEncodeError:
+        return
+    try:
+        _, found = fed(data, cuts)
+    except ApiError:
+        assert encoding not in ("utf-8", "utf-8-sig")
+        return
+    assert found[0][2] in data
+    assert json.loads(found[0][2]) == json.loads(data.decode("utf-8-sig"))["body"]
+
+
+@given(st.integers(0, 3000), st.integers(-1, 1), CUTS)
+def test_sizes(more: int, over: int, cuts: list[int]) -> None:
+    """Exactly the limit of bytes or requests is accepted; one more is refused with the limit."""
+    one = line("a", json.dumps({"x": "x" * more}))
+    data = one + b"\n" + line("b")
+    for sizes, size, limit in (
+        (Sizes(9, len(one) - over, 1 << 20), len(one), len(one) - over),
+        (Sizes(9, 1 << 20, len(data) - over), len(data), len(data) - over),
+        (Sizes(2 - over, 1 << 20, 1 << 20), 2, 2 - over),
+    ):
+        if size <= limit:
+            assert fed(data, cuts, sizes)[0].total == 2
+            continue
+        with pytest.raises(ApiError, match=str(limit)) as caught:
+            fed(data, cuts, sizes)
+        assert caught.value.code.name == "RESOURCE_EXHAUSTED"
+
+
+@given(st.from_regex(NUMBER, fullmatch=True), CUTS)
+def test_numbers(number: str, cuts: list[int]) -> None:
+    """Numbers of any size, precision and spelling are stored as written."""
+    body = f'{{"n": {number}, "m": [{number}]}}'
+    assert fed(line("a", body), cuts)[1][0][2] == body.encode()
+
+
+@given(st.text("0123456789+-.eE_xINaf", min_size=1, max_size=12))
+def test_what_is_no_number(text: str) -> None:
+    """Anything that only looks like a number is refused as invalid JSON, with its line."""
+    with contextlib.nullcontext() if re.fullmatch(NUMBER, text) else pytest.raises(ApiError) as caught:
+        fed(line("a", f'{{"n": {text}}}'))
+    if caught is not None:
+        [violation] = caught.value.violations
+        assert violation.field == "line 1"
+        assert violation.description.startswith("not JSON")

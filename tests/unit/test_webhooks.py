@@ -1,0 +1,210 @@
+"""What webhooks decide without I/O: targets, retries, targets that rest, what is signed."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai import InvalidWebhookSignatureError, OpenAI
+
+from service import config, tenants, webhook_targets
+from service.auth import key_files
+from service.config import Settings
+from service.db import webhooks
+from service.tenants import Webhook
+from service.webhooks import deliverer, retries, sender, signing
+from service.webhooks.retries import FAILURES, LONGEST_REST_S, PER_TARGET, REST_S, Breaker
+from tests.support.webhook_receiver import SECRET
+
+TARGET = ("default", "https://example.com")
+PRIVATE = webhook_targets.networks("10.0.0.0/8, 127.0.0.0/8,fd00::/8")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://example.com", ""),
+        ("https://example.com:8443/a/b?c=d", ""),
+        ("https://1.1.1.1/", ""),
+        ("http://example.com/", "must begin with https://"),
+        ("https://10.0.0.1/", "not public"),
+        ("https://[::1]/", "not public"),
+        ("https://[::ffff:192.168.0.1]/", "not public"),
+        ("https://0x7f.1/", "is not an IPv4 address"),
+        ("https://2130706433/", "is not an IPv4 address"),
+        ("https://user:password@example.com/", "neither a user"),
+        ("https://example.com/#part", "nor a fragment"),
+        ("https://example.com:0/", "must be a URL"),
+        ("https://example.com:99999/", "must be a URL"),
+        ("https:///path", "must be a URL"),
+        ("file:///etc/passwd", "must be a URL"),
+        ("//example.com/", "must be a URL"),
+        ("https://exa mple.com/", "printable ASCII"),
+        ("https://example.com/\r\nHost: x", "printable ASCII"),
+        ("https://bücher.example/", "printable ASCII"),
+        ("https://example.com\\@10.0.0.1/", "printable ASCII"),
+        ("https://example.com/" + "a" * 2048, "2048"),
+    ],
+)
+def test_urls(url: str, told: str) -> None:
+    """A URL is refused for what can be seen in it, and the text says why without a password in it."""
+    found = webhook_targets.problem(url, [])
+    assert told in found
+    assert bool(found) is bool(told)
+    assert "password" not in found
+
+
+@pytest.mark.parametrize(
+    "url", ["http://10.0.0.1/", "http://example.com/", "https://127.0.0.1:1/", "http://[fd00::1]/"]
+)
+def test_networks_that_are_allowed(url: str) -> None:
+    """What the setting names may be a target, by http too; nothing else that is not public."""
+    assert webhook_targets.problem(url, PRIVATE) == ""
+    assert webhook_targets.problem("https://192.168.0.1/", PRIVATE)
+    assert not webhook_targets.is_allowed("169.254.169.254", PRIVATE)
+    with pytest.raises(ValueError, match=r"'10\.0\.0\.1/8' is not a network"):
+        webhook_targets.networks("10.0.0.1/8")
+
+
+def test_origin() -> None:
+    """Logs have no path: it may be a secret."""
+    for url in ("https://a.example:1/b", "https://a.example:1?b=/c", "https://a.example:1"):
+        assert webhook_targets.origin(url) == "https://a.example:1"
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_delays(tries: int, chance: float) -> None:
+    """Each delay is between half of and the whole of twice the one before, from 5 s to an hour."""
+    longest = min(3600.0, 5.0 * 2 ** min(tries - 1, 30))
+    assert longest / 2 <= retries.delay_s(tries, chance) <= longest
+
+
+def test_a_day_of_tries() -> None:
+    """Within the day there are many tries at first, then about one an hour."""
+    time_s, tries = 0.0, 0
+    while time_s < webhooks.PATIENCE_S:
+        tries += 1
+        time_s += retries.delay_s(tries, 0.5)
+    assert 35 <= tries <= 45
+
+
+def test_target_rests_after_failures_in_a_row() -> None:
+    """Ten failures rest a target; then one delivery at a time probes it; a success ends it, a failure doubles it."""
+    breaker = Breaker()
+    for _ in range(FAILURES - 1):
+        assert breaker.failed(TARGET, 0) is None
+    assert not breaker.succeeded(TARGET)
+    for _ in range(FAILURES - 1):
+        assert breaker.failed(TARGET, 0) is None
+    assert breaker.allowance(TARGET, 0) == PER_TARGET
+    assert breaker.failed(TARGET, 0) == REST_S
+    # What was under way does not count.
+    assert breaker.failed(TARGET, 1) is None
+    assert (breaker.allowance(TARGET, 59), breaker.resting(59)) == (0, [TARGET])
+    assert (breaker.allowance(TARGET, 60), breaker.resting(60)) == (1, [])
+    assert breaker.full([], 60) == []
+    assert breaker.full([TARGET], 60) == [TARGET]
+    assert breaker.failed(TARGET, 60) == 2 * REST_S
+    assert breaker.full([], 100) == [TARGET]
+    assert breaker.allowance(("other", TARGET[1]), 100) == PER_TARGET
+    for time_s in range(1000, 20_000, 1000):
+        breaker.failed(TARGET, time_s)
+    assert breaker.failed(TARGET, 30_000) == LONGEST_REST_S
+    assert breaker.succeeded(TARGET)
+    assert breaker.allowance(TARGET, 30_000) == PER_TARGET
+
+
+def test_targets_at_work_are_full() -> None:
+    """A target has a few deliveries under way at once, however many wait."""
+    breaker = Breaker()
+    assert breaker.full([TARGET] * (PER_TARGET - 1), 0) == []
+    assert breaker.full([TARGET] * PER_TARGET, 0) == [TARGET]
+
+
+def test_remembered_targets_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who invents targets does not fill the memory."""
+    monkeypatch.setattr(retries, "TARGETS", 3)
+    breaker = Breaker()
+    for number in range(10):
+        breaker.failed(("t", str(number)), 0)
+    assert len(breaker._failing) == 3
+
+
+def test_no_two_tries_overlap() -> None:
+    """A lease outlasts a try, so that a batch's event is never sent twice at once."""
+    assert webhooks.LEASE_S > sender.DEADLINE_S + 2 * deliverer.INTERVAL_S
+
+
+def test_signed_as_openai_does() -> None:
+    """The openai package accepts an event signed with its secret among others, and no other secret or content."""
+    event = UUID(int=5)
+    name = signing.event_name(event)
+    assert (signing.event_id(name), signing.event_id("evt_1"), signing.event_id("5")) == (event, None, None)
+    now = datetime.now(UTC)
+    body = signing.body(name, "batch.completed", "batch_1", now)
+    other = "whsec_" + "bm90IHRoaXMgb25lLCBidXQgb2YgdGhlIHNhbWUgbGVuZ3Ro"
+    headers = signing.headers([other, SECRET], name, body, now)
+    client = OpenAI(api_key="none", webhook_secret=SECRET)
+    assert client.webhooks.unwrap(body, headers).id == name
+    assert json.loads(body)["created_at"] == int(now.timestamp())
+    for wrong in (signing.headers([other], name, body, now), signing.headers([SECRET], "evt_2", body, now)):
+        with pytest.raises(InvalidWebhookSignatureError):
+            client.webhooks.unwrap(body, wrong | {"webhook-id": name})
+    with pytest.raises(InvalidWebhookSignatureError):
+        client.webhooks.unwrap(body + " ", headers)
+
+
+def test_files_of_secrets(tmp_path: Path) -> None:
+    """A file of secrets is private and has secrets as the Standard Webhooks have them; errors do not show them."""
+    file = tmp_path / "secret"
+    file.touch(0o600)
+    for text in ("", "# none\n", "whsec_dG9vIHNob3J0\n", "c2VjcmV0IG9mIHRoZSB0ZXN0cywgbm90aGluZyBtb3Jl", f"{SECRET}!"):
+        file.write_text(text)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            key_files.read_webhook_secrets(file)
+        assert "dG9v" not in str(caught.value)
+        assert "c2Vj" not in str(caught.value)
+    file.write_text(f"{SECRET}\n")
+    assert key_files.read_webhook_secrets(file) == (SECRET,)
+    file.chmod(0o644)
+    with pytest.raises(ValueError, match="0644"):
+        key_files.read_webhook_secrets(file)
+
+
+def test_webhooks_of_tenants(tmp_path: Path) -> None:
+    """The file of tenants says where events go and what signs them, beside that file; wrong keys are named."""
+    file = tmp_path / "tenants.toml"
+    file.write_text('[tenants.a.webhook]\nurl = "https://example.com/"\nsecret_file = "a"\n[tenants.b]\nweight = 2\n')
+    quotas = key_files.read_quotas(file)
+    assert quotas.of("a").webhook == Webhook(str(tmp_path / "a"), "https://example.com/")
+    assert quotas.of("b").webhook is quotas.of("c").webhook is None
+    for text, told in (
+        ('[tenants.a.webhook]\nurl = "https://example.com/"', "tenants.a.webhook.secret_file: field required"),
+        (
+            '[tenants.a.webhook]\nsecret_file = "a"\nsecret = "b"',
+            "tenants.a.webhook.secret: there is no such key, only",
+        ),
+        ('[tenants.a.webhook]\nsecret_file = "a"\nurl = "example.com"', "tenants.a.webhook.url: must be a URL"),
+        ('[webhook]\nsecret_file = "a"', "webhook: there is no such key, only weight"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            tenants.parse(text)
+
+
+def test_check_tells_of_webhooks(tmp_path: Path) -> None:
+    """`--check` names secrets that cannot be used and targets that would be refused; a process starts without them."""
+    file = tmp_path / "tenants.toml"
+    file.write_text('[tenants.a.webhook]\nurl = "http://10.0.0.1/"\nsecret_file = "a"\n')
+    settings = Settings(tenants_file=file)
+    assert config.wrong_files(settings) == []
+    [told] = config.wrong_webhooks(settings)
+    assert told.startswith("BATCH_TENANTS_FILE: tenants.a.webhook.secret_file: ")
+    (tmp_path / "a").touch(0o600)
+    (tmp_path / "a").write_text(SECRET)
+    assert config.wrong_webhooks(settings) == ["BATCH_TENANTS_FILE: tenants.a.webhook.url: must begin with https://"]
+    assert config.wrong_webhooks(Settings(tenants_file=file, webhook_networks="10.0.0.0/8")) == []
+    with pytest.raises(ValueError, match="is not a network"):
+        Settings(webhook_networks="somewhere")

@@ -1,0 +1,120 @@
+"""Keeps evidence of a worker before it is restarted: a folder under `BATCH_HOME/crash`, for people to read."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from service import processes
+from service.processes import Mark
+from service.telemetry import logs
+
+KEPT_FOLDERS = 20
+LOG_TAIL_BYTES = 256 << 10
+# For everything together: a worker waiting for its restart serves nobody.
+TIMEOUT_S = 10.0
+
+log = logs.get("evidence")
+
+
+def keep(
+    home: Path,
+    mark: Mark,
+    now: datetime,
+    event: str,
+    told: Mapping[str, Any],
+    heartbeat: Mapping[str, Any] | None,
+    log_files: Sequence[Path],
+) -> Path | None:
+    """Writes the folder and returns it; None if it cannot be created. A part that fails contains its error instead.
+
+    `event` is the restart's event id, or its key while it has none; `told` its content; `heartbeat` the worker's row
+    as last read. Covers the processes with `mark`. py-spy dumps their stacks from outside, so it works on frozen
+    processes.
+    """
+    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event}"
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        log.warning("evidence_not_kept", cause=str(error))
+        return None
+    deadline_s = time.monotonic() + TIMEOUT_S
+    parts: dict[str, Callable[[], str]] = {
+        "event.json": lambda: json.dumps(told, indent=2, default=str),
+        "heartbeat.json": lambda: json.dumps(heartbeat, indent=2, default=str),
+        "memory.txt": _memory,
+        "gpu.txt": lambda: _output(["nvidia-smi"], deadline_s) if shutil.which("nvidia-smi") else "",
+    }
+    for log_file in log_files:
+        parts[log_file.name] = lambda file=log_file: _tail(file)  # type: ignore[misc]
+    found = processes.marked(mark)
+    parts["processes.txt"] = lambda: "\n".join(map(_describe, found)) + "\n"
+    for process in found:
+        parts[f"stack-{process.pid}.txt"] = lambda pid=process.pid: _stack(pid, deadline_s)  # type: ignore[misc]
+    # In parallel: each stack takes a good part of a second.
+    with ThreadPoolExecutor(4) as threads:
+        for name, text in zip(parts, threads.map(_safely, parts.values()), strict=True):
+            if text:
+                with suppress(OSError):
+                    (folder / name).write_text(text)
+    prune(folder)
+    log.info("evidence_kept", folder=str(folder), processes=[process.pid for process in found])
+    return folder
+
+
+def prune(latest: Path, kept: int = KEPT_FOLDERS) -> None:
+    """Keeps the folder `latest`, whatever its date (the clock may have been set back), and the newest of the others.
+
+    Removes the rest, so that `kept` are left.
+    """
+    others = sorted(folder for folder in latest.parent.glob("*-event-*") if folder != latest)
+    for folder in others[: max(0, len(others) + 1 - kept)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _safely(part: Callable[[], str]) -> str:
+    try:
+        return part()
+    except Exception as error:  # noqa: BLE001 - partial evidence is still worth keeping
+        return f"{type(error).__name__}: {error}\n"
+
+
+def _tail(file: Path) -> str:
+    with file.open("rb") as given:
+        given.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
+        return given.read().decode(errors="replace")
+
+
+def _memory() -> str:
+    lines = [str(psutil.virtual_memory()), str(psutil.swap_memory()), f"/dev/shm {psutil.disk_usage('/dev/shm')}"]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(process: psutil.Process) -> str:
+    with process.oneshot():
+        return (
+            f"{process.pid} parent {process.ppid()} {process.status()} rss {process.memory_info().rss >> 20} MB"
+            f" threads {process.num_threads()} {process.cpu_times()} {' '.join(process.cmdline())[:200]}"
+        )
+
+
+def _stack(pid: int, deadline_s: float) -> str:
+    # py-spy is beside our Python, which need not be on PATH. Nonblocking: the process may be stopped already.
+    return _output(
+        [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)], deadline_s
+    )
+
+
+def _output(command: list[str], deadline_s: float) -> str:
+    left_s = max(0.5, deadline_s - time.monotonic())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=left_s)
+    return done.stdout or done.stderr
