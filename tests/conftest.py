@@ -1,9 +1,14 @@
 """Settings for all tests."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
+
+# A shell starts what runs in its background with SIGINT ignored, and programs pass that on: Ctrl-C would reach none of
+# ours.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 IS_THOROUGH = os.environ.get("THOROUGH") == "1"
 # 10,000 examples against a stack take an hour.

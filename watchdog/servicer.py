@@ -18,6 +18,7 @@ from vllm_batch.v1 import recovery_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog.guard import Guard, Snapshot
 from watchdog.host import Host
+from watchdog.policy import Verdict
 from watchdog.record.audit_log import UnrecordedError
 
 MAX_PAUSE = timedelta(hours=24)
@@ -111,6 +112,8 @@ def status_message(worker_id: str, snapshot: Snapshot | None, limit: int) -> pb.
         return pb.WorkerStatus(worker_id=worker_id, reason="not checked yet", budget_limit=limit)
     evidence, decision = snapshot.evidence, snapshot.decision
     process, heartbeat, history = evidence.process, evidence.heartbeat, snapshot.history
+    # A worker that serves may not have written its next heartbeat yet, the one without the cause of its last start.
+    failed = heartbeat if decision.verdict != Verdict.HEALTHY else None
     return pb.WorkerStatus(
         worker_id=worker_id,
         verdict=f"VERDICT_{decision.verdict}",
@@ -130,8 +133,8 @@ def status_message(worker_id: str, snapshot: Snapshot | None, limit: int) -> pb.
         pause_end_time=timestamp(history.pause_end_time) if evidence.pause_left_s else None,
         pause_reason=history.pause_reason if evidence.pause_left_s else "",
         gave_up=snapshot.gave_up,
-        cause=heartbeat.cause if heartbeat else "",
-        advice=heartbeat.advice if heartbeat else "",
+        cause=failed.cause if failed else "",
+        advice=failed.advice if failed else "",
     )
 
 

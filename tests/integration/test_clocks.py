@@ -11,13 +11,12 @@ from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 COUNT = 1500
-# With this search_path, statements find this function before Postgres' own.
-CLOCK = """
-CREATE TABLE clock_set (by interval NOT NULL);
-INSERT INTO clock_set VALUES ('0');
-CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS
-$$ SELECT pg_catalog.clock_timestamp() + by FROM public.clock_set $$;
-"""
+# With this search_path, statements find these functions before Postgres' own.
+CLOCK = "CREATE TABLE clock_set (by interval NOT NULL); INSERT INTO clock_set VALUES ('0');" + "".join(
+    f"CREATE FUNCTION public.{name}() RETURNS timestamptz LANGUAGE sql VOLATILE AS"
+    f" $$ SELECT pg_catalog.{name}() + by FROM public.clock_set $$;"
+    for name in ("clock_timestamp", "statement_timestamp", "transaction_timestamp", "now")
+)
 
 
 @pytest.mark.parametrize("by", ["1 hour", "-1 hour"])
