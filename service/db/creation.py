@@ -9,7 +9,7 @@ import peewee
 from psycopg2.extras import Json
 
 from service import failpoints
-from service.db import batches, turns
+from service.db import batches, sharing, turns
 from service.db.batches import COLUMNS, Batch, StateError
 from service.db.connection import allow
 from service.db.cutting import store_chunks
@@ -140,6 +140,7 @@ def create(
         cut(db, batch, content.plan)
         failpoints.hit("store.before_commit")
     failpoints.hit("store.after_commit")
+    sharing.tell_arrival(db)
     return batch
 
 
@@ -266,4 +267,5 @@ def retry(
         cut(db, retried, content.plan)
         failpoints.hit("retry.before_commit")
     failpoints.hit("retry.after_commit")
+    sharing.tell_arrival(db)
     return retried

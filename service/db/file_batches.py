@@ -10,7 +10,7 @@ import peewee
 from psycopg2.extras import Json
 
 from service import failpoints
-from service.db import batches, creation, limits
+from service.db import batches, creation, limits, sharing
 from service.db.batches import Batch
 from service.db.chunks import Holder
 from service.db.connection import allow
@@ -308,6 +308,7 @@ def begin(
         _settle(db, batch_id, "begin_time = clock_timestamp()", {})
         failpoints.hit("check.before_commit")
     failpoints.hit("check.after_commit")
+    sharing.tell_arrival(db)
     return batch
 
 

@@ -4,6 +4,7 @@ Who holds a chunk divides it itself, after it has taken the requests out of what
 has begun. What it gives is a pending chunk, which is claimed like any other.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import msgspec
 import peewee
 
 from service import failpoints
+from service.db.availability import DATABASE_ERRORS
 from service.db.chunks import INDEXES, Holder
 
 CHANNEL = "vllm_batch"
@@ -56,8 +58,14 @@ def parse(payload: str) -> Arrival | Wish | None:
 
 
 def tell_arrival(db: peewee.PostgresqlDatabase) -> None:
-    """Tells all workers, once this transaction is committed, that there is something to claim."""
-    db.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, msgspec.json.encode(Arrival()).decode()))
+    """Tells all workers that there is something to claim. Call it after the commit, outside a transaction.
+
+    A commit with notices holds a lock that all others with notices need, in any database of the server, and holds it
+    while it waits for a standby.
+    """
+    # What is claimed is stored: without the notice a worker finds it at its next look.
+    with contextlib.suppress(*DATABASE_ERRORS):
+        db.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, msgspec.json.encode(Arrival()).decode()))
 
 
 def ask(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str], room: int) -> bool:

@@ -10,7 +10,6 @@ import peewee
 from psycopg2.extras import execute_values
 
 from service import turns
-from service.db import sharing
 from service.turns import Expiring
 
 # A pool that nobody has claimed from for so long has no workers.
@@ -50,7 +49,6 @@ def enqueue(db: peewee.PostgresqlDatabase, batch_id: int) -> None:
         """,
         {"id": batch_id, "alive": ALIVE_S, "estimate": ESTIMATE},
     )
-    sharing.tell_arrival(db)
 
 
 def mend(db: peewee.PostgresqlDatabase) -> None:
