@@ -11,6 +11,7 @@ from service.db.connection import Database, migrate
 from service.rpc import call_context
 from tests.support.ports import free_port
 from tests.support.servers import PostgresServer, Stack, new_database
+from tests.support.spare import Spare
 from vllm_batch import Client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,13 +62,22 @@ def stack(database_url: str, tmp_path: Path) -> Iterator[Stack]:
     stack.end()
 
 
+@pytest.fixture(scope="module")
+def spare(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spare]:
+    """Serving stacks for the tests of a file: a start takes longer than most of them."""
+    with Spare(postgres, lambda: tmp_path_factory.mktemp("stack")) as spare:
+        yield spare
+
+
 @pytest.fixture
-def serving(stack: Stack) -> Stack:
-    """A gateway and one worker that accept new work."""
-    stack.gateway()
-    stack.worker()
-    stack.wait_until_accepting()
-    return stack
+def serving(stack: Stack, spare: Spare) -> Iterator[Stack]:
+    """A gateway and one worker that accept new work, and no batches.
+
+    They served earlier tests of the same file, unless one of those ended or joined a process.
+    """
+    spare.lend(stack)
+    yield stack
+    spare.take_back(stack)
 
 
 @pytest.fixture

@@ -54,8 +54,9 @@ def test_traceback_is_in_the_log_at_debug(stack: Stack) -> None:
     assert "EngineStartError: it broke" in str(event["exception"])
 
 
-def test_death_of_the_engine_is_told(serving: Stack, client: Client, database: Database) -> None:
+def test_death_of_the_engine_is_told(serving: Stack, client: Client) -> None:
     """When the engine dies later, the heartbeat reports the cause."""
+    database = Database(serving.database_url, "test")
 
     def dead() -> heartbeats.Beat | None:
         (seen,) = database.call(heartbeats.read)
@@ -66,6 +67,7 @@ def test_death_of_the_engine_is_told(serving: Stack, client: Client, database: D
     assert beat.detail["cause"] == "simulated-engine was killed by signal 9 (out of memory?)"
     assert "dmesg" in beat.detail["advice"]
     assert beat.detail["cause_key"]
+    database.close()
 
 
 @pytest.mark.thorough

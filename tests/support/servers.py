@@ -84,6 +84,8 @@ class Server:
         self._arguments = [*prefix, sys.executable, "-m", module]
         self._env = env
         self.log = log
+        # Where in its log `events` begins.
+        self.mark = 0
         self.port = int(env.get("BATCH_WORKER_PORT", 0))
         self.process = self.start()
 
@@ -94,8 +96,8 @@ class Server:
         return self.process
 
     def events(self, name: str) -> list[dict[str, object]]:
-        """Returns the events of this name in its log."""
-        lines = [line for line in self.log.read_text().splitlines() if line.startswith("{")]
+        """Returns the events of this name in its log, from `mark` on."""
+        lines = [line for line in self.log.read_bytes()[self.mark :].decode().splitlines() if line.startswith("{")]
         return [event for event in map(json.loads, lines) if event.get("event") == name]
 
     def arm(self, failpoint: str) -> None:
