@@ -18,7 +18,6 @@ from click.testing import CliRunner
 
 from tests.support.batches import line, lines
 from tests.support.servers import Stack
-from tests.support.waiting import until
 from vllm_batch import Client
 from vllm_batch.cli import main
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -311,5 +310,3 @@ def test_interrupted_wait_says_how_to_come_back(serving: Stack, tmp_path: Path) 
     assert f"vllm-batch watch {batch}" in told
     with Client(serving.target) as client:
         assert client.get(batch).state == pb.BATCH_STATE_IN_PROGRESS
-        client.cancel(batch)
-    until(lambda: b"completed" in run(serving, "list").stdout, "the batch to complete anyway")
