@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from service.config import Settings
 from service.processes import is_alive
 from service.worker.engine.protocol import EngineDeadError
 from service.worker.engine.vllm import EngineArgumentError, VllmEngine
-from tests.support.collector import CLIENT_SPAN, TRACE, Collector, collecting
-from tests.support.engines import Running, case_lines, check_same, run_batch
+from tests.support.collector import CLIENT_SPAN, TRACE, Collector
+from tests.support.engines import CHAT_FLAGS, Running, case_lines, check_same, run_batch
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(300)
+# In one process with what shares its engine, or at least the import of vLLM.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = "/v1/chat/completions"
-FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 MESSAGES = [{"role": "user", "content": "Say something."}]
 TOOL = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 BODIES: list[dict[str, Any]] = [
@@ -52,28 +51,6 @@ BODIES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Short, because BATCH_HOME is limited to what a socket's path allows.
-    return Path(os.path.relpath(tmp_path_factory.mktemp("h")))
-
-
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    """Receives vLLM's spans."""
-    with collecting() as collector:
-        yield collector
-
-
-@pytest.fixture(scope="module")
-def running(home: Path, collector: Collector) -> Iterator[Running]:
-    """One engine for the module; the last test kills it."""
-    running = Running(home, " ".join((*FLAGS, "--otlp-traces-endpoint", collector.endpoint)))
-    running.call(running.engine.start(), 200)
-    yield running
-    running.stop()
-
-
 def test_what_it_serves(running: Running) -> None:
     """A chat model serves the endpoints of a chat model, under its name."""
     assert running.engine.models == ("tiny",)
@@ -81,12 +58,12 @@ def test_what_it_serves(running: Running) -> None:
     assert running.engine.window >= 2
 
 
-def test_same_bodies_as_run_batch(running: Running, home: Path, tmp_path: Path) -> None:
+def test_same_bodies_as_run_batch(running: Running, tmp_path: Path) -> None:
     """The adapter answers with the same bodies as vLLM's own batch runner, apart from ids and times."""
     requests = [(CHAT, body) for body in BODIES]
     # From public bug reports: meanings of parameters, a null model, a stream, an endpoint that does not exist.
     reported = case_lines("semantics_chat") + case_lines("model_null") + case_lines("stream_true") + case_lines("audio")
-    theirs = run_batch(home, tmp_path, requests + reported, *FLAGS)
+    theirs = run_batch(running, tmp_path, requests + reported, *CHAT_FLAGS)
     statuses = [their["response"]["status_code"] for their in theirs]
     assert statuses[: len(BODIES)] == [200, 200, 200, 200, 400, 200, 200]
     assert set(statuses[len(BODIES) :]) == {200, 400}
