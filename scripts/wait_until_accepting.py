@@ -73,7 +73,7 @@ def flags(settings: Settings) -> dict[str, str]:
 
 def programs(settings: Settings) -> dict[str, str]:
     """Returns the state of each program by its name in supervisord; none if it does not answer."""
-    # Not supervisorctl: a process for each look would take a fifth of a small machine while vLLM loads.
+    # Not supervisorctl: a process for each look takes a tenth of two cores, while vLLM loads.
     try:
         return Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S).states()
     except SupervisorAwayError:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from service.config import Settings
 from service.processes import is_alive
 from service.worker.engine.protocol import EngineDeadError
 from service.worker.engine.vllm import EngineArgumentError, VllmEngine
-from tests.support.collector import CLIENT_SPAN, TRACE, Collector
-from tests.support.engines import CHAT_FLAGS, Running, case_lines, check_same, run_batch
+from tests.support.collector import CLIENT_SPAN, Collector
+from tests.support.engines import CHAT_FLAGS, HEADERS, Running, case_lines, check_same, run_batch
 from tests.support.waiting import until
 
 # In one process with what shares its engine, or at least the import of vLLM.
@@ -117,11 +118,15 @@ def test_steps_count_while_it_works(running: Running) -> None:
 
 def test_engine_knows_a_request_by_its_name_and_trace(running: Running, collector: Collector) -> None:
     """The id in the body is the result's id, and vLLM's span belongs to the trace of the request."""
+    # Not the trace that all other tests send.
+    trace = uuid.uuid4().hex
+    headers = HEADERS | {"traceparent": f"00-{trace}-{CLIENT_SPAN}-01"}
     for url, body in ((CHAT, {"messages": MESSAGES}), ("/v1/completions", {"prompt": "abc"})):
-        answer = running.run(body | {"max_tokens": 1}, url)
+        text = json.dumps({"model": "tiny", "max_tokens": 1} | body)
+        answer = running.call(running.engine.run(url, text, headers))
         assert json.loads(answer.body)["id"].endswith("-batch_req_7_12")
-    until(lambda: any(span.trace == TRACE for span in collector.spans), "vLLM's span of the trace")
-    assert {span.parent for span in collector.spans if span.trace == TRACE} == {CLIENT_SPAN}
+    until(lambda: any(span.trace == trace for span in collector.spans), "vLLM's span of the trace")
+    assert {span.parent for span in collector.spans if span.trace == trace} == {CLIENT_SPAN}
 
 
 def test_vllms_own_metrics_are_exported(running: Running) -> None:
