@@ -22,6 +22,7 @@ from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from vllm_batch.v1 import recovery_service_pb2_grpc
+from watchdog.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "chat-200.jsonl"
@@ -68,18 +69,6 @@ def environment(home: Path, ports: list[int]) -> dict[str, str]:
         # With more requests at a time, so small a model would be done before it can be killed.
         "BATCH_WINDOW": "24",
     }
-
-
-def worker_pid(home: Path) -> int:
-    """Returns the worker's pid according to supervisord."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(home / "supervisord.conf"), "pid", "worker"],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-    )
-    return int(shown.stdout)
 
 
 class Recovery:
@@ -174,7 +163,7 @@ def follow(client: Client, batch_id: str, home: Path, watchdog: str) -> Recovery
             if recovery is None and done >= KILL_AT:
                 if done == total:
                     raise DemoError("the batch was done before the worker could be killed")
-                pid = worker_pid(home)
+                pid = Supervisor(f"unix://{home}/run/supervisor.sock", 30).info("worker").pid
                 say(f"SIGKILL to the worker, pid {pid}, with {done} of {total} requests done")
                 os.kill(pid, signal.SIGKILL)
                 recovery = Recovery(watchdog)

@@ -47,8 +47,9 @@ check scripts parse scripts/*.sh .ci/run
 check proto "$bin/buf" lint
 check unit "$bin/python" -m pytest -q -n 2 --cov --cov-report= tests/unit
 check stacks stacks
-# Two engines fit into memory beside each other, but not on a GPU, which each takes nearly whole.
-engines=(-n 2 --dist loadscope)
+# Three engines fit into memory beside each other, but not on a GPU, which each takes nearly whole. One more than CI has
+# cores, because a start's two processes import vLLM one after the other.
+engines=(-n 3 --dist loadgroup)
 [[ $("$bin/python" -m scripts.prerequisites --engine) = cpu ]] || engines=()
 check vllm "$bin/python" -m pytest -q ${engines[@]+"${engines[@]}"} tests/e2e
 check demo scripts/demo.sh

@@ -6,7 +6,6 @@ On a host without gateway or worker it waits for the programs that there are.
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from service import config  # noqa: E402
 from service.config import Settings  # noqa: E402
 from vllm_batch import CallError, Client  # noqa: E402
 from vllm_batch.channel import BATCH_SERVICE, open_channel  # noqa: E402
+from watchdog.supervisor import Supervisor, SupervisorAwayError  # noqa: E402
 
 USAGE = """
 The stack is running and restarts whatever fails. Use it with:
@@ -43,6 +43,7 @@ FAILING_S = 20.0
 WORKER_FAILING_S = 30.0
 SILENT_S = 25.0
 GAVE_UP_S = 15.0
+SUPERVISOR_TIMEOUT_S = 30.0
 # A program that has run for this long after a failure has recovered.
 STEADY_S = 5.0
 DOWN = ("FATAL", "EXITED", "BACKOFF")
@@ -70,16 +71,13 @@ def flags(settings: Settings) -> dict[str, str]:
     return {"cli": cli, "grpcurl": grpcurl, "probe": probe}
 
 
-def programs(conf: str) -> dict[str, str]:
-    """Returns the state of each program by its name in supervisord."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "supervisor.supervisorctl", "-c", conf, "status"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    return dict(line.split()[:2] for line in shown.stdout.splitlines() if len(line.split()) >= 2)
+def programs(settings: Settings) -> dict[str, str]:
+    """Returns the state of each program by its name in supervisord; none if it does not answer."""
+    # Not supervisorctl: a process for each look takes a tenth of two cores, while vLLM loads.
+    try:
+        return Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S).states()
+    except SupervisorAwayError:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -160,13 +158,13 @@ def main(conf: str) -> int:
     said, said_at_s = "", begin_s
     patience = Patience(begin_s, settings.load_timeout_s)
     if not {"gateway", "worker"} <= settings.runs:
-        return wait_for_part(settings, conf, patience)
+        return wait_for_part(settings, patience)
     may_ask = bool(settings.token_file or os.environ.get("BATCH_TOKEN") or not settings.token_hashes)
     with Client(gateway, patience_s=0) as client, open_channel(gateway) as channel:
         # Health needs no token; GetServiceStatus, which gives the reason, does.
         while not (health := is_serving(channel, BATCH_SERVICE)):
             why = refusal(client) if may_ask else Refusal(NO_TOKEN)
-            now_s, states = time.monotonic(), programs(conf)
+            now_s, states = time.monotonic(), programs(settings)
             if patience.is_over(now_s, why, states, is_silent=health is None):
                 silent = ["gateway"] if health is None else ["worker"]
                 return gave_up(settings.log_dir, patience.failing(now_s, states) or silent, why)
@@ -187,18 +185,20 @@ def main(conf: str) -> int:
     return 0
 
 
-def wait_for_part(settings: Settings, conf: str, patience: Patience) -> int:
+def wait_for_part(settings: Settings, patience: Patience) -> int:
     """Waits for the programs of a host that does not run all. Returns as `main` does."""
 
     def is_over(now_s: float, why: Missing, is_silent: bool) -> bool:
         refused = Refusal(why.text, "RECOVERY_GAVE_UP" if why.gave_up else "")
-        return patience.is_over(now_s, refused, programs(conf), is_silent=is_silent)
+        return patience.is_over(now_s, refused, programs(settings), is_silent=is_silent)
 
-    why = wait(settings, lambda: programs(conf), is_over)
+    why = wait(settings, lambda: programs(settings), is_over)
     if why is None:
         return 0
     silent = [name for name in ("gateway", "worker") if name in settings.runs]
-    return gave_up(settings.log_dir, patience.failing(time.monotonic(), programs(conf)) or silent, Refusal(why.text))
+    return gave_up(
+        settings.log_dir, patience.failing(time.monotonic(), programs(settings)) or silent, Refusal(why.text)
+    )
 
 
 def gave_up(log_dir: Path, names: list[str], why: Refusal) -> int:

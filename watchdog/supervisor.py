@@ -42,8 +42,15 @@ class Supervisor:
         return [info["name"] for info in self._call("getAllProcessInfo") if info["group"] == group]
 
     def states(self) -> dict[str, str]:
-        """Returns the state of each process by its name, but of those never started. Raises SupervisorAwayError."""
-        return {info["name"]: info["statename"] for info in self._call("getAllProcessInfo") if info["start"]}
+        """Returns the state of each process, but of those never started, by its name as supervisorctl shows it.
+
+        Raises SupervisorAwayError.
+        """
+        return {
+            info["name"] if info["name"] == info["group"] else f"{info['group']}:{info['name']}": info["statename"]
+            for info in self._call("getAllProcessInfo")
+            if info["start"]
+        }
 
     def info(self, name: str) -> ProcessInfo:
         """Returns what is known of `group:process`. Raises SupervisorAwayError, RefusedError if there is none."""

@@ -114,7 +114,6 @@ CASES = (
         "BATCH_ENGINE_ARGS: unrecognized arguments: --max-model-length 1024",
         "Did you mean --max-model-len?",
         {"BATCH_ENGINE_ARGS": "--max-model-length 1024"},
-        in_ci=True,
     ),
     Case(
         "ray_without_gpus",
@@ -161,7 +160,6 @@ CASES = (
         "Cannot find any model weights",
         "download the model again",
         spoil="rm model.safetensors",
-        in_ci=False,
     ),
     Case(
         "cut_weights",

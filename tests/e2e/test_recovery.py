@@ -16,21 +16,21 @@ from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
-pytestmark = pytest.mark.timeout(600)
-COUNT = 120
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("recovery")]
+COUNT = 40
 # A few that finish early, to time the kill; the rest take far longer than a query of the batch.
 SHORT = 10
 
 
 def tokens(number: int) -> int:
     """How many tokens request `number` generates."""
-    return 10 + number if number < SHORT else 250 + number
+    return 10 + number if number < SHORT else 150 + number
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[FullStack]:
     """One stack for all tests: a start takes half a minute."""
-    with full_stack(BATCH_WINDOW="8") as stack:
+    with full_stack(BATCH_WINDOW="8", BATCH_RESTART_BACKOFF_MAX_S="1") as stack:
         started = stack.script("start-all.sh")
         assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
         yield stack
@@ -114,7 +114,7 @@ def test_engine_frozen_in_the_middle(stack: FullStack) -> None:
 
 
 def test_operator_stop_stays(stack: FullStack) -> None:
-    """After `supervisorctl stop` engine and shared memory are gone, and the worker stays stopped until started."""
+    """After `supervisorctl stop` engine and shared memory are gone, and the watchdog leaves the worker stopped."""
     before = len(stack.restarts())
     worker = stack.pid("worker")
     engine = engine_processes(worker)
@@ -123,6 +123,4 @@ def test_operator_stop_stays(stack: FullStack) -> None:
     until(lambda: stack.status().verdict == rpb.VERDICT_OPERATOR_STOP, "the watchdog to see the stop")
     assert not any(is_alive(process) for process in engine)
     assert not [path for path in shared if os.path.exists(path)]
-    assert "started" in stack.supervisorctl("start", "worker")
-    until(lambda: stack.status().verdict == rpb.VERDICT_HEALTHY, "the worker to be healthy", 120)
     assert len(stack.restarts()) == before

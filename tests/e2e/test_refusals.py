@@ -1,21 +1,19 @@
 """Whatever vLLM's HTTP server answers to a body that it rejects, the adapter answers: status, message, parameter."""
 
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from tests.e2e.refused_bodies import GENERATING
 from tests.support import raise_sites
-from tests.support.engines import HEADERS, Running, case_lines
+from tests.support.engines import CHAT_FLAGS, HEADERS, Running, case_lines
 from tests.support.vllm_http import VllmHttp, errors_of, unseen, wrong_fields
 
-pytestmark = pytest.mark.timeout(300)
+# In one process with what shares its engine, or at least the import of vLLM.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 CHAT = "/v1/chat/completions"
-FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 VALID = {
     CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
@@ -24,19 +22,9 @@ VALID = {
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One engine for the module."""
-    # Short, because BATCH_HOME is limited to what a socket's path allows.
-    running = Running(Path(os.path.relpath(tmp_path_factory.mktemp("h"))), " ".join(FLAGS))
-    running.call(running.engine.start(), 200)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
 def http(running: Running) -> VllmHttp:
     """vLLM's own server over that engine."""
-    return VllmHttp(running, *FLAGS)
+    return VllmHttp(running, *CHAT_FLAGS)
 
 
 @pytest.fixture(autouse=True)

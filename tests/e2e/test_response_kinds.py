@@ -22,7 +22,8 @@ from tests.support import raise_sites
 from tests.support.engines import HEADERS
 from tests.support.vllm_http import errors_of, unseen
 
-pytestmark = pytest.mark.timeout(300)
+# In one process with what shares the import of vLLM.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 CHAT = "/v1/chat/completions"
 TRANSCRIPTIONS, TRANSLATIONS = AUDIO
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from service.config import Settings
 from service.processes import is_alive
 from service.worker.engine.protocol import EngineDeadError
 from service.worker.engine.vllm import EngineArgumentError, VllmEngine
-from tests.support.collector import CLIENT_SPAN, TRACE, Collector, collecting
-from tests.support.engines import Running, case_lines, check_same, run_batch
+from tests.support.collector import CLIENT_SPAN, Collector
+from tests.support.engines import CHAT_FLAGS, HEADERS, Running, case_lines, check_same, run_batch
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(300)
+# In one process with what shares its engine, or at least the import of vLLM.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = "/v1/chat/completions"
-FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 MESSAGES = [{"role": "user", "content": "Say something."}]
 TOOL = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 BODIES: list[dict[str, Any]] = [
@@ -52,28 +52,6 @@ BODIES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Short, because BATCH_HOME is limited to what a socket's path allows.
-    return Path(os.path.relpath(tmp_path_factory.mktemp("h")))
-
-
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    """Receives vLLM's spans."""
-    with collecting() as collector:
-        yield collector
-
-
-@pytest.fixture(scope="module")
-def running(home: Path, collector: Collector) -> Iterator[Running]:
-    """One engine for the module; the last test kills it."""
-    running = Running(home, " ".join((*FLAGS, "--otlp-traces-endpoint", collector.endpoint)))
-    running.call(running.engine.start(), 200)
-    yield running
-    running.stop()
-
-
 def test_what_it_serves(running: Running) -> None:
     """A chat model serves the endpoints of a chat model, under its name."""
     assert running.engine.models == ("tiny",)
@@ -81,12 +59,12 @@ def test_what_it_serves(running: Running) -> None:
     assert running.engine.window >= 2
 
 
-def test_same_bodies_as_run_batch(running: Running, home: Path, tmp_path: Path) -> None:
+def test_same_bodies_as_run_batch(running: Running, tmp_path: Path) -> None:
     """The adapter answers with the same bodies as vLLM's own batch runner, apart from ids and times."""
     requests = [(CHAT, body) for body in BODIES]
     # From public bug reports: meanings of parameters, a null model, a stream, an endpoint that does not exist.
     reported = case_lines("semantics_chat") + case_lines("model_null") + case_lines("stream_true") + case_lines("audio")
-    theirs = run_batch(home, tmp_path, requests + reported, *FLAGS)
+    theirs = run_batch(running, tmp_path, requests + reported, *CHAT_FLAGS)
     statuses = [their["response"]["status_code"] for their in theirs]
     assert statuses[: len(BODIES)] == [200, 200, 200, 200, 400, 200, 200]
     assert set(statuses[len(BODIES) :]) == {200, 400}
@@ -140,11 +118,15 @@ def test_steps_count_while_it_works(running: Running) -> None:
 
 def test_engine_knows_a_request_by_its_name_and_trace(running: Running, collector: Collector) -> None:
     """The id in the body is the result's id, and vLLM's span belongs to the trace of the request."""
+    # Not the trace that all other tests send.
+    trace = uuid.uuid4().hex
+    headers = HEADERS | {"traceparent": f"00-{trace}-{CLIENT_SPAN}-01"}
     for url, body in ((CHAT, {"messages": MESSAGES}), ("/v1/completions", {"prompt": "abc"})):
-        answer = running.run(body | {"max_tokens": 1}, url)
+        text = json.dumps({"model": "tiny", "max_tokens": 1} | body)
+        answer = running.call(running.engine.run(url, text, headers))
         assert json.loads(answer.body)["id"].endswith("-batch_req_7_12")
-    until(lambda: any(span.trace == TRACE for span in collector.spans), "vLLM's span of the trace")
-    assert {span.parent for span in collector.spans if span.trace == TRACE} == {CLIENT_SPAN}
+    until(lambda: any(span.trace == trace for span in collector.spans), "vLLM's span of the trace")
+    assert {span.parent for span in collector.spans if span.trace == trace} == {CLIENT_SPAN}
 
 
 def test_vllms_own_metrics_are_exported(running: Running) -> None:

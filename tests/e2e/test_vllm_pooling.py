@@ -1,7 +1,6 @@
 """Real vLLM with an embedding model: embeddings, scores and rankings match those of vLLM's own batch runner."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from tests.support import raise_sites
 from tests.support.engines import Running, case_lines, check_same, run_batch
 from tests.support.vllm_http import VllmHttp, errors_of, unseen, wrong_fields
 
-pytestmark = pytest.mark.timeout(300)
+# In one process with what shares the import of vLLM.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 FLAGS = ("--runner", "pooling", "--convert", "embed")
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/embeddings", {"input": "The quick brown fox"}),
@@ -34,16 +34,10 @@ VALID: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Short, because BATCH_HOME is limited to what a socket's path allows.
-    return Path(os.path.relpath(tmp_path_factory.mktemp("h")))
-
-
-@pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[Running]:
-    """One engine for the module."""
+    """One engine with an embedding model for the module."""
     running = Running(home, " ".join(FLAGS))
-    running.call(running.engine.start(), 200)
+    running.start()
     yield running
     running.stop()
 
@@ -54,10 +48,10 @@ def http(running: Running) -> VllmHttp:
     return VllmHttp(running, *FLAGS)
 
 
-def test_same_bodies_as_run_batch(running: Running, home: Path, tmp_path: Path) -> None:
+def test_same_bodies_as_run_batch(running: Running, tmp_path: Path) -> None:
     """The adapter answers with the same bodies as vLLM's own batch runner, apart from ids and times."""
     requests = REQUESTS + case_lines("embeddings")
-    theirs = run_batch(home, tmp_path, requests, *FLAGS)
+    theirs = run_batch(running, tmp_path, requests, *FLAGS)
     assert [their["response"]["status_code"] for their in theirs[: len(REQUESTS)]] == [200, 200, 200, 400, 200, 200]
     check_same(running, theirs, requests)
 

@@ -1,21 +1,25 @@
 """Real vLLM for tests: our adapter, and vLLM's own batch runner to compare with."""
 
 import asyncio
+import gc
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from service.config import Settings
-from service.worker.engine import tiny_model
 from service.worker.engine.protocol import Answer
 from service.worker.engine.thread import EngineThread
 from service.worker.engine.vllm import VllmEngine
 from tests.support.collector import TRACEPARENT
 
+# As the worker does (service/worker/__main__.py), so that an engine starts as fast here and in its process.
+gc.set_threshold(50_000, 10, 10)
+sys.modules["__main__"].__spec__ = find_spec("service.worker.engine.spawned")
+
+CHAT_FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # As the worker sends them.
 HEADERS = {"x-request-id": "batch_req_7_12", "traceparent": TRACEPARENT}
 # The batch runner leaves the details of a prompt's usage out, and what is cached depends on what ran before.
@@ -28,6 +32,9 @@ class Running:
     def __init__(self, home: Path, engine_args: str = "") -> None:
         self.thread = EngineThread()
         self.engine = VllmEngine(Settings(home=home, engine_args=engine_args))
+
+    def start(self) -> None:
+        self.call(self.engine.start(), 600)
 
     def call(self, work: Any, timeout_s: float = 120) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.thread._loop).result(timeout_s)
@@ -42,23 +49,25 @@ class Running:
 
 
 def run_batch(
-    home: Path, folder: Path, requests: Sequence[tuple[str, dict[str, Any]]], *arguments: str
+    running: Running, folder: Path, requests: Sequence[tuple[str, dict[str, Any]]], *arguments: str
 ) -> list[dict[str, Any]]:
-    """Runs these (url, body) through vLLM's own batch runner. Returns its outputs in the same order."""
+    """Runs these (url, body) through vLLM's own batch runner, over the same engine. Returns its outputs in order."""
+    from vllm.entrypoints.launchers import run_batch as runner
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     given, made = folder / "in.jsonl", folder / "out.jsonl"
     with given.open("w") as file:
         for number, (url, body) in enumerate(requests):
             request = {"custom_id": str(number), "method": "POST", "url": url, "body": {"model": "tiny"} | body}
             file.write(json.dumps(request) + "\n")
-    model = str(tiny_model.ensure(Settings(home=home).home / "models" / "tiny"))
-    flags = ["--model", model, "--served-model-name", "tiny", "--enforce-eager", "--max-model-len", "2048", *arguments]
-    subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.launchers.run_batch", "-i", str(given), "-o", str(made), *flags],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        check=True,
-        timeout=200,
-        capture_output=True,
-    )
+    client = running.engine._client
+    flags = ["--model", client.model_config.model, "--served-model-name", "tiny", *arguments]
+    files = ["-i", str(given), "-o", str(made)]
+    parsed = runner.make_arg_parser(FlexibleArgumentParser()).parse_args([*files, *flags])
+    # Neither side finds what the other computed.
+    running.call(client.reset_prefix_cache())
+    running.call(runner.run_batch(client, parsed))
+    running.call(client.reset_prefix_cache())
     outputs = {output["custom_id"]: output for output in map(json.loads, made.read_text().splitlines())}
     return [outputs[str(number)] for number in range(len(requests))]
 
