@@ -11,7 +11,7 @@ from service.db import recoveries
 from service.db.connection import Database
 from service.db.recoveries import Event
 from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
-from service.rpc import pages
+from service.rpc import call_context, pages
 from service.rpc.handlers import Context
 from service.rpc.times import duration, timestamp
 from vllm_batch.v1 import recovery_service_pb2 as pb
@@ -64,7 +64,9 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
         violations += _wrong_reason(request.reason)
         if violations:
             raise invalid(violations)
-        end_time = await self._order(request.worker_id, "paused", request.reason, lasts.total_seconds())
+        by = call_context.current().caller.name
+        reason = f"{request.reason} ({by})" if by else request.reason
+        end_time = await self._order(request.worker_id, "paused", reason, lasts.total_seconds())
         return pb.PauseRecoveryResponse(end_time=timestamp(end_time))
 
     async def ResumeRecovery(self, request: pb.ResumeRecoveryRequest, context: Context) -> pb.ResumeRecoveryResponse:

@@ -9,6 +9,7 @@ overtakes: its end is as late as that makes it, which nobody can know before. Th
 a shared machine is no steady load.
 """
 
+import functools
 import random
 import time
 from collections.abc import Iterator
@@ -22,16 +23,18 @@ from vllm_batch.v1 import batch_service_pb2 as pb
 SIZES: Sizes = {"requests": (8_000, 1_500), "rounds": (2, 1)}
 REQUEST_S = 0.2
 AT_ONCE = 64
+TOKENS_PER_S = 2_000
 LONGEST = 5.0
 FROM_PART = 0.05
 
 
 def lines(kind: str, count: int, seed: int) -> Iterator[bytes]:
-    """The batch; durations are part of the requests."""
+    """The batch; durations are part of the requests. `asked`: they follow from max_tokens, so the longest run first."""
     chance = random.Random(seed)
     for index in range(count):
         took_s = REQUEST_S if kind == "equal" else REQUEST_S * min(LONGEST, chance.lognormvariate(-0.5, 1.0))
-        yield chats.line(index, vllm_xargs={"simulate": round(took_s, 4)})
+        asked = {"max_tokens": round(took_s * TOKENS_PER_S)} if kind == "asked" else {}
+        yield chats.line(index, **asked, vllm_xargs={"simulate": round(took_s, 4)})
 
 
 def seconds(batch: pb.Batch, field: str) -> float:
@@ -61,7 +64,7 @@ def errors(client: Client, kind: str, count: int, seed: int) -> tuple[float, flo
 
 def measure(requests: int, rounds: int) -> Iterator[Figure]:
     """Batches of each kind in turns."""
-    found: dict[str, list[tuple[float, float]]] = {"equal": [], "spread": [], "overtaken": []}
+    found: dict[str, list[tuple[float, float]]] = {"equal": [], "spread": [], "asked": [], "overtaken": []}
     settings = {"BATCH_SIMULATED_WINDOW": str(AT_ONCE)}
     with simulated(**settings) as stack, Client(stack.target) as client:
 
@@ -69,10 +72,11 @@ def measure(requests: int, rounds: int) -> Iterator[Figure]:
             found[kind].append(errors(client, kind, requests, len(found[kind])))
             return found[kind][-1][0]
 
-        alternate(rounds, equal=lambda: one("equal"), spread=lambda: one("spread"), overtaken=lambda: one("overtaken"))
+        alternate(rounds, **{kind: functools.partial(one, kind) for kind in found})
     names = {
         "equal": "worst error, equal requests",
         "spread": "worst error, durations as of chats",
+        "asked": "worst error, lengths as of chats, longest first",
         "overtaken": "worst error, overtaken by a quarter of its size",
     }
     for kind, name in names.items():

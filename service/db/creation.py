@@ -12,7 +12,7 @@ from service import failpoints
 from service.db import batches, sharing, turns
 from service.db.batches import COLUMNS, Batch, StateError
 from service.db.connection import allow
-from service.db.cutting import store_chunks
+from service.db.cutting import TOKENS, store_chunks
 from service.db.limits import Limits, New, check, check_finally
 from service.db.run_order import BY_PREFIX, Plan, RunOrder
 from service.db.standby import acknowledged
@@ -234,24 +234,25 @@ def retry(
                 return first
         new_id = reserve(db)
         check(db, limits, New(new_id, batch.tenant, batch.total - batch.completed, 1))
-        total = db.execute_sql(
-            """
-            INSERT INTO requests (batch_id, index, custom_id, url, body, prefix, estimated_tokens)
-            SELECT %(new)s, row_number() OVER (ORDER BY q.index) - 1, q.custom_id, q.url, q.body, q.prefix,
-                   q.estimated_tokens
-            FROM requests q
-            WHERE q.batch_id = %(old)s
-              AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = q.batch_id AND r.index = q.index
-                              AND r.status_code BETWEEN 200 AND 299)
+        total, tokens = db.execute_sql(
+            f"""
+            WITH made AS (
+                INSERT INTO requests (batch_id, index, custom_id, url, body, prefix, estimated_tokens)
+                SELECT %(new)s, row_number() OVER (ORDER BY q.index) - 1, q.custom_id, q.url, q.body, q.prefix,
+                       q.estimated_tokens
+                FROM requests q
+                WHERE q.batch_id = %(old)s
+                  AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = q.batch_id AND r.index = q.index
+                                  AND r.status_code BETWEEN 200 AND 299)
+                RETURNING {TOKENS} AS tokens
+            )
+            SELECT count(*), coalesce(sum(tokens), 0)::bigint FROM made
             """,
             {"new": new_id, "old": batch_id},
-        ).rowcount
+        ).fetchone()
         if not total:
             raise StateError(batch, "has no failed request")
-        tokens, webhook_url = db.execute_sql(
-            "SELECT (estimated_tokens::numeric * %s / total)::bigint, webhook_url FROM batches WHERE id = %s",
-            (total, batch_id),
-        ).fetchone()
+        [webhook_url] = db.execute_sql("SELECT webhook_url FROM batches WHERE id = %s", (batch_id,)).fetchone()
         options = Options(
             request_id,
             batch.metadata,

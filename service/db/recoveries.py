@@ -40,6 +40,14 @@ class Event:
     machine: str = ""
 
 
+@dataclass(frozen=True)
+class Pause:
+    """A pause of recovery that has not ended, as an operator ordered it."""
+
+    reason: str
+    end_time: datetime
+
+
 def put(db: peewee.PostgresqlDatabase, event: Event) -> int:
     """Inserts an event, or updates it unless it has ended in Postgres. Returns its id."""
     row = {getattr(RecoveryEvent, name): value for name, value in vars(event).items() if name != "id"}
@@ -94,19 +102,31 @@ OF_THE_ONE_THAT_BEATS = """
 (machine = '' OR NOT EXISTS (
     SELECT FROM heartbeats h WHERE h.worker_id = e.worker_id AND h.machine NOT IN (e.machine, '')))
 """
-LAST_ONES = " UNION ALL ".join(
-    f"""
-    (SELECT id, kind FROM recovery_events e
-     WHERE e.worker_id = asked.worker_id AND kind = '{kind}' AND {OF_THE_ONE_THAT_BEATS} ORDER BY id DESC LIMIT 1)
-    """
-    for kind in ("gave_up", "budget_reset", "give_up_ended")
-)
+
+
+def _last_ones(*kinds: str) -> str:
+    """SQL: the last event of each of the kinds."""
+    return " UNION ALL ".join(
+        f"""
+        (SELECT id, kind, reason, end_time FROM recovery_events e
+         WHERE e.worker_id = asked.worker_id AND kind = '{kind}' AND {OF_THE_ONE_THAT_BEATS} ORDER BY id DESC LIMIT 1)
+        """
+        for kind in kinds
+    )
+
+
 GIVEN_UP = f"""
 SELECT worker_id FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (
     SELECT max(id) FILTER (WHERE kind = 'gave_up') AS gave_up, max(id) FILTER (WHERE kind <> 'gave_up') AS ended
-    FROM ({LAST_ONES}) AS last_ones
+    FROM ({_last_ones("gave_up", "budget_reset", "give_up_ended")}) AS last_ones
 ) AS last
 WHERE last.gave_up > coalesce(last.ended, 0)
+"""
+PAUSED = f"""
+SELECT worker_id, last.reason, last.end_time FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (
+    SELECT * FROM ({_last_ones("paused", "resumed")}) AS last_ones ORDER BY id DESC LIMIT 1
+) AS last
+WHERE last.kind = 'paused' AND last.end_time > clock_timestamp()
 """
 LAST_TIMINGS = """
 SELECT worker_id, last.timings FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (
@@ -119,6 +139,12 @@ SELECT worker_id, last.timings FROM unnest(%s::text[]) AS asked (worker_id) CROS
 def given_up(db: peewee.PostgresqlDatabase, worker_ids: Sequence[str]) -> set[str]:
     """Those of the workers that are no longer restarted: the budget is exhausted, or their start kept failing."""
     return {worker_id for (worker_id,) in db.execute_sql(GIVEN_UP, (list(worker_ids),)).fetchall()}
+
+
+def paused(db: peewee.PostgresqlDatabase, worker_ids: Sequence[str]) -> dict[str, Pause]:
+    """Those of the workers that are not restarted for now, because an operator paused their recovery."""
+    rows = db.execute_sql(PAUSED, (list(worker_ids),)).fetchall()
+    return {worker_id: Pause(reason, end_time) for worker_id, reason, end_time in rows}
 
 
 def last_timings(db: peewee.PostgresqlDatabase, worker_ids: Sequence[str]) -> dict[str, Mapping[str, float]]:

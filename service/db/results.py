@@ -114,18 +114,20 @@ WITH given (
     WHERE id IN (SELECT chunk_id FROM given) AND state = 'leased' AND incarnation = '{incarnation}'::uuid
     ORDER BY id FOR UPDATE
 ), batch AS MATERIALIZED (
-    SELECT id, completed + failed AS finished FROM batches
+    SELECT id, completed + failed AS finished, prompt_tokens + completion_tokens AS tokens FROM batches
     WHERE id IN (SELECT batch_id FROM held) AND state IN ('in_progress', 'cancelling') ORDER BY id FOR UPDATE
 ), written AS (
     INSERT INTO results
-        (batch_id, index, sequence, status_code, body, large_body, error_code, error_message, incarnation, custom_id)
-    SELECT g.batch_id, g.index,
-           batch.finished + row_number() OVER (PARTITION BY g.batch_id ORDER BY g.index), g.status_code,
+        (batch_id, index, sequence, status_code, body, large_body, error_code, error_message, incarnation, custom_id,
+         batch_tokens)
+    SELECT g.batch_id, g.index, batch.finished + row_number() OVER so_far, g.status_code,
            CASE WHEN octet_length(g.body) <= {large} THEN g.body END,
            CASE WHEN octet_length(g.body) > {large} THEN convert_to(g.body, 'UTF8') END,
-           g.error_code, g.error_message, '{incarnation}'::uuid, g.custom_id
+           g.error_code, g.error_message, '{incarnation}'::uuid, g.custom_id,
+           batch.tokens + sum(g.prompt + g.completion) OVER so_far
     FROM given g JOIN held ON held.id = g.chunk_id JOIN batch ON batch.id = g.batch_id
     WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = g.batch_id AND r.index = g.index)
+    WINDOW so_far AS (PARTITION BY g.batch_id ORDER BY g.index)
     ON CONFLICT DO NOTHING
     RETURNING batch_id, index
 ), sums AS (

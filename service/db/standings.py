@@ -16,7 +16,7 @@ NEAREST_MARK = 16
 MAX_OTHERS = 20
 
 HELD = """
-SELECT batch_id, worker_id, sum(unfinished)::bigint, bool_or(deaths > 1)
+SELECT batch_id, worker_id, sum(unfinished)::bigint, sum(charged)::bigint, bool_or(deaths > 1)
 FROM chunks WHERE state = 'leased' GROUP BY batch_id, worker_id
 """
 SUSPECTS = """
@@ -24,7 +24,8 @@ SELECT batch_id, count(*), count(*) FILTER (WHERE deaths > 1)
 FROM chunks WHERE state <> 'done' AND deaths > 0 GROUP BY batch_id
 """
 MARKS = f"""
-SELECT b.id, back.count, b.completed + b.failed, extract(epoch FROM clock_timestamp() - r.finish_time)::float8
+SELECT b.id, back.count, b.completed + b.failed, extract(epoch FROM clock_timestamp() - r.finish_time)::float8,
+       r.batch_tokens
 FROM batches b
 CROSS JOIN LATERAL (
     SELECT 0::bigint AS count
@@ -34,20 +35,58 @@ JOIN results r ON r.batch_id = b.id AND r.sequence = b.completed + b.failed - ba
 WHERE b.id = ANY(%s) AND b.state = 'in_progress' AND b.completed + b.failed > 0
 ORDER BY b.id, back.count
 """
+# What the queue has taken over, and what it has not yet.
+COSTS = """
+SELECT q.batch_id, q.expected + coalesce(c.expected, 0), q.total * q.estimate
+FROM queue q LEFT JOIN (
+    SELECT batch_id, sum(expected) AS expected FROM queue_changes
+    WHERE pool_id IN (SELECT pool_id FROM queue WHERE batch_id = ANY(%(ids)s)) AND batch_id = ANY(%(ids)s)
+    GROUP BY batch_id) c USING (batch_id)
+WHERE q.batch_id = ANY(%(ids)s)
+"""
 # Only for batches that name several models: otherwise those of the batch.
 PENDING = "SELECT DISTINCT batch_id, models FROM chunks WHERE batch_id = ANY(%s) AND state = 'pending'"
+# The requests that are left of a batch count as much as the others did, or else as estimated.
 UNFINISHED = """
-SELECT priority, sum(total - completed - failed)::bigint FROM batches
+SELECT priority, sum(total - completed - failed)::bigint,
+       sum((total - completed - failed) * CASE WHEN completed + failed > 0
+           THEN (prompt_tokens + completion_tokens)::float8 / (completed + failed)
+           ELSE estimated_tokens::float8 / total END)
+FROM batches
 WHERE state = 'in_progress' AND models <@ %s::text[] GROUP BY priority
 """
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The result that was stored `count` results before the last one, `age_s` ago."""
+    """The result that was stored `count` results before the last one, `age_s` ago.
+
+    `tokens` are those of the batch up to it; None: a worker of an earlier version stored it.
+    """
 
     count: int
     age_s: float
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens of a batch as estimated at its creation: of the requests that have a result, and of all."""
+
+    done: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests, and the tokens that they will use or used; 0: not known."""
+
+    requests: float = 0.0
+    tokens: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        """Both together."""
+        return Work(self.requests + other.requests, self.tokens + other.tokens)
 
 
 @dataclass(frozen=True)
@@ -64,6 +103,7 @@ class Standing:
     # Results stored, and from the last one back. Empty: none is stored.
     done: int = 0
     marks: Sequence[Mark] = ()
+    cost: Cost = Cost()
     # The models of the chunks that wait. Empty: as of the batch.
     waiting_models: Set[frozenset[str]] = frozenset()
 
@@ -73,12 +113,12 @@ class Queue:
     """What is common to all batches, as of `read_time` by the database's clock."""
 
     read_time: datetime
-    # Requests that each worker holds.
-    held: Mapping[str, int]
+    # What each worker holds.
+    held: Mapping[str, Work]
     # Workers that run suspects alone, and nothing else.
     alone: Set[str]
-    # Unfinished requests by priority, of the batches that workers with these models may run.
-    unfinished: Mapping[frozenset[str], Mapping[int, int]]
+    # What is left by priority, of the batches that workers with these models may run.
+    unfinished: Mapping[frozenset[str], Mapping[int, Work]]
     # Marks of batches that are running.
     running: Sequence[Sequence[Mark]]
 
@@ -89,11 +129,11 @@ def read(
     """The standing of batches, given with their models. `pools` are the models that workers serve now, by worker."""
     [now] = db.execute_sql("SELECT clock_timestamp()").fetchone()
     held: dict[int, dict[str, int]] = {}
-    by_worker: dict[str, int] = {}
+    by_worker: dict[str, Work] = {}
     alone: dict[int, set[str]] = {}
-    for batch_id, worker_id, requests, is_alone in db.execute_sql(HELD).fetchall():
+    for batch_id, worker_id, requests, tokens, is_alone in db.execute_sql(HELD).fetchall():
         held.setdefault(batch_id, {})[worker_id] = requests
-        by_worker[worker_id] = by_worker.get(worker_id, 0) + requests
+        by_worker[worker_id] = by_worker.get(worker_id, Work()) + Work(requests, tokens)
         if is_alone:
             alone.setdefault(batch_id, set()).add(worker_id)
     suspects = {row[0]: (row[1], row[2]) for row in db.execute_sql(SUSPECTS).fetchall()}
@@ -101,8 +141,9 @@ def read(
     others = [batch_id for batch_id in held if batch_id not in models][:MAX_OTHERS] if waiting else []
     marks: dict[int, list[Mark]] = {}
     done: dict[int, int] = {}
-    for batch_id, count, done[batch_id], age_s in db.execute_sql(MARKS, ([*models, *others],)).fetchall():
-        marks.setdefault(batch_id, []).append(Mark(count, age_s))
+    for batch_id, count, done[batch_id], age_s, used in db.execute_sql(MARKS, ([*models, *others],)).fetchall():
+        marks.setdefault(batch_id, []).append(Mark(count, age_s, used))
+    costs = {row[0]: Cost(*row[1:]) for row in db.execute_sql(COSTS, {"ids": list(models)}).fetchall()}
     pending: dict[int, set[frozenset[str]]] = {}
     if several := [batch_id for batch_id in waiting if len(models[batch_id]) > 1]:
         for batch_id, names in db.execute_sql(PENDING, (several,)).fetchall():
@@ -110,7 +151,8 @@ def read(
     unfinished = {}
     if waiting:
         for pool in set(pools):
-            unfinished[pool] = dict(db.execute_sql(UNFINISHED, (sorted(pool),)).fetchall())
+            rows = db.execute_sql(UNFINISHED, (sorted(pool),)).fetchall()
+            unfinished[pool] = {priority: Work(requests, tokens) for priority, requests, tokens in rows}
     standings = {
         batch_id: Standing(
             held=held.get(batch_id, {}),
@@ -119,6 +161,7 @@ def read(
             runs_alone=batch_id in alone,
             done=done.get(batch_id, 0),
             marks=marks.get(batch_id, ()),
+            cost=costs.get(batch_id, Cost()),
             waiting_models=pending.get(batch_id, frozenset()),
         )
         for batch_id in models

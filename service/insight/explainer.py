@@ -1,7 +1,7 @@
 """Says of batches when they will end, or why they do not move. Reads for all who ask at once, once a second at most."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -11,7 +11,7 @@ from service.db import standings
 from service.db.availability import DATABASE_ERRORS, first_line
 from service.db.batches import Batch
 from service.db.connection import Database
-from service.db.standings import Queue, Standing
+from service.db.standings import Queue, Standing, Work
 from service.insight import estimate, waiting
 from service.insight.presence import Presence
 from service.insight.waiting import Condition, Facts, Worker
@@ -74,58 +74,74 @@ class Explainer:
 
 def _add(message: pb.Batch, batch: Batch, queue: Queue, standing: Standing, workers: Sequence[Worker]) -> None:
     busy = [
-        replace(worker, is_alone=worker.worker_id in queue.alone, held=queue.held.get(worker.worker_id, 0))
+        replace(worker, is_alone=worker.worker_id in queue.alone, held=_held(queue, worker.worker_id))
         for worker in workers
     ]
-    facts = _facts(batch, queue, standing, busy)
+    higher = _higher(batch, queue, standing, busy)
+    facts = _facts(batch, queue, standing, higher)
     message.counts.running = sum(facts.held.values())
     wait = waiting.decide(facts, busy)
     if wait is not None:
         message.wait.CopyFrom(wait)
-    left_s = _left_s(wait, batch, facts, queue, standing)
+    left_s = _left_s(wait, batch, higher, queue, standing)
     if left_s is not None:
         end = Timestamp()
         end.FromMilliseconds(round((queue.read_time.timestamp() + left_s) * 1000))
         message.estimated_end_time.CopyFrom(end)
 
 
-def _facts(batch: Batch, queue: Queue, standing: Standing, workers: Sequence[Worker]) -> Facts:
-    models = standing.waiting_models or {frozenset(batch.models)}
-    pools = [
-        frozenset(worker.models)
-        for worker in workers
-        if worker.condition is Condition.READY and any(each <= worker.models for each in models)
-    ]
+def _facts(batch: Batch, queue: Queue, standing: Standing, higher: Work) -> Facts:
     return Facts(
         state=batch.state,
         unfinished=batch.total - batch.completed - batch.failed,
-        models=models,
+        models=_models(batch, standing),
         held=standing.held,
         suspects=standing.suspects,
         must_run_alone=standing.must_run_alone,
         runs_alone=standing.runs_alone,
         quiet_s=standing.marks[0].age_s if standing.marks else float("inf"),
         age_s=(queue.read_time - batch.create_time).total_seconds(),
-        # Of the workers that may run it, the one with the most before it.
-        higher=max((_higher(queue.unfinished.get(pool, {}), batch.priority) for pool in pools), default=0),
+        higher=round(higher.requests),
     )
 
 
-def _higher(unfinished: Mapping[int, int], priority: int) -> int:
-    """Requests of a higher priority than this."""
-    return sum(count for each, count in unfinished.items() if each > priority)
+def _models(batch: Batch, standing: Standing) -> Set[frozenset[str]]:
+    return standing.waiting_models or {frozenset(batch.models)}
 
 
-def _left_s(wait: pb.Wait | None, batch: Batch, facts: Facts, queue: Queue, standing: Standing) -> float | None:
+def _held(queue: Queue, worker_id: str) -> int:
+    return round(queue.held.get(worker_id, Work()).requests)
+
+
+def _higher(batch: Batch, queue: Queue, standing: Standing, workers: Sequence[Worker]) -> Work:
+    """What is of a higher priority, for that of the workers that may run the batch which has the most of it."""
+    models = _models(batch, standing)
+    found = [
+        _sum(
+            work
+            for priority, work in queue.unfinished.get(frozenset(worker.models), {}).items()
+            if priority > batch.priority
+        )
+        for worker in workers
+        if worker.condition is Condition.READY and any(each <= worker.models for each in models)
+    ]
+    return max(found, key=lambda work: work.requests, default=Work())
+
+
+def _sum(works: Iterable[Work]) -> Work:
+    return sum(works, Work())
+
+
+def _left_s(wait: pb.Wait | None, batch: Batch, higher: Work, queue: Queue, standing: Standing) -> float | None:
     """Seconds until the end of a batch that moves, or waits for its turn; None if they are not known."""
-    # As of the marks: the batch may have been read later.
-    done = standing.done
     started_s = (queue.read_time - batch.start_time).total_seconds() if batch.start_time else 0.0
+    # As of the marks: the batch may have been read later.
+    course = estimate.course(standing.marks, standing.done, started_s)
+    left = estimate.left(course, batch.total, standing.cost)
     if wait is None:
-        return estimate.left_s(standing.marks, batch.total, done, started_s, sum(facts.held.values()))
+        return estimate.left_s(course, left, sum(standing.held.values()))
     if wait.reason != pb.WAIT_REASON_TURN:
         return None
-    before = facts.higher + sum(queue.held.values())
     # Batches that run now: when they began is not read, but their marks say how fast they go.
-    speed = sum(estimate.per_s(marks, marks[-1].count, marks[-1].age_s, 0) for marks in queue.running)
-    return estimate.left_after_s(standing.marks, batch.total, done, started_s, before, speed)
+    speed = _sum(estimate.per_s(marks) for marks in queue.running)
+    return estimate.left_after_s(course, left, higher + _sum(queue.held.values()), speed)

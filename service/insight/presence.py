@@ -239,6 +239,7 @@ def _read(db: peewee.PostgresqlDatabase, timeout_s: float) -> Freshness:
     return Freshness(
         beats,
         given_up=frozenset(recoveries.given_up(db, worker_ids)),
+        paused=recoveries.paused(db, worker_ids),
         timings=timings,
         watchdogs={seen.watchdog_id: seen.age_s for seen in dogs},
         drained=hosts.drained(db),

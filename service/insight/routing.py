@@ -9,6 +9,7 @@ import grpc
 from service.db import heartbeats, losses
 from service.db.chunks import host_of
 from service.db.heartbeats import Phase, SeenBeat
+from service.db.recoveries import Pause
 from service.errors import (
     RECOVERY_GAVE_UP,
     WORKER_LOADING,
@@ -67,6 +68,8 @@ class Freshness:
     read_at_s: float = 0.0
     # Workers that the watchdog no longer restarts: somebody has to act.
     given_up: frozenset[str] = frozenset()
+    # Workers that it does not restart for now, because an operator paused that.
+    paused: Mapping[str, Pause] = field(default_factory=dict)
     # Seconds by phase of each worker's last successful restart.
     timings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     # Age of the last heartbeat of each host's watchdog when it was read.

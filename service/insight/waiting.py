@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import UTC
 from enum import StrEnum
 
 from service.db import heartbeats
 from service.db.chunks import host_of
 from service.db.heartbeats import Phase, SeenBeat
+from service.db.recoveries import Pause
 from service.insight.routing import FORGOTTEN_S, WATCHDOG_MISSED_S, Freshness, LinkState
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -21,6 +23,7 @@ MISSED_S = 3.0
 CHANGE_S = 2.0
 
 _LOADING = (Phase.STARTING, Phase.LOADING)
+_STOPPED = "If an operator stopped it, start it again: supervisorctl start worker."
 
 
 class Condition(StrEnum):
@@ -34,7 +37,12 @@ class Condition(StrEnum):
     DRAINING = "draining"
     DRAINED = "drained"
     OFFLINE = "offline"
+    PAUSED = "paused"
     GAVE_UP = "gave_up"
+
+
+# What the watchdog mends by a restart.
+_RESTARTED = (Condition.STALLED, Condition.DEAD, Condition.OFFLINE)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Worker:
     advice: str = ""
     # Seconds since its watchdog was last seen, if that is too long.
     unwatched_s: float = 0.0
+    # What an operator ordered, if it is down and not restarted for that.
+    pause: Pause | None = None
     # It runs suspects alone, and nothing else meanwhile.
     is_alone: bool = False
     # Requests that it holds.
@@ -91,15 +101,18 @@ def workers_of(freshness: Freshness, now_s: float, timeout_s: float) -> list[Wor
 def _worker(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: float) -> Worker:
     failure = heartbeats.failure(seen.beat)
     watchdog_s = freshness.watchdog_age_s(seen, now_s) or 0.0
+    condition = _condition(freshness, seen, now_s, timeout_s)
+    pause = freshness.paused.get(seen.beat.worker_id) if condition in _RESTARTED else None
     return Worker(
         seen.beat.worker_id,
-        _condition(freshness, seen, now_s, timeout_s),
+        Condition.PAUSED if pause else condition,
         frozenset(seen.beat.models),
         freshness.age_s(seen, now_s),
         seen.life_s + max(0.0, now_s - freshness.read_at_s),
         failure["cause"],
         failure["advice"],
         watchdog_s if watchdog_s > WATCHDOG_MISSED_S else 0.0,
+        pause,
     )
 
 
@@ -160,9 +173,9 @@ def decide(facts: Facts, workers: Sequence[Worker]) -> pb.Wait | None:
 def is_unserved(wanted: Set[frozenset[str]], workers: Sequence[Worker]) -> bool:
     """True if no worker runs any of the chunks that wait, by the models that each asks for, or is about to.
 
-    One that is offline counts as none, and so does one that is not restarted any more.
+    One that is offline counts as none, and so does one that is not restarted.
     """
-    gone = (Condition.OFFLINE, Condition.GAVE_UP)
+    gone = (Condition.OFFLINE, Condition.PAUSED, Condition.GAVE_UP)
     return not any(worker.condition not in gone and _may_run(worker, wanted) for worker in workers)
 
 
@@ -216,13 +229,21 @@ def _for_worker(worker: Worker) -> pb.Wait:
             advice = f"Another host goes on with the batch; so does this one after `vllm-batch hosts resume {host}`."
             text = f"host {host} is drained, and {name} takes no new requests"
             return _wait(pb.WAIT_REASON_WORKER_DRAINING, text, advice)
+        case Condition.PAUSED:
+            until = f" until {worker.pause.end_time.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if worker.pause else ""
+            why = f": {worker.pause.reason}" if worker.pause else ""
+            advice = (
+                f"`vllm-batch recovery resume` on host {host_of(worker.worker_id)} lets the watchdog restart it before"
+                f" the pause ends. {_restart(worker) or _STOPPED}"
+            )
+            text = f"{name} is down ({seen}){cause}; an operator paused its recovery{until}{why}"
+            return _wait(pb.WAIT_REASON_RECOVERY_PAUSED, text, f"{worker.advice} {advice}".strip())
         case Condition.GAVE_UP:
             advice = "See `vllm-batch recovery events`; once the cause is mended, `vllm-batch recovery reset REASON`."
             text = f"{name} is not restarted any more ({seen}){cause}"
             return _wait(pb.WAIT_REASON_RECOVERY_GAVE_UP, text, f"{worker.advice} {advice}".strip())
         case _:
-            stopped = "If an operator stopped it, start it again: supervisorctl start worker."
-            advice = worker.advice or (_restart(worker) if worker.unwatched_s else stopped)
+            advice = worker.advice or _restart(worker) or _STOPPED
             return _wait(pb.WAIT_REASON_WORKER_OFFLINE, f"{name} is offline ({seen}){cause}", advice)
 
 

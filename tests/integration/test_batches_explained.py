@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import grpc
@@ -60,20 +60,18 @@ def watching(stack: Stack) -> Iterator[Client]:
         yield client
 
 
-def gave_up(stack: Stack, worker_id: str) -> None:
-    """What the watchdog writes when it does not restart a worker any more."""
+def note(stack: Stack, worker_id: str, kind: str, reason: str, lasts: timedelta = timedelta()) -> None:
+    """Writes to the audit log as the watchdog does."""
     now = datetime.now(UTC)
-    event = Event(
-        *(0, uuid4(), worker_id, "gave_up", "CRASHED", "budget exhausted", {}, "", "", {}, now, now, None, None)
-    )
+    event = Event(*(0, uuid4(), worker_id, kind, "", reason, {}, "", "", {}, now, now + lasts, None, None))
     database = Database(stack.database_url, "test")
     database.call(recoveries.put, event)
     database.close()
 
 
 def test_whatever_happens_to_its_worker_is_said(stack: Stack, watching: Client) -> None:
-    """Behind another batch, with its engine frozen, its worker killed, given up, loading and of another model: each is
-    said by its code within seconds, to who watches, and by GetBatch and ListBatches alike."""
+    """Behind another batch, with its engine frozen, its worker killed, paused, given up, loading and of another model:
+    each is said by its code within seconds, to who watches, and by GetBatch and ListBatches alike."""
     stack.gateway()
     worker = stack.worker(simulated_window=8, window=32)
     stack.wait_until_accepting()
@@ -98,7 +96,15 @@ def test_whatever_happens_to_its_worker_is_said(stack: Stack, watching: Client) 
     assert "supervisorctl start" in offline.advice
     [worker_id] = {event["worker_id"] for event in stack.servers[0].events("worker_phase")}
 
-    gave_up(stack, str(worker_id))
+    note(stack, str(worker_id), "paused", "driver upgrade (ann)", timedelta(minutes=30))
+    paused = second.until("RECOVERY_PAUSED")
+    assert "UTC: driver upgrade (ann)" in paused.message
+    assert "vllm-batch recovery resume" in paused.advice
+    first.until("RECOVERY_PAUSED")
+    note(stack, str(worker_id), "resumed", "resumed by an operator")
+    second.until("WORKER_OFFLINE")
+
+    note(stack, str(worker_id), "gave_up", "budget exhausted")
     assert "vllm-batch recovery reset" in second.until("RECOVERY_GAVE_UP").advice
 
     loading = stack.worker(simulated_load_s=600)

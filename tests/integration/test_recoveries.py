@@ -7,7 +7,7 @@ from uuid import uuid4
 from service.db import heartbeats, recoveries
 from service.db.connection import Database
 from service.db.heartbeats import Beat
-from service.db.recoveries import Event
+from service.db.recoveries import Event, Pause
 from service.machine import Place
 
 WORKER = "host:worker"
@@ -86,6 +86,18 @@ def test_who_was_given_up(database: Database) -> None:
     for kind, worker_id in (("gave_up", WORKER), ("gave_up", "host:other"), ("budget_reset", WORKER)):
         put(database, event(kind, worker_id))
     assert database.call(recoveries.given_up, [WORKER, "host:other", "host:new"]) == {"host:other"}
+
+
+def test_whose_recovery_is_paused(database: Database) -> None:
+    """A pause counts until it is resumed or its time is over; of several, the last."""
+    end = NOW + timedelta(hours=1)
+    for worker_id in (WORKER, "host:resumed"):
+        put(database, replace(event("paused", worker_id), reason="first", end_time=NOW + timedelta(hours=9)))
+        put(database, replace(event("paused", worker_id), reason="upgrade", end_time=end))
+    put(database, event("resumed", "host:resumed"))
+    put(database, replace(event("paused", "host:over"), end_time=NOW - timedelta(seconds=1)))
+    asked = [WORKER, "host:resumed", "host:over", "host:new"]
+    assert database.call(recoveries.paused, asked) == {WORKER: Pause("upgrade", end)}
 
 
 def test_machines_of_one_name(database: Database) -> None:

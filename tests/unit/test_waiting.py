@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -9,6 +10,7 @@ import pytest
 import structlog
 
 from service.db.heartbeats import Beat, SeenBeat
+from service.db.recoveries import Pause
 from service.db.unserved import Unserved
 from service.gateway.unserved_log import LASTING_S, UnservedLog
 from service.insight.routing import Contact, Freshness, LinkState
@@ -40,6 +42,8 @@ LOADING = worker(Condition.LOADING, models=frozenset(), life_s=40.4)
 OFFLINE = worker(Condition.OFFLINE, seen_s=72.0)
 UNWATCHED = worker(Condition.OFFLINE, seen_s=72.0, unwatched_s=90.0)
 FAILED = worker(Condition.GAVE_UP, models=frozenset(), cause="no memory", advice="Take a smaller model.", seen_s=600.0)
+PAUSE = Pause("driver upgrade (ann)", datetime(2026, 5, 4, 8, 30, tzinfo=UTC))
+PAUSED = worker(Condition.PAUSED, worker_id="box:w", seen_s=72.0, cause="killed", pause=PAUSE)
 OTHER = worker(Condition.READY, models=frozenset({"other"}))
 
 ROWS = [
@@ -74,6 +78,14 @@ ROWS = [
     (HELD, [OFFLINE], "WORKER_OFFLINE", "w is offline (last seen 72 s ago)", "supervisorctl start worker"),
     (HELD, [UNWATCHED], "WORKER_OFFLINE", "w is offline", "watchdog was last seen 90 s ago"),
     (
+        replace(HELD, held={"box:w": 8}),
+        [PAUSED],
+        "RECOVERY_PAUSED",
+        "box:w is down (last seen 72 s ago): killed; an operator paused its recovery until 2026-05-04 08:30 UTC:"
+        " driver upgrade (ann)",
+        "`vllm-batch recovery resume` on host box",
+    ),
+    (
         HELD,
         [FAILED],
         "RECOVERY_GAVE_UP",
@@ -95,6 +107,10 @@ ROWS = [
     (WAITING, [OFFLINE, LOADING], "WORKER_LOADING", "for 40 s", ""),
     (WAITING, [replace(LOADING, cause="no memory")], "WORKER_LOADING", "; its last start failed: no memory", ""),
     (WAITING, [FAILED, OFFLINE], "WORKER_OFFLINE", "72 s", ""),
+    # The one that comes back by itself before the one that waits for its operator, and that before the one given up.
+    (WAITING, [PAUSED, OFFLINE], "WORKER_OFFLINE", "72 s", ""),
+    (WAITING, [FAILED, PAUSED], "RECOVERY_PAUSED", "driver upgrade", "If an operator stopped it, start it again"),
+    (WAITING, [replace(PAUSED, unwatched_s=90.0)], "RECOVERY_PAUSED", "", "watchdog was last seen 90 s ago"),
     (WAITING, [FAILED], "RECOVERY_GAVE_UP", "no memory", "vllm-batch recovery reset"),
     (WAITING, [worker(Condition.DRAINING)], "WORKER_DRAINING", "w is ending and takes no new requests", "goes on with"),
     (WAITING, [worker(Condition.STALLED)], "ENGINE_STALLED", "makes no progress", ""),
@@ -185,6 +201,32 @@ def test_how_a_worker_looks(
     assert (seen.seen_s, seen.life_s, seen.unwatched_s) == (age_s, 20.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("phase", "contact", "has_given_up", "condition"),
+    [
+        ("ready", GONE, False, Condition.PAUSED),
+        ("ready", NOT_SERVING, False, Condition.PAUSED),
+        ("stalled", NOT_SERVING, False, Condition.PAUSED),
+        ("engine_dead", NOT_SERVING, False, Condition.PAUSED),
+        ("ready", GONE, True, Condition.GAVE_UP),
+        ("ready", SERVING, False, Condition.READY),
+        ("loading", GONE, False, Condition.LOADING),
+        ("draining", NOT_SERVING, False, Condition.DRAINING),
+    ],
+)
+def test_a_pause_counts_while_the_worker_is_down(
+    phase: str, contact: Contact, has_given_up: bool, condition: Condition
+) -> None:
+    """Only where the watchdog would restart the worker, and not if it gave up: then the end of a pause helps nobody."""
+    beat = Beat("box:worker", uuid4(), "127.0.0.1:1", phase, 1, ("tiny",))
+    freshness = replace(freshness_of(SeenBeat(beat, 1.0), contact, {}), paused={"box:worker": PAUSE})
+    if has_given_up:
+        freshness = replace(freshness, given_up=frozenset({"box:worker"}))
+    [seen] = workers_of(freshness, 1000.0, 60.0)
+    assert seen.condition is condition
+    assert seen.pause == (PAUSE if condition is Condition.PAUSED else None)
+
+
 def freshness_of(seen: SeenBeat, contact: Contact, watchdogs: Mapping[str, float]) -> Freshness:
     contacts = {seen.beat.address: contact}
     return Freshness([seen], read_at_s=1000.0, watchdogs=watchdogs, contacts=contacts)
@@ -205,7 +247,12 @@ def test_a_batch_says_what_the_log_and_the_metric_say(condition: Condition, mode
     """Whether a batch is unserved is decided once, and its reason says the same."""
     workers = [worker(condition, models=models), OTHER]
     wait = decide(WAITING, workers)
-    reasons = (pb.WAIT_REASON_NO_WORKER_OF_MODEL, pb.WAIT_REASON_WORKER_OFFLINE, pb.WAIT_REASON_RECOVERY_GAVE_UP)
+    reasons = (
+        pb.WAIT_REASON_NO_WORKER_OF_MODEL,
+        pb.WAIT_REASON_WORKER_OFFLINE,
+        pb.WAIT_REASON_RECOVERY_PAUSED,
+        pb.WAIT_REASON_RECOVERY_GAVE_UP,
+    )
     assert is_unserved(TINY, workers) is (wait is not None and wait.reason in reasons)
 
 

@@ -39,6 +39,7 @@ class WaitReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WAIT_REASON_WORKER_DRAINING: _ClassVar[WaitReason]
     WAIT_REASON_CANCELLING: _ClassVar[WaitReason]
     WAIT_REASON_NOT_TAKEN: _ClassVar[WaitReason]
+    WAIT_REASON_RECOVERY_PAUSED: _ClassVar[WaitReason]
 
 class RunOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -85,6 +86,7 @@ WAIT_REASON_SUSPECTS_ALONE: WaitReason
 WAIT_REASON_WORKER_DRAINING: WaitReason
 WAIT_REASON_CANCELLING: WaitReason
 WAIT_REASON_NOT_TAKEN: WaitReason
+WAIT_REASON_RECOVERY_PAUSED: WaitReason
 RUN_ORDER_UNSPECIFIED: RunOrder
 RUN_ORDER_PREFIX: RunOrder
 RUN_ORDER_INPUT: RunOrder
