@@ -235,12 +235,11 @@ def _read(db: peewee.PostgresqlDatabase, timeout_s: float) -> Freshness:
     beats = heartbeats.read_recent(db, timeout_s, MOST_GONE)
     worker_ids = [seen.beat.worker_id for seen in beats]
     timings = {worker_id: dict(found) for worker_id, found in recoveries.last_timings(db, worker_ids).items()}
-    dogs = watchdogs.read(db, {host_of(worker_id) for worker_id in worker_ids})
     return Freshness(
         beats,
         given_up=frozenset(recoveries.given_up(db, worker_ids)),
         timings=timings,
-        watchdogs={seen.watchdog_id: seen.age_s for seen in dogs},
+        watchdogs=watchdogs.ages(db, {host_of(worker_id) for worker_id in worker_ids}),
         drained=hosts.drained(db),
         awaited=unserved.awaited(db),
     )

@@ -56,7 +56,7 @@ def test_what_is_said_about_a_host() -> None:
     told = {
         "programs": [["postgres", "STOPPED"], ["worker", "RUNNING"]],
         "guards": [
-            {"worker_id": "h:worker", "verdict": "CRASHED", "reason": "gone", "budget_left": 2, "gave_up": True}
+            {"worker_id": "h:worker", "verdict": "VERDICT_CRASHED", "reason": "gone", "budget_left": 2, "gave_up": True}
         ],
         "gpus": [{"name": "L4", "memory_bytes": 24 << 30}] * 2,
     }
