@@ -1,6 +1,6 @@
 """The heartbeats of watchdogs, aged by the database's clock, and what they report of the processes they guard."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,6 @@ import peewee
 from service.db import lives
 from service.db.models import Watchdog
 
-AGE = "extract(epoch FROM clock_timestamp() - last_seen)::float8"
 # A watchdog that was last seen before this time has left its name to others.
 GONE = peewee.SQL("clock_timestamp() - interval '60 s'")
 
@@ -49,12 +48,7 @@ def end(db: peewee.PostgresqlDatabase, watchdog_id: str, pid: int) -> None:
 def read(db: peewee.PostgresqlDatabase) -> list[SeenWatchdog]:
     """All that there are."""
     rows = db.execute_sql(
-        f"SELECT watchdog_id, {AGE}, coalesce(detail->'guards', '[]') FROM watchdogs ORDER BY watchdog_id"
+        "SELECT watchdog_id, extract(epoch FROM clock_timestamp() - last_seen)::float8,"
+        " coalesce(detail->'guards', '[]') FROM watchdogs ORDER BY watchdog_id"
     )
     return [SeenWatchdog(*row) for row in rows.fetchall()]
-
-
-def ages(db: peewee.PostgresqlDatabase, watchdog_ids: Collection[str]) -> dict[str, float]:
-    """The ages of the heartbeats of those of the watchdogs that there are."""
-    query = f"SELECT watchdog_id, {AGE} FROM watchdogs WHERE watchdog_id = ANY(%s)"
-    return dict(db.execute_sql(query, (list(watchdog_ids),)).fetchall())

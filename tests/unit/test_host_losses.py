@@ -87,9 +87,9 @@ def test_what_is_said_about_a_host() -> None:
 
 def test_a_drained_host_is_not_chosen() -> None:
     """New work goes to hosts that are not drained; with none left the refusal names the way back."""
-    two = known(seen("a:w"), seen("b:w", queued=5))
-    assert chosen(replace(two, drained=frozenset({"a"}))) == ["b:w"]
-    why = refusal(replace(two, drained=frozenset({"a", "b"})))
+    drained = [replace(seen(name), is_drained=True) for name in ("a:w", "b:w")]
+    assert chosen(known(drained[0], seen("b:w", queued=5))) == ["b:w"]
+    why = refusal(known(*drained))
     assert why.reason == "WORKER_OFFLINE"
     assert "`vllm-batch hosts resume a`" in why.message
 

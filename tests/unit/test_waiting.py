@@ -1,6 +1,5 @@
 """Why a batch does not move: a row of the decision each, and how workers look to it."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -177,7 +176,7 @@ def test_how_a_worker_looks(
 ) -> None:
     """Phase, age of the heartbeat, link and verdict together say what a worker can do."""
     beat = Beat("box:worker", uuid4(), "127.0.0.1:1", phase, 1, ("tiny",))
-    freshness = freshness_of(SeenBeat(beat, age_s, life_s=20.0), contact, {"box": 5.0})
+    freshness = freshness_of(SeenBeat(beat, age_s, life_s=20.0, watchdog_age_s=5.0), contact)
     if has_given_up:
         freshness = replace(freshness, given_up=frozenset({"box:worker"}))
     [seen] = workers_of(freshness, 1000.0, 60.0)
@@ -185,18 +184,18 @@ def test_how_a_worker_looks(
     assert (seen.seen_s, seen.life_s, seen.unwatched_s) == (age_s, 20.0, 0.0)
 
 
-def freshness_of(seen: SeenBeat, contact: Contact, watchdogs: Mapping[str, float]) -> Freshness:
+def freshness_of(seen: SeenBeat, contact: Contact) -> Freshness:
     contacts = {seen.beat.address: contact}
-    return Freshness([seen], read_at_s=1000.0, watchdogs=watchdogs, contacts=contacts)
+    return Freshness([seen], read_at_s=1000.0, contacts=contacts)
 
 
 def test_a_worker_brings_why_it_failed_and_who_watches() -> None:
     """Cause and advice of its engine, and a watchdog that is gone, are there; a worker forgotten for a day is not."""
     detail = {"cause": "no memory", "advice": "Take less."}
     beat = Beat("box:worker", uuid4(), "127.0.0.1:1", "engine_dead", 1, detail=detail)
-    [seen] = workers_of(freshness_of(SeenBeat(beat, 1.0), NOT_SERVING, {"box": 300.0}), 1000.0, 60.0)
+    [seen] = workers_of(freshness_of(SeenBeat(beat, 1.0, watchdog_age_s=300.0), NOT_SERVING), 1000.0, 60.0)
     assert (seen.cause, seen.advice, seen.unwatched_s) == ("no memory", "Take less.", 300.0)
-    assert not workers_of(freshness_of(SeenBeat(beat, 90_000.0), GONE, {}), 1000.0, 60.0)
+    assert not workers_of(freshness_of(SeenBeat(beat, 90_000.0), GONE), 1000.0, 60.0)
 
 
 @pytest.mark.parametrize("models", [frozenset(), frozenset({"tiny"}), frozenset({"other"})])
