@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from service.db import recovery_orders
 from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database
-from service.db.recovery_orders import Order
+from service.db.recovery_orders import MAX_PAUSE, Order
 from service.telemetry import logs
 from watchdog.guard import Guard
 from watchdog.host import Host
 from watchdog.record.audit_log import UnrecordedError
-from watchdog.servicer import MAX_PAUSE
 
 INTERVAL_S = 2.0
 

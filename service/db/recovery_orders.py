@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import peewee
 
 Kind = Literal["paused", "resumed", "budget_reset"]
+
+# Recovery can be paused for so long at most, whoever orders it.
+MAX_PAUSE = timedelta(hours=24)
 
 
 @dataclass(frozen=True)

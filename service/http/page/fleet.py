@@ -12,7 +12,7 @@ from service.db import heartbeats, recoveries, recovery_orders, watchdogs
 from service.db.chunks import host_of
 from service.db.connection import Database
 from service.db.recoveries import Event
-from service.db.recovery_orders import Order
+from service.db.recovery_orders import MAX_PAUSE, Order
 from service.db.watchdogs import SeenWatchdog
 from service.errors import ApiError, not_found
 from service.http.page.signals import Sample, Signals
@@ -20,7 +20,6 @@ from service.insight.presence import Presence
 from service.rpc import call_context
 from service.telemetry import logs
 
-MAX_PAUSE_S = 86_400
 EVENTS = 30
 
 log = logs.get("page")
@@ -32,7 +31,7 @@ class GivenOrder(BaseModel):
     worker_id: str = Field(min_length=1, max_length=512, pattern=r"^[^\x00]*$")
     kind: Literal["paused", "resumed", "budget_reset"]
     reason: str = Field(min_length=1, max_length=500, pattern=r"^[^\x00]*$")
-    lasts_s: float = Field(default=0, ge=0, le=MAX_PAUSE_S)
+    lasts_s: float = Field(default=0, ge=0, le=MAX_PAUSE.total_seconds())
 
 
 def router(database: Database, signals: Signals) -> APIRouter:
