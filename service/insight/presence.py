@@ -101,6 +101,14 @@ class Presence:
             self._refused = _Refused(models, now_s + REFUSAL_S, error)
             raise
 
+    def refusal(self) -> ApiError | None:
+        """Why new work is refused now, whatever models it names; None if it is accepted."""
+        try:
+            self.live(frozenset())
+        except ApiError as error:
+            return error
+        return None
+
     def unreachable(self, seen: SeenBeat, cause: str, request_id: str) -> ApiError:
         """UNAVAILABLE for a chosen worker that does not answer."""
         return unreachable(seen, self.now(), self.clock.monotonic(), cause, request_id)
@@ -208,14 +216,11 @@ class Presence:
 
     async def _judge(self) -> None:
         while True:
-            reason = ""
-            try:
-                self.live(frozenset())
-            except ApiError as error:
-                reason = f"{error.reason}: {error.message}"
-            is_accepting = not reason
+            refusal = self.refusal()
+            is_accepting = refusal is None
             if is_accepting is not self._is_accepting:
                 self._is_accepting = is_accepting
+                reason = f"{refusal.reason}: {refusal.message}" if refusal else ""
                 log.info("accepting" if is_accepting else "not_accepting", reason=reason)
                 await self.on_change(is_accepting)
             # Also without news: heartbeats become stale by themselves.

@@ -14,7 +14,7 @@ from service.db.connection import Database
 from service.db.recoveries import Event
 from service.db.recovery_orders import MAX_PAUSE, Order
 from service.db.watchdogs import SeenWatchdog
-from service.errors import ApiError, not_found
+from service.errors import not_found
 from service.http.page.signals import Sample, Signals
 from service.insight.presence import Presence
 from service.rpc import call_context
@@ -107,11 +107,8 @@ def hosts(
 
 def accepting(presence: Presence) -> dict[str, str]:
     """Why new work could not begin now; empty texts when it can."""
-    try:
-        presence.live(frozenset())
-    except ApiError as error:
-        return {"reason": error.reason, "message": error.message}
-    return {"reason": "", "message": ""}
+    refusal = presence.refusal()
+    return {"reason": refusal.reason, "message": refusal.message} if refusal else {"reason": "", "message": ""}
 
 
 def event_json(event: Event) -> dict[str, Any]:
