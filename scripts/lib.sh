@@ -18,6 +18,14 @@ know_home() {
   export BATCH_HOME
 }
 
+# The same with checked settings, and postgres: embedded or external; programs: those that this host runs, with blanks.
+know_settings() {
+  local told
+  told=$("$python" -m scripts.settings start "$@") || exit
+  { IFS= read -r BATCH_HOME && IFS= read -r conf && read -r postgres && read -r programs; } <<<"$told"
+  export BATCH_HOME
+}
+
 # No path is written into the copy: supervisord would interpret blanks, quotes and % in it.
 write_supervisord_conf() {
   mkdir -p "$BATCH_HOME/run" "$BATCH_HOME/log" && [[ -w $BATCH_HOME ]] ||

@@ -1,7 +1,8 @@
-"""Answers the shell scripts' questions about the settings, read here as all processes read them.
+"""Tells the shell scripts the settings, read here as all processes read them, one line each.
 
-`home`: BATCH_HOME and its supervisord.conf, one line each, whatever else is wrong with the settings.
-`postgres`: embedded or external. `programs`: BATCH_PROGRAMS, with blanks. The status is 2 with wrong settings.
+`home`: BATCH_HOME and its supervisord.conf, whatever else is wrong with the settings.
+`start`: the same two; `embedded` or `external`, as Postgres is; BATCH_PROGRAMS, with blanks. First checks the settings
+as `python -m service.gateway --check` does; `start quietly` warns of no variables. The status is 2 with wrong settings.
 """
 
 import os
@@ -19,21 +20,20 @@ def supervisord_conf(home: Path) -> Path:
     return ROOT / "conf/supervisord.conf" if is_default else home / "supervisord.conf"
 
 
-def main(question: str) -> int:
+def main(question: str, *how: str) -> int:
     """Answers on stdout."""
-    if question == "postgres":
-        lines = ["external" if config.load(warns=False, is_check=True).database_url else "embedded"]
-    elif question == "programs":
-        lines = [config.load(warns=False).programs.replace(",", " ")]
-    else:
-        home = config.home()
-        lines = [str(home), str(supervisord_conf(home))]
-        if not str(home).isprintable():
-            print("BATCH_HOME has control characters, or is not UTF-8", file=sys.stderr)
-            return 2
+    rest = []
+    if question == "start":
+        settings = config.load(warns="quietly" not in how, is_check=True)
+        rest = ["external" if settings.database_url else "embedded", settings.programs.replace(",", " ")]
+    home = config.home()
+    if not str(home).isprintable():
+        print("BATCH_HOME has control characters, or is not UTF-8", file=sys.stderr)
+        return 2
+    lines = [str(home), str(supervisord_conf(home)), *rest]
     sys.stdout.buffer.write(os.fsencode("".join(f"{line}\n" for line in lines)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

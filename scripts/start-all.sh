@@ -4,16 +4,13 @@
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 scripts/setup.sh
-"$python" -m service.gateway --check
-know_home
+know_settings
 if is_up; then
   say "start: supervisord is running"
-  postgres=$("$python" -m scripts.settings postgres)
-  programs=" $("$python" -m scripts.settings programs) "
   while read -r name state _; do
     [[ $name = postgres && $postgres = external ]] && continue
     # Of several processes the name is group:process.
-    [[ $name = postgres || $programs = *" ${name%%:*} "* ]] || continue
+    [[ $name = postgres || " $programs " = *" ${name%%:*} "* ]] || continue
     case $state in
       STOPPED | EXITED | FATAL)
         say "start: starting $name"

@@ -5,13 +5,10 @@ source "$(dirname "$0")/lib.sh"
 [[ -x $python ]] || exit 0
 know_home
 
-if is_up; then
-  pid=$(supervisorctl pid)
-  # The watchdog first: it would take the other stops for failures.
-  for name in watchdog http worker gateway postgres; do
-    say "stop: $name"
-    supervisorctl stop "$name" >/dev/null 2>&1 || true
-  done
+if pid=$(supervisorctl pid 2>/dev/null); then
+  # One after the other, the watchdog first: it would take the other stops for failures.
+  PYTHONUNBUFFERED=1 supervisorctl stop 'watchdog:*' 'http:*' 'worker:*' 'gateway:*' 'postgres:*' 2>/dev/null |
+    sed -u -n 's/^\(.*\): stopped$/stop: \1/p' || true
   supervisorctl shutdown >/dev/null
   for ((i = 0; i < 300; i++)); do
     kill -0 "$pid" 2>/dev/null || break

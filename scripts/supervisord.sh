@@ -2,15 +2,13 @@
 # Runs supervisord for this BATCH_HOME; used by start-all.sh and the systemd unit. Arguments go to supervisord.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
-know_home
+know_settings quietly
 write_supervisord_conf
-postgres=$("$python" -m scripts.settings postgres)
 [[ $postgres = embedded ]] && BATCH_EMBEDDED_POSTGRES=true || BATCH_EMBEDDED_POSTGRES=false
 if [[ $postgres = embedded ]] && ! id -un >/dev/null 2>&1; then
   fail "the embedded Postgres needs a user with a name, which uid $EUID does not have: set DATABASE_URL"
 fi
 export BATCH_EMBEDDED_POSTGRES
-programs=$("$python" -m scripts.settings programs)
 for program in gateway http worker watchdog; do
   [[ " $programs " = *" $program "* ]] && starts=true || starts=false
   export "BATCH_START_${program^^}=$starts"

@@ -22,12 +22,12 @@ from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog import dry_run
 from watchdog.act import gpu
 from watchdog.alerts import Alerts
-from watchdog.board import INTERVAL_S as BOARD_INTERVAL_S
-from watchdog.board import Board
 from watchdog.host import Host
 from watchdog.metrics import WatchdogCollector
 from watchdog.neighbours import Neighbours
 from watchdog.observe.stall_detector import StallDetector
+from watchdog.orders import INTERVAL_S as ORDERS_INTERVAL_S
+from watchdog.orders import Orders
 from watchdog.self_report import Report
 from watchdog.servicer import RecoveryServicer
 from watchdog.supervisor import Supervisor, SupervisorAwayError
@@ -102,9 +102,12 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         log.error("start_failed", cause=why)
         return 1
     alerts, changed, too_old = Alerts(settings), asyncio.Event(), asyncio.Event()
+    # What others read in Postgres is not as it is any more.
+    news = threading.Event()
 
     def on_change() -> None:
         loop.call_soon_threadsafe(changed.set)
+        news.set()
 
     def on_too_old() -> None:
         loop.call_soon_threadsafe(too_old.set)
@@ -122,7 +125,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         database,
         socket.gethostname(),
         machine.settle(settings.home).machine,
-        Report(supervisor, (workers, gateways), settings.max_restarts_per_hour, gpu.devices),
+        Report(supervisor, workers, gateways, settings.max_restarts_per_hour, gpu.devices),
         settings.heartbeat_timeout_s,
         settings.host_forgotten_s,
         SystemClock(),
@@ -130,7 +133,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         on_too_old,
     )
     servicer = RecoveryServicer(workers, gateways, reading, settings.max_restarts_per_hour)
-    board = Board(database, workers, gateways, settings.max_restarts_per_hour)
+    orders = Orders(database, workers, gateways)
     try:
         server = await rpc_server.serve(
             settings,
@@ -149,13 +152,13 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
     threads = [
         threading.Thread(target=_bring_schema, args=(database, ending), name="schema", daemon=True),
         *(
-            threading.Thread(target=_repeat, args=(name, task, interval_s, ending, alerts), name=name, daemon=True)
-            for name, task, interval_s in (
-                ("discover", workers.discover, DISCOVER_INTERVAL_S),
-                ("discover-gateways", gateways.discover, DISCOVER_INTERVAL_S),
-                ("heartbeat", neighbours.beat, settings.heartbeat_interval_s),
-                ("neighbours", neighbours.look, LOOK_BEATS * settings.heartbeat_interval_s),
-                ("board", board.look, BOARD_INTERVAL_S),
+            threading.Thread(target=_repeat, args=(*each, ending, alerts), name=each[0], daemon=True)
+            for each in (
+                ("discover", workers.discover, DISCOVER_INTERVAL_S, None),
+                ("discover-gateways", gateways.discover, DISCOVER_INTERVAL_S, None),
+                ("heartbeat", neighbours.beat, settings.heartbeat_interval_s, news),
+                ("neighbours", neighbours.look, LOOK_BEATS * settings.heartbeat_interval_s, None),
+                ("orders", orders.take, ORDERS_INTERVAL_S, None),
             )
         ),
     ]
@@ -166,6 +169,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
     telling.cancel()
     await server.end(GRACE_S)
     ending.set()
+    news.set()
     for thread in threads:
         thread.join(END_TIMEOUT_S)
     for host in (workers, gateways):
@@ -234,8 +238,18 @@ def _bring_schema(database: Database, ending: threading.Event) -> None:
         ending.wait(SCHEMA_RETRY_S)
 
 
-def _repeat(name: str, task: Callable[[], None], interval_s: float, ending: threading.Event, alerts: Alerts) -> None:
-    """Runs a task periodically. A failure is logged and, if it is the first in a row, alerted."""
+def _repeat(
+    name: str,
+    task: Callable[[], None],
+    interval_s: float,
+    woken: threading.Event | None,
+    ending: threading.Event,
+    alerts: Alerts,
+) -> None:
+    """Runs a task periodically, and whenever `woken` is set.
+
+    A failure is logged and, if it is the first in a row, alerted.
+    """
     has_failed = False
     while not ending.is_set():
         try:
@@ -246,7 +260,9 @@ def _repeat(name: str, task: Callable[[], None], interval_s: float, ending: thre
             if not has_failed:
                 alerts.fault(name, error)
             has_failed = True
-        ending.wait(interval_s)
+        (woken or ending).wait(interval_s)
+        if woken is not None:
+            woken.clear()
 
 
 def _none(supervisor: Supervisor) -> dict[str, str]:

@@ -5,8 +5,6 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
-import sentry_sdk
-
 from service.config import Settings
 
 SHUTDOWN_TIMEOUT_S = 2.0
@@ -16,9 +14,14 @@ class Alerts:
     """Sends Sentry events. Pass only evidence, reasons and timings in `told`: no secrets, no prompts."""
 
     def __init__(self, settings: Settings) -> None:
-        dsn = settings.sentry_dsn.get_secret_value() if settings.sentry_dsn else None
+        self._client = None
+        if not settings.sentry_dsn:
+            return
+        # Only here: it is a sixth of what a watchdog imports.
+        import sentry_sdk
+
         self._client = sentry_sdk.Client(
-            dsn=dsn,
+            dsn=settings.sentry_dsn.get_secret_value(),
             environment=settings.environment,
             # Send only what `tell` passes: no request bodies, local variables, log lines or arguments.
             default_integrations=False,
@@ -28,10 +31,13 @@ class Alerts:
             server_name="",
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
-        self._scope = sentry_sdk.Scope(client=self._client)
 
     def tell(self, kind: str, cause: str, worker_id: str, level: str, message: str, told: Mapping[str, Any]) -> None:
         """Queues one event, grouped by kind and cause (a verdict), without waiting for the network."""
+        if self._client is None:
+            return
+        import sentry_sdk
+
         with sentry_sdk.new_scope() as scope:
             scope.set_client(self._client)
             scope.fingerprint = [kind, cause]
@@ -51,4 +57,5 @@ class Alerts:
 
     def close(self) -> None:
         """Sends queued events, for at most SHUTDOWN_TIMEOUT_S."""
-        self._client.close(timeout=SHUTDOWN_TIMEOUT_S)
+        if self._client is not None:
+            self._client.close(timeout=SHUTDOWN_TIMEOUT_S)

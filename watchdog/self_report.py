@@ -1,15 +1,15 @@
-"""What a watchdog reports about its host to all others: programs, verdicts, budgets, GPUs."""
+"""What a watchdog reports about its host to all others: programs, statuses of its guards, GPUs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
+
 from watchdog.act.gpu import Device
 from watchdog.host import Host
+from watchdog.servicer import status_message
 from watchdog.supervisor import Supervisor, SupervisorAwayError
-
-# A reason may contain a whole traceback's last line.
-MAX_REASON = 500
 
 
 @dataclass
@@ -17,7 +17,8 @@ class Report:
     """`devices` returns the GPUs; it is called once, because it may take seconds and they do not change."""
 
     supervisor: Supervisor
-    hosts: Sequence[Host]
+    workers: Host
+    gateways: Host
     budget_limit: int
     devices: Callable[[], Sequence[Device]]
     _devices: Sequence[Device] | None = field(default=None)
@@ -27,7 +28,8 @@ class Report:
         if self._devices is None:
             self._devices = self.devices()
         gpus = [{"name": device.name, "memory_bytes": device.memory_bytes} for device in self._devices]
-        return {"programs": self._programs(), "guards": self._guards(), "gpus": gpus}
+        guards = [*self._guards(self.workers, is_gateway=False), *self._guards(self.gateways, is_gateway=True)]
+        return {"programs": self._programs(), "guards": guards, "gpus": gpus}
 
     def _programs(self) -> list[tuple[str, str]]:
         try:
@@ -35,17 +37,10 @@ class Report:
         except SupervisorAwayError:
             return []
 
-    def _guards(self) -> list[dict[str, Any]]:
-        guards = [guard for host in self.hosts for guard in host.by_worker.values()]
+    def _guards(self, host: Host, *, is_gateway: bool) -> list[dict[str, Any]]:
+        """The statuses as RecoveryService has them."""
+        messages = [status_message(name, guard.snapshot, self.budget_limit) for name, guard in host.by_worker.items()]
         return [
-            {
-                "worker_id": snapshot.worker_id,
-                "verdict": str(snapshot.decision.verdict),
-                "reason": snapshot.decision.reason[:MAX_REASON],
-                "budget_left": snapshot.budget_left,
-                "budget_limit": self.budget_limit,
-                "gave_up": snapshot.gave_up,
-            }
-            for guard in guards
-            if (snapshot := guard.snapshot) is not None
+            {**MessageToDict(message, preserving_proto_field_name=True), "is_gateway": is_gateway}
+            for message in messages
         ]

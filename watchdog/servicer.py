@@ -10,6 +10,7 @@ import grpc
 from service.db import recoveries
 from service.db.connection import Database
 from service.db.recoveries import Event
+from service.db.recovery_orders import MAX_PAUSE
 from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
 from service.rpc import call_context, pages
 from service.rpc.handlers import Context
@@ -20,8 +21,6 @@ from watchdog.guard import Guard, Snapshot
 from watchdog.host import Host
 from watchdog.policy import Verdict
 from watchdog.record.audit_log import UnrecordedError
-
-MAX_PAUSE = timedelta(hours=24)
 
 
 class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
@@ -60,7 +59,8 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
         violations = []
         lasts = request.duration.ToTimedelta()
         if not timedelta(0) < lasts <= MAX_PAUSE:
-            violations.append(Violation("duration", "must be more than 0 and at most 24 hours"))
+            hours = MAX_PAUSE // timedelta(hours=1)
+            violations.append(Violation("duration", f"must be more than 0 and at most {hours} hours"))
         violations += _wrong_reason(request.reason)
         if violations:
             raise invalid(violations)

@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 
+import psutil
+
 from benchmarks.lib.harness import Figure, Sizes, at_most, main
-from benchmarks.lib.stacks import family, processor_s, simulated, url
+from benchmarks.lib.stacks import processor_s, simulated, url
 from tests.support.stacks import ROOT
 
 SIZES: Sizes = {"seconds": (60, 8), "rounds": (5, 1)}
@@ -23,18 +25,18 @@ SIZES: Sizes = {"seconds": (60, 8), "rounds": (5, 1)}
 def measure(seconds: int, rounds: int) -> Iterator[Figure]:
     """Measures all processes at the same time, round after round."""
     with simulated() as stack:
-        watched = {name: family(stack.pid(name)) for name in ("watchdog", "gateway", "postgres")}
+        watched = {name: stack.pid(name) for name in ("watchdog", "gateway", "postgres")}
         shares: dict[str, list[float]] = {name: [] for name in (*watched, "heartbeat")}
         memories: dict[str, list[float]] = {"watchdog": [], "heartbeat": []}
         for _ in range(rounds):
             command = [sys.executable, "-m", "benchmarks.lib.heart_alone", url(stack), str(seconds)]
             with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as heart:
-                before, begin_s = {name: processor_s(those) for name, those in watched.items()}, time.monotonic()
+                before, begin_s = {name: processor_s(pid) for name, pid in watched.items()}, time.monotonic()
                 printed, _error = heart.communicate(timeout=seconds + 60)
             took_s = time.monotonic() - begin_s
-            for name, those in watched.items():
-                shares[name].append(100 * (processor_s(those) - before[name]) / took_s)
-            memories["watchdog"].append(watched["watchdog"][0].memory_info().rss / 2**20)
+            for name, pid in watched.items():
+                shares[name].append(100 * (processor_s(pid) - before[name]) / took_s)
+            memories["watchdog"].append(psutil.Process(watched["watchdog"]).memory_info().rss / 2**20)
             beating = json.loads(printed)
             shares["heartbeat"].append(100 * beating["core"])
             memories["heartbeat"].append(beating["mb"])

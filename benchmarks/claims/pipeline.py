@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.lib import chats
 from benchmarks.lib.harness import Figure, Sizes, alternate, at_least, main, timed
 from benchmarks.lib.memory import peak_mb
-from benchmarks.lib.stacks import family, processor_s, psql, simulated
+from benchmarks.lib.stacks import processor_s, psql, simulated
 from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -35,11 +35,11 @@ def measure(requests: int, rounds: int) -> Iterator[Figure]:
             nonlocal count
             with given.open("rb") as file:
                 made = client.submit(file)
-            before = {name: processor_s(family(pid)) for name, pid in programs.items()}
+            before = {name: processor_s(pid) for name, pid in programs.items()}
             *_, done = client.watch(made.id)
             assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, requests)
             for name, pid in programs.items():
-                took_us[name].append((processor_s(family(pid)) - before[name]) / requests * 1e6)
+                took_us[name].append((processor_s(pid) - before[name]) / requests * 1e6)
             psql(
                 stack,
                 f"\\copy (SELECT * FROM results WHERE batch_id = {made.id.rpartition('_')[2]} ORDER BY sequence)"

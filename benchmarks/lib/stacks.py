@@ -1,5 +1,6 @@
 """What is measured: a whole stack, started by the users' scripts, or a Postgres alone; and psql for either."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -77,12 +78,11 @@ def python(code: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def family(pid: int) -> list[psutil.Process]:
-    """A process and its descendants."""
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def processor_s(processes: list[psutil.Process]) -> float:
-    """The processor time that these processes have used, in seconds."""
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
+def processor_s(pid: int) -> float:
+    """The processor time that a process and its descendants have used, in seconds, also those that have ended."""
+    process, spent_s = psutil.Process(pid), 0.0
+    for each in (process, *process.children(recursive=True)):
+        # Connections to Postgres come and go.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            spent_s += sum(each.cpu_times()[:4])
+    return spent_s

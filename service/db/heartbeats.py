@@ -16,6 +16,13 @@ from service.machine import Place
 AGE = peewee.SQL("extract(epoch FROM clock_timestamp() - last_seen)::float8")
 LIFE = peewee.SQL("extract(epoch FROM clock_timestamp() - start_time)::float8")
 
+# Of the watchdog of the worker's host, and whether that host is ordered to drain.
+WATCHDOG_AGE = peewee.SQL(
+    "(SELECT extract(epoch FROM clock_timestamp() - dog.last_seen)::float8"
+    " FROM watchdogs dog WHERE dog.watchdog_id = host_of(worker_id))"
+)
+IS_DRAINED = peewee.SQL("EXISTS (SELECT FROM hosts WHERE name = host_of(worker_id) AND drain_time IS NOT NULL)")
+
 # When a worker's lease on its name ends. A version that knew no leases wrote none, and gave none back.
 _LEASE = "coalesce(lease_until, CASE phase WHEN 'stopping' THEN last_seen ELSE last_seen + interval '60 s' END)"
 # What is left of it. Like the leases of chunks, it does not run out while Postgres is away.
@@ -64,7 +71,8 @@ class SeenBeat:
     """A worker's last heartbeat, and the age of the heartbeat and of that life when it was read, in seconds.
 
     `has_served`: the worker has been ready with these settings, in this life or an earlier one. `lease_left_s` is what
-    is left of the lease on its name, not positive once that is over.
+    is left of the lease on its name, not positive once that is over. Only `read_recent` tells the age of the heartbeat
+    of the watchdog of its host, None if there was none, and whether an operator ordered that host to drain.
     """
 
     beat: Beat
@@ -73,6 +81,8 @@ class SeenBeat:
     has_served: bool = False
     lease_left_s: float = 0.0
     last_seen: datetime | None = None
+    watchdog_age_s: float | None = None
+    is_drained: bool = False
 
 
 def failure(beat: Beat) -> dict[str, str]:
@@ -145,6 +155,7 @@ def _write(db: peewee.PostgresqlDatabase, beat: Beat, lease_s: float, may_replac
 
 
 AS_SEEN = (Heartbeat, AGE.alias("age_s"), LIFE.alias("life_s"), LEASE_LEFT.alias("lease_left_s"))
+OF_HOST = (WATCHDOG_AGE.alias("watchdog_age_s"), IS_DRAINED.alias("is_drained"))
 
 
 def read(db: peewee.PostgresqlDatabase, worker_id: str | None = None) -> list[SeenBeat]:
@@ -158,11 +169,11 @@ def read(db: peewee.PostgresqlDatabase, worker_id: str | None = None) -> list[Se
 def read_recent(db: peewee.PostgresqlDatabase, timeout_s: float, most_gone: int) -> list[SeenBeat]:
     """The last heartbeats of workers seen within `timeout_s`, and those of the `most_gone` seen last in any case.
 
-    What it costs does not grow with workers that are gone.
+    With what is known of their hosts. What it costs does not grow with workers that are gone.
     """
     last = Heartbeat.select(Heartbeat.worker_id).order_by(Heartbeat.last_seen.desc()).limit(most_gone)
     query = (
-        Heartbeat.select(*AS_SEEN)
+        Heartbeat.select(*AS_SEEN, *OF_HOST)
         .where((timeout_s >= AGE) | Heartbeat.worker_id.in_(last))
         .order_by(Heartbeat.worker_id)
     )
@@ -184,4 +195,13 @@ def _seen(row: Any) -> SeenBeat:
         detail=row["detail"],
     )
     has_served = bool(beat.settings) and beat.settings == row["served_settings"]
-    return SeenBeat(beat, row["age_s"], row["life_s"], has_served, row["lease_left_s"], row["last_seen"])
+    return SeenBeat(
+        beat,
+        row["age_s"],
+        row["life_s"],
+        has_served,
+        row["lease_left_s"],
+        row["last_seen"],
+        row.get("watchdog_age_s"),
+        row.get("is_drained", False),
+    )

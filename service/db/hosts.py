@@ -200,7 +200,10 @@ def survey(db: peewee.PostgresqlDatabase, timeout_s: float) -> Survey:
 
 
 def begin_losses(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[Loss]:
-    """Records what is gone. Returns what nobody had recorded yet."""
+    """Records what is gone, in `reported_losses`. Returns what nobody had recorded yet.
+
+    The table `losses` is another: what gateways see of workers whose heartbeats are missing (losses.py).
+    """
     given = {"timeout_s": timeout_s, "most": MOST_LOST, "news_s": NEWS_S}
     return [Loss(*row) for row in db.execute_sql(BEGIN, given).fetchall()]
 

@@ -58,7 +58,10 @@ def silence_s(detail: Mapping[str, object]) -> float:
 
 
 def report(db: peewee.PostgresqlDatabase, seen_from: str, reachable: Mapping[UUID, bool]) -> None:
-    """Says of lives of workers whether a gateway on the host `seen_from` reaches them."""
+    """Says of lives of workers whether a gateway on the host `seen_from` reaches them, in `losses`.
+
+    Of hosts, watchdogs and models that are gone the table `reported_losses` tells (hosts.py).
+    """
     db.execute_sql(
         """
         INSERT INTO losses (incarnation, seen_from, is_reachable)

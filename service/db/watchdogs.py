@@ -1,6 +1,6 @@
-"""The heartbeats of watchdogs, aged by the database's clock, so that their absence is noticed too."""
+"""The heartbeats of watchdogs, aged by the database's clock, and what they report of the processes they guard."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +9,20 @@ import peewee
 from service.db import lives
 from service.db.models import Watchdog
 
-AGE = peewee.SQL("extract(epoch FROM clock_timestamp() - last_seen)::float8")
 # A watchdog that was last seen before this time has left its name to others.
 GONE = peewee.SQL("clock_timestamp() - interval '60 s'")
 
 
 @dataclass(frozen=True)
 class SeenWatchdog:
-    """The watchdog of a host, and the age of its heartbeat when it was read."""
+    """The watchdog of a host, and the age of its heartbeat when it was read.
+
+    `guards`: what it concluded about each worker and gateway, as a `WorkerStatus` in JSON with `is_gateway`.
+    """
 
     watchdog_id: str
     age_s: float
+    guards: Sequence[Mapping[str, Any]]
 
 
 def write(
@@ -42,11 +45,10 @@ def end(db: peewee.PostgresqlDatabase, watchdog_id: str, pid: int) -> None:
     lives.end(db, Watchdog, watchdog_id, pid)
 
 
-def read(db: peewee.PostgresqlDatabase, watchdog_ids: Collection[str]) -> list[SeenWatchdog]:
-    """Those of the watchdogs that there are."""
-    query = Watchdog.select(Watchdog.watchdog_id, AGE.alias("age_s")).order_by(Watchdog.watchdog_id)
-    return [_seen(row) for row in query.where(Watchdog.watchdog_id.in_(list(watchdog_ids))).bind(db).dicts()]
-
-
-def _seen(row: Any) -> SeenWatchdog:
-    return SeenWatchdog(**row)
+def read(db: peewee.PostgresqlDatabase) -> list[SeenWatchdog]:
+    """All that there are."""
+    rows = db.execute_sql(
+        "SELECT watchdog_id, extract(epoch FROM clock_timestamp() - last_seen)::float8,"
+        " coalesce(detail->'guards', '[]') FROM watchdogs ORDER BY watchdog_id"
+    )
+    return [SeenWatchdog(*row) for row in rows.fetchall()]

@@ -31,7 +31,6 @@ from service.rpc import server as rpc_server
 from service.rpc.services import BATCH_SERVICE, HOST_SERVICE, WEBHOOK_SERVICE
 from service.telemetry import logs, metrics
 from service.webhooks.deliverer import Deliverer, Signer
-from service.webhooks.sender import Sender
 from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc, webhook_service_pb2_grpc
 
 # How long calls under way, mostly uploads, may take to finish. Less than supervisord waits for us to stop.
@@ -86,7 +85,7 @@ async def serve(settings: Settings) -> int:
     networks = webhook_targets.networks(settings.webhook_networks)
     servicer = GatewayServicer(database, limits, presence, channels, explainer, networks)
     # On the connections of the calls: each statement is short, and what it misses comes again.
-    deliverer = Deliverer(database, Sender(networks), Signer(allowed.quotas, SystemClock()), messages.batch_name)
+    deliverer = Deliverer(database, networks, Signer(allowed.quotas, SystemClock()), messages.batch_name)
     webhook_servicer = WebhookServicer(database, deliverer, networks, allowed.quotas)
     host_servicer = HostServicer(database, settings.heartbeat_timeout_s)
 

@@ -8,6 +8,9 @@ from service.db.hosts import Host, Program, State
 from service.rpc.times import duration
 from vllm_batch.v1 import host_service_pb2 as pb
 
+# A reason may contain a whole traceback's last line.
+MAX_REASON = 500
+
 STATES = {
     State.ALIVE: pb.HOST_STATE_ALIVE,
     State.STOPPED: pb.HOST_STATE_STOPPED,
@@ -63,8 +66,8 @@ def _worker(program: Program, guard: Mapping[str, Any]) -> pb.HostWorker:
         phase=program.phase,
         models=program.models,
         requests_held=program.queued,
-        verdict=str(guard.get("verdict", "")),
-        reason=str(guard.get("reason", "")),
+        verdict=str(guard.get("verdict", "")).removeprefix("VERDICT_"),
+        reason=str(guard.get("reason", ""))[:MAX_REASON],
         budget_left=int(guard.get("budget_left", 0)),
         budget_limit=int(guard.get("budget_limit", 0)),
         gave_up=bool(guard.get("gave_up", False)),

@@ -13,7 +13,6 @@ from service.db.host_metrics import host_metrics
 from service.db.hosts import Survey
 from service.db.queue_stats import QueueStats
 from service.db.usage import Usage
-from service.errors import ApiError
 from service.insight.presence import Presence
 from service.telemetry.metrics import Fresh, Scraped, one_of
 
@@ -56,11 +55,7 @@ class GatewayCollector(Scraped):
             yield from host_metrics(survey)
 
     def _workers(self) -> Iterator[Metric]:
-        try:
-            self.presence.live(frozenset())
-            is_accepting = True
-        except ApiError:
-            is_accepting = False
+        is_accepting = self.presence.refusal() is None
         yield GaugeMetricFamily("vllm_batch_accepting", "1: new work is accepted.", int(is_accepting))
         freshness, now_s = self.presence.freshness, self.presence.clock.monotonic()
         ages = GaugeMetricFamily(

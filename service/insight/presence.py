@@ -13,9 +13,8 @@ import peewee
 from service import announce
 from service.announce import AddressError
 from service.clock import Clock
-from service.db import heartbeats, hosts, recoveries, standby, unserved, watchdogs
+from service.db import heartbeats, recoveries, standby, unserved
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseAwayError, DatabaseUnfitError, first_line
-from service.db.chunks import host_of
 from service.db.connection import Database, check_schema
 from service.db.heartbeats import SeenBeat
 from service.errors import ApiError
@@ -28,6 +27,8 @@ from service.machine import Place
 from service.telemetry import logs
 
 LOOK_INTERVAL_S = 1.0
+# How often to read what changes rarely, as long as new work is accepted.
+RARELY_S = 5.0
 # Reading them takes milliseconds: after this long, Postgres counts as away.
 AWAY_S = 6.0
 # A worker whose health changes writes it to its heartbeat at the same time.
@@ -78,6 +79,8 @@ class Presence:
     # Workers that announce an address of which only their own host knows.
     _unreachable: frozenset[UUID] = frozenset()
     _has_looked: bool = False
+    # When to read what changes rarely again.
+    _rest_due_s: float = float("-inf")
     _availability: AvailabilityLog = field(default_factory=lambda: AvailabilityLog(log))
     _judge_now: asyncio.Event = field(default_factory=asyncio.Event)
     _look_now: asyncio.Event = field(default_factory=asyncio.Event)
@@ -97,6 +100,14 @@ class Presence:
         except ApiError as error:
             self._refused = _Refused(models, now_s + REFUSAL_S, error)
             raise
+
+    def refusal(self) -> ApiError | None:
+        """Why new work is refused now, whatever models it names; None if it is accepted."""
+        try:
+            self.live(frozenset())
+        except ApiError as error:
+            return error
+        return None
 
     def unreachable(self, seen: SeenBeat, cause: str, request_id: str) -> ApiError:
         """UNAVAILABLE for a chosen worker that does not answer."""
@@ -158,7 +169,12 @@ class Presence:
             if not self._is_schema_there:
                 await self.database.run(check_schema)
                 self._is_schema_there = True
-            reading = asyncio.ensure_future(self.database.run(_read, self.timeout_s))
+            now_s = self.clock.monotonic()
+            # Refusals tell why, and for how long.
+            is_all = not self._is_accepting or now_s >= self._rest_due_s
+            reading = asyncio.ensure_future(
+                self.database.run(_read, self.timeout_s, None if is_all else self.freshness)
+            )
             if not (await asyncio.wait({reading}, timeout=AWAY_S))[0]:
                 # It still waits: for a frozen server, or to connect.
                 self._note_away(DatabaseAwayError(f"Postgres did not answer within {AWAY_S:.3g} s"))
@@ -170,6 +186,8 @@ class Presence:
             self._note_away(error)
         else:
             self._availability.back()
+            if is_all:
+                self._rest_due_s = now_s + RARELY_S
             found = replace(found, beats=self._reachable(found.beats), read_at_s=self.clock.monotonic())
             _tell_news(self.freshness.beats, found.beats)
             self.freshness = found
@@ -198,14 +216,11 @@ class Presence:
 
     async def _judge(self) -> None:
         while True:
-            reason = ""
-            try:
-                self.live(frozenset())
-            except ApiError as error:
-                reason = f"{error.reason}: {error.message}"
-            is_accepting = not reason
+            refusal = self.refusal()
+            is_accepting = refusal is None
             if is_accepting is not self._is_accepting:
                 self._is_accepting = is_accepting
+                reason = f"{refusal.reason}: {refusal.message}" if refusal else ""
                 log.info("accepting" if is_accepting else "not_accepting", reason=reason)
                 await self.on_change(is_accepting)
             # Also without news: heartbeats become stale by themselves.
@@ -230,18 +245,17 @@ def _tell_news(before: Sequence[SeenBeat], now: Sequence[SeenBeat]) -> None:
             )
 
 
-def _read(db: peewee.PostgresqlDatabase, timeout_s: float) -> Freshness:
+def _read(db: peewee.PostgresqlDatabase, timeout_s: float, before: Freshness | None) -> Freshness:
+    """Reads the heartbeats. All else is taken from `before`, or read too."""
     standby.check(db)
     beats = heartbeats.read_recent(db, timeout_s, MOST_GONE)
+    if before is not None:
+        return replace(before, beats=beats, failure="")
     worker_ids = [seen.beat.worker_id for seen in beats]
-    timings = {worker_id: dict(found) for worker_id, found in recoveries.last_timings(db, worker_ids).items()}
-    dogs = watchdogs.read(db, {host_of(worker_id) for worker_id in worker_ids})
     return Freshness(
         beats,
         given_up=frozenset(recoveries.given_up(db, worker_ids)),
         paused=recoveries.paused(db, worker_ids),
-        timings=timings,
-        watchdogs={seen.watchdog_id: seen.age_s for seen in dogs},
-        drained=hosts.drained(db),
+        timings={worker_id: dict(found) for worker_id, found in recoveries.last_timings(db, worker_ids).items()},
         awaited=unserved.awaited(db),
     )

@@ -72,14 +72,10 @@ class Freshness:
     paused: Mapping[str, Pause] = field(default_factory=dict)
     # Seconds by phase of each worker's last successful restart.
     timings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    # Age of the last heartbeat of each host's watchdog when it was read.
-    watchdogs: Mapping[str, float] = field(default_factory=dict)
     # Why the last read failed; empty if it succeeded.
     failure: str = ""
     # The links by address.
     contacts: Mapping[str, Contact] = field(default_factory=dict)
-    # Hosts that operators ordered to drain.
-    drained: frozenset[str] = frozenset()
     # Models that batches in progress wait for.
     awaited: Set[str] = frozenset()
 
@@ -89,7 +85,7 @@ class Freshness:
 
     def watchdog_age_s(self, seen: SeenBeat, now_s: float) -> float | None:
         """The present age of the last heartbeat of the watchdog on a worker's host; None if there was none."""
-        age_s = self.watchdogs.get(host_of(seen.beat.worker_id))
+        age_s = seen.watchdog_age_s
         return None if age_s is None else age_s + max(0.0, now_s - self.read_at_s)
 
     def contact(self, seen: SeenBeat) -> Contact:
@@ -99,10 +95,6 @@ class Freshness:
     def is_missed(self, seen: SeenBeat, now_s: float) -> bool:
         """True if heartbeats of the worker are missing: perhaps it does not reach the database."""
         return self.age_s(seen, now_s) > losses.silence_s(seen.beat.detail)
-
-    def is_drained(self, seen: SeenBeat) -> bool:
-        """True if the worker's host was ordered to drain: it gets no new work."""
-        return host_of(seen.beat.worker_id) in self.drained
 
 
 @dataclass(frozen=True)
@@ -148,7 +140,7 @@ def live(freshness: Freshness, now_s: float, timeout_s: float, models: Set[str] 
     away: list[SeenBeat] = []
     for seen in freshness.beats:
         is_live = freshness.age_s(seen, now_s) <= timeout_s and freshness.contact(seen).health is LinkState.SERVING
-        (serving if is_live and not freshness.is_drained(seen) else away).append(seen)
+        (serving if is_live and not seen.is_drained else away).append(seen)
     able = [seen for seen in serving if models <= set(seen.beat.models)]
     if not serving:
         raise _best_refusal(freshness, away, now_s, timeout_s)
@@ -216,7 +208,7 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
         left_s = _left_s(sum(timings.values()), for_s, RECOVERY_S)
         message = f"worker's engine is not working: {phase}{_why(seen)}{_unwatched(freshness, seen, now_s)}"
         return _refusal(WORKER_STALLED, message, metadata, left_s)
-    if freshness.is_drained(seen):
+    if seen.is_drained:
         host = host_of(seen.beat.worker_id)
         message = f"worker's host is drained: `vllm-batch hosts resume {host}` gives it work again"
         return _refusal(WORKER_OFFLINE, message, metadata, DRAINING_S)

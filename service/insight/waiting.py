@@ -136,7 +136,7 @@ def _condition(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: fl
     }
     if phase in named:
         return named[Phase(phase)]
-    if freshness.is_drained(seen):
+    if seen.is_drained:
         return Condition.DRAINED
     is_refusing = contact.health is LinkState.NOT_SERVING and now_s - contact.since_s > CHANGE_S
     return Condition.STALLED if is_refusing else Condition.READY

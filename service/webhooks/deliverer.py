@@ -4,7 +4,9 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 from prometheus_client import Counter
@@ -18,9 +20,12 @@ from service.db.connection import Database, check_schema
 from service.db.webhooks import Delivery, Outcome
 from service.telemetry import logs
 from service.tenants import Quotas
+from service.webhook_targets import Networks
 from service.webhooks import retries, signing
 from service.webhooks.retries import Breaker, Target
-from service.webhooks.sender import Sender
+
+if TYPE_CHECKING:
+    from service.webhooks.sender import Sender
 
 # How soon an event is seen.
 INTERVAL_S = 0.5
@@ -71,10 +76,10 @@ class Signer:
 
 @dataclass
 class Deliverer:
-    """`name_of` gives a batch's id as clients know it."""
+    """Sends to what `networks` and the Internet have. `name_of` gives a batch's id as clients know it."""
 
     database: Database
-    sender: Sender
+    networks: Networks
     signer: Signer
     name_of: Callable[[int], str]
     _breaker: Breaker = field(default_factory=Breaker)
@@ -204,7 +209,14 @@ class Deliverer:
             # Where the file is concerns the operator, not whoever sees the outcome.
             log.error("webhook_secret_unusable", tenant=tenant, cause=str(error))
             return Outcome(None, "cannot be signed: the tenant has no secret, or its file cannot be used")
-        return await self.sender.post(url, headers, body)
+        return await self._sender.post(url, headers, body)
+
+    @cached_property
+    def _sender(self) -> "Sender":
+        # Most gateways deliver nothing, and start sooner without its libraries.
+        from service.webhooks.sender import Sender
+
+        return Sender(self.networks)
 
     def _now_s(self) -> float:
         return self.signer.clock.monotonic()

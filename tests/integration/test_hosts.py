@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from unittest.mock import Mock
 from uuid import NAMESPACE_OID, uuid5
 
 import peewee
@@ -28,6 +29,7 @@ from tests.support.waiting import until
 from vllm_batch import Client
 from vllm_batch.v1 import host_service_pb2 as pb
 from watchdog.alerts import Alerts
+from watchdog.host import Host as Guards
 from watchdog.neighbours import Neighbours
 from watchdog.self_report import Report
 from watchdog.supervisor import Supervisor
@@ -167,7 +169,8 @@ def age(database: Database, host: str, age_s: float) -> None:
 
 def watching(database: Database, host: str, alerts: Alerts) -> Neighbours:
     """The watchdog of a host, which has beaten for long enough to judge others."""
-    report = Report(Supervisor("unix:///nowhere", 1), (), 10, list)
+    nowhere = Supervisor("unix:///nowhere", 1)
+    report = Report(nowhere, Guards(nowhere, Mock()), Guards(nowhere, Mock()), 10, list)
     found = Neighbours(database, host, "", report, LIMIT_S, 1000, SystemClock(), alerts, lambda: None)
     found.beat()
     found._steady_since_s = -LIMIT_S

@@ -1,7 +1,6 @@
 """The API of the page: sessions, what other sites cannot do, live parts, orders that reach a watchdog."""
 
 import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +13,16 @@ import pytest
 
 from service.auth import tokens
 from service.auth.roles import Role
-from service.db import recovery_board
+from service.db import recovery_orders, watchdogs
 from service.db.connection import Database
 from tests.support.batches import line
 from tests.support.ports import free_port
 from tests.support.servers import Stack, new_database
 from tests.support.waiting import until
-from watchdog.board import Board
 from watchdog.host import Host
+from watchdog.orders import Orders
 from watchdog.record.audit_log import UnrecordedError
+from watchdog.self_report import Report
 
 CSRF = "x-csrf-token"
 
@@ -159,24 +159,29 @@ def test_live_parts(door: Stack) -> None:
 
 def test_orders_reach_a_watchdog_once(database: Database) -> None:
     """A watchdog takes the orders for its own workers, once it could record them, and with what is left of a pause."""
-    guard, stranger = Mock(snapshot=None), f"{socket.gethostname()}:elsewhere"
-    workers = Host(Mock(), Mock(), by_worker={"here:worker": guard})
-    board = Board(database, workers, Host(Mock(), Mock()), 10)
-    assert not database.call(recovery_board.order, "here:worker", "paused", "nobody has told of it", 60)
-    board.look()
-    database.call(recovery_board.put, "elsewhere", {stranger: {}}, {})
-    assert database.call(recovery_board.order, "here:worker", "paused", "cable", 3600)
-    assert database.call(recovery_board.order, stranger, "resumed", "theirs", 0)
+    guard, stranger = Mock(snapshot=None), "elsewhere:gateway"
+    workers, gateways = Host(Mock(), Mock(), by_worker={"here:worker": guard}), Host(Mock(), Mock())
+    orders = Orders(database, workers, gateways)
+    assert not database.call(recovery_orders.leave, "here:worker", "paused", "nobody has told of it", 60)
+    supervisor = Mock(states=dict)
+    database.call(watchdogs.write, "here", 1, "", Report(supervisor, workers, gateways, 10, list).detail())
+    theirs = Host(Mock(), Mock(), by_worker={stranger: Mock(snapshot=None)})
+    database.call(watchdogs.write, "elsewhere", 1, "", Report(supervisor, gateways, theirs, 10, list).detail())
+    assert database.call(recovery_orders.leave, "here:worker", "paused", "cable", 3600)
+    assert database.call(recovery_orders.leave, stranger, "resumed", "theirs", 0)
     guard.order.side_effect = UnrecordedError
-    board.look()
-    assert len(database.call(recovery_board.waiting)) == 2
+    orders.take()
+    assert len(database.call(recovery_orders.waiting)) == 2
     guard.order.side_effect = None
     guard.order.reset_mock()
-    board.look()
+    orders.take()
     [(kind, reason, left_s), _] = guard.order.call_args
     assert (kind, reason) == ("paused", "cable")
     assert 3500 < left_s <= 3600
-    board.look()
+    orders.take()
     guard.order.assert_called_once()
-    assert [order.worker_id for order in database.call(recovery_board.waiting)] == [stranger]
-    assert {status.worker_id for status in database.call(recovery_board.read)} == {"here:worker", stranger}
+    assert [order.worker_id for order in database.call(recovery_orders.waiting)] == [stranger]
+    told = [
+        (status["worker_id"], status["is_gateway"]) for dog in database.call(watchdogs.read) for status in dog.guards
+    ]
+    assert told == [(stranger, True), ("here:worker", False)]

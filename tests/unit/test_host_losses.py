@@ -56,7 +56,7 @@ def test_what_is_said_about_a_host() -> None:
     told = {
         "programs": [["postgres", "STOPPED"], ["worker", "RUNNING"]],
         "guards": [
-            {"worker_id": "h:worker", "verdict": "CRASHED", "reason": "gone", "budget_left": 2, "gave_up": True}
+            {"worker_id": "h:worker", "verdict": "VERDICT_CRASHED", "reason": "gone", "budget_left": 2, "gave_up": True}
         ],
         "gpus": [{"name": "L4", "memory_bytes": 24 << 30}] * 2,
     }
@@ -87,9 +87,9 @@ def test_what_is_said_about_a_host() -> None:
 
 def test_a_drained_host_is_not_chosen() -> None:
     """New work goes to hosts that are not drained; with none left the refusal names the way back."""
-    two = known(seen("a:w"), seen("b:w", queued=5))
-    assert chosen(replace(two, drained=frozenset({"a"}))) == ["b:w"]
-    why = refusal(replace(two, drained=frozenset({"a", "b"})))
+    drained = [replace(seen(name), is_drained=True) for name in ("a:w", "b:w")]
+    assert chosen(known(drained[0], seen("b:w", queued=5))) == ["b:w"]
+    why = refusal(known(*drained))
     assert why.reason == "WORKER_OFFLINE"
     assert "`vllm-batch hosts resume a`" in why.message
 

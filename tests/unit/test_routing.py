@@ -36,7 +36,6 @@ def known(
     read_at_s: float = 0,
     given_up: str = "",
     timings: Mapping[str, Mapping[str, float]] | None = None,
-    watchdogs: Mapping[str, float] | None = None,
     failure: str = "",
 ) -> Freshness:
     """Each worker's link state follows from its phase, unless `health` gives another for its name."""
@@ -45,7 +44,7 @@ def known(
         said = LinkState.SERVING if one.beat.phase == Phase.READY else LinkState.NOT_SERVING
         said = (health or {}).get(one.beat.worker_id, said)
         contacts[one.beat.address] = Contact(said, since_s, "Socket closed" if said is LinkState.UNREACHABLE else "")
-    return Freshness(workers, read_at_s, frozenset(given_up.split()), timings or {}, watchdogs or {}, failure, contacts)
+    return Freshness(workers, read_at_s, frozenset(given_up.split()), timings or {}, failure, contacts)
 
 
 def chosen(freshness: Freshness, *models: str, now_s: float = 0) -> list[str]:
@@ -290,10 +289,10 @@ def test_errors_carry_their_details() -> None:
 
 def test_a_watchdog_that_is_gone_is_told() -> None:
     """A refusal says so when the worker's watchdog is gone too, and only then."""
-    gone = refusal(known(seen("h:w", age_s=100), watchdogs={"h": 75.0}), now_s=5)
+    gone = refusal(known(replace(seen("h:w", age_s=100), watchdog_age_s=75.0)), now_s=5)
     assert gone.message == "worker offline (last seen 105s ago); its watchdog is gone too (last seen 80s ago)"
     assert gone.metadata["watchdog_last_seen_s"] == "80"
-    there = refusal(known(seen("h:w", age_s=100), watchdogs={"h": 5.0, "other": 500.0}))
+    there = refusal(known(replace(seen("h:w", age_s=100), watchdog_age_s=5.0)))
     assert there.message == "worker offline (last seen 100s ago)"
-    lost = unreachable(seen("h:w"), known(seen("h:w"), watchdogs={"h": 75.0}), 0, "Socket closed", "r")
+    lost = unreachable(replace(seen("h:w"), watchdog_age_s=75.0), known(), 0, "Socket closed", "r")
     assert "its watchdog is gone too" in lost.message

@@ -1,6 +1,5 @@
 """Why a batch does not move: a row of the decision each, and how workers look to it."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -193,7 +192,7 @@ def test_how_a_worker_looks(
 ) -> None:
     """Phase, age of the heartbeat, link and verdict together say what a worker can do."""
     beat = Beat("box:worker", uuid4(), "127.0.0.1:1", phase, 1, ("tiny",))
-    freshness = freshness_of(SeenBeat(beat, age_s, life_s=20.0), contact, {"box": 5.0})
+    freshness = freshness_of(SeenBeat(beat, age_s, life_s=20.0, watchdog_age_s=5.0), contact)
     if has_given_up:
         freshness = replace(freshness, given_up=frozenset({"box:worker"}))
     [seen] = workers_of(freshness, 1000.0, 60.0)
@@ -219,7 +218,7 @@ def test_a_pause_counts_while_the_worker_is_down(
 ) -> None:
     """Only where the watchdog would restart the worker, and not if it gave up: then the end of a pause helps nobody."""
     beat = Beat("box:worker", uuid4(), "127.0.0.1:1", phase, 1, ("tiny",))
-    freshness = replace(freshness_of(SeenBeat(beat, 1.0), contact, {}), paused={"box:worker": PAUSE})
+    freshness = replace(freshness_of(SeenBeat(beat, 1.0), contact), paused={"box:worker": PAUSE})
     if has_given_up:
         freshness = replace(freshness, given_up=frozenset({"box:worker"}))
     [seen] = workers_of(freshness, 1000.0, 60.0)
@@ -227,18 +226,18 @@ def test_a_pause_counts_while_the_worker_is_down(
     assert seen.pause == (PAUSE if condition is Condition.PAUSED else None)
 
 
-def freshness_of(seen: SeenBeat, contact: Contact, watchdogs: Mapping[str, float]) -> Freshness:
+def freshness_of(seen: SeenBeat, contact: Contact) -> Freshness:
     contacts = {seen.beat.address: contact}
-    return Freshness([seen], read_at_s=1000.0, watchdogs=watchdogs, contacts=contacts)
+    return Freshness([seen], read_at_s=1000.0, contacts=contacts)
 
 
 def test_a_worker_brings_why_it_failed_and_who_watches() -> None:
     """Cause and advice of its engine, and a watchdog that is gone, are there; a worker forgotten for a day is not."""
     detail = {"cause": "no memory", "advice": "Take less."}
     beat = Beat("box:worker", uuid4(), "127.0.0.1:1", "engine_dead", 1, detail=detail)
-    [seen] = workers_of(freshness_of(SeenBeat(beat, 1.0), NOT_SERVING, {"box": 300.0}), 1000.0, 60.0)
+    [seen] = workers_of(freshness_of(SeenBeat(beat, 1.0, watchdog_age_s=300.0), NOT_SERVING), 1000.0, 60.0)
     assert (seen.cause, seen.advice, seen.unwatched_s) == ("no memory", "Take less.", 300.0)
-    assert not workers_of(freshness_of(SeenBeat(beat, 90_000.0), GONE, {}), 1000.0, 60.0)
+    assert not workers_of(freshness_of(SeenBeat(beat, 90_000.0), GONE), 1000.0, 60.0)
 
 
 @pytest.mark.parametrize("models", [frozenset(), frozenset({"tiny"}), frozenset({"other"})])

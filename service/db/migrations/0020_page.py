@@ -1,4 +1,4 @@
-"""What the page needs: sessions of those who signed in, what watchdogs conclude, and orders for them."""
+"""What the page needs: sessions of those who signed in, and orders for watchdogs."""
 
 from typing import Any
 
@@ -11,15 +11,6 @@ CREATE TABLE page_sessions (
     expire_time timestamptz NOT NULL
 );
 CREATE INDEX page_sessions_to_expire ON page_sessions (expire_time);
-
--- As RecoveryService tells it, by worker or gateway.
-CREATE TABLE recovery_statuses (
-    worker_id text PRIMARY KEY,
-    host text NOT NULL,
-    is_gateway boolean NOT NULL,
-    status jsonb NOT NULL,
-    write_time timestamptz NOT NULL DEFAULT clock_timestamp()
-);
 
 -- Each is deleted by the watchdog that has recorded it.
 CREATE TABLE recovery_orders (

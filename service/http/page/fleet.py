@@ -1,6 +1,6 @@
 """What the page shows of hosts, workers and gateways, and the orders that it leaves for their watchdogs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import peewee
@@ -8,19 +8,18 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from service.clock import Clock
-from service.db import heartbeats, recoveries, recovery_board, watchdogs
+from service.db import heartbeats, recoveries, recovery_orders, watchdogs
 from service.db.chunks import host_of
 from service.db.connection import Database
 from service.db.recoveries import Event
-from service.db.recovery_board import Order, Status
+from service.db.recovery_orders import MAX_PAUSE, Order
 from service.db.watchdogs import SeenWatchdog
-from service.errors import ApiError, not_found
+from service.errors import not_found
 from service.http.page.signals import Sample, Signals
 from service.insight.presence import Presence
 from service.rpc import call_context
 from service.telemetry import logs
 
-MAX_PAUSE_S = 86_400
 EVENTS = 30
 
 log = logs.get("page")
@@ -32,7 +31,7 @@ class GivenOrder(BaseModel):
     worker_id: str = Field(min_length=1, max_length=512, pattern=r"^[^\x00]*$")
     kind: Literal["paused", "resumed", "budget_reset"]
     reason: str = Field(min_length=1, max_length=500, pattern=r"^[^\x00]*$")
-    lasts_s: float = Field(default=0, ge=0, le=MAX_PAUSE_S)
+    lasts_s: float = Field(default=0, ge=0, le=MAX_PAUSE.total_seconds())
 
 
 def router(database: Database, signals: Signals) -> APIRouter:
@@ -54,7 +53,7 @@ def router(database: Database, signals: Signals) -> APIRouter:
     async def order(given: GivenOrder) -> dict[str, str]:
         by = call_context.current().caller.name
         reason = f"{given.reason} ({by}, on the page)" if by else f"{given.reason} (on the page)"
-        if not await database.run(recovery_board.order, given.worker_id, given.kind, reason, given.lasts_s):
+        if not await database.run(recovery_orders.leave, given.worker_id, given.kind, reason, given.lasts_s):
             raise not_found(f"a watchdog of {given.worker_id[:100]!r}")
         log.info("recovery_ordered", worker_id=given.worker_id, kind=given.kind)
         return {"status": "ordered"}
@@ -62,41 +61,32 @@ def router(database: Database, signals: Signals) -> APIRouter:
     return made
 
 
-def read(
-    db: peewee.PostgresqlDatabase,
-) -> tuple[list[Status], list[Order], list[SeenWatchdog], list[Event]]:
+def read(db: peewee.PostgresqlDatabase) -> tuple[list[SeenWatchdog], list[Order], list[Event]]:
     """What Postgres has of all hosts."""
-    statuses = recovery_board.read(db)
-    return (
-        statuses,
-        recovery_board.waiting(db),
-        watchdogs.read(db, {host_of(status.worker_id) for status in statuses}),
-        recoveries.list_page(db, None, None, EVENTS),
-    )
+    return watchdogs.read(db), recovery_orders.waiting(db), recoveries.list_page(db, None, None, EVENTS)
 
 
 def hosts(
-    presence: Presence, clock: Clock, statuses: Sequence[Status], orders: Sequence[Order], dogs: Sequence[SeenWatchdog]
+    presence: Presence, clock: Clock, dogs: Sequence[SeenWatchdog], orders: Sequence[Order]
 ) -> list[dict[str, Any]]:
     """Each host with its watchdog, workers and gateways."""
     now, now_s = presence.now(), clock.monotonic()
     beats = {seen.beat.worker_id: seen for seen in now.beats}
-    found = {status.worker_id: status for status in statuses}
+    statuses = {str(status["worker_id"]): status for dog in dogs for status in dog.guards}
     ages = {dog.watchdog_id: dog.age_s for dog in dogs}
     ordered = {order.worker_id: order.kind for order in orders}
-    names = sorted({*beats, *found})
+    names = sorted({*beats, *statuses})
     made: dict[str, dict[str, Any]] = {
         host: {"host": host, "watchdog_age_s": ages.get(host), "processes": []}
-        for host in sorted({*ages, *map(host_of, names)})
+        for host in sorted(set(map(host_of, names)))
     }
     for name in names:
-        seen, status = beats.get(name), found.get(name)
+        seen, status = beats.get(name), statuses.get(name, {})
         process: dict[str, Any] = {
             "worker_id": name,
-            "is_gateway": status is not None and status.is_gateway,
+            "is_gateway": status.get("is_gateway", False),
             "ordered": ordered.get(name, ""),
-            "status": _fresh(status),
-            "status_age_s": None if status is None else round(status.age_s),
+            "status": status,
         }
         if seen is not None:
             contact = now.contact(seen)
@@ -117,11 +107,8 @@ def hosts(
 
 def accepting(presence: Presence) -> dict[str, str]:
     """Why new work could not begin now; empty texts when it can."""
-    try:
-        presence.live(frozenset())
-    except ApiError as error:
-        return {"reason": error.reason, "message": error.message}
-    return {"reason": "", "message": ""}
+    refusal = presence.refusal()
+    return {"reason": refusal.reason, "message": refusal.message} if refusal else {"reason": "", "message": ""}
 
 
 def event_json(event: Event) -> dict[str, Any]:
@@ -139,7 +126,3 @@ def event_json(event: Event) -> dict[str, Any]:
         "start_time": event.start_time.isoformat(),
         "end_time": event.end_time.isoformat() if event.end_time else None,
     }
-
-
-def _fresh(status: Status | None) -> Mapping[str, Any]:
-    return {} if status is None else status.status

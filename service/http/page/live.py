@@ -77,8 +77,8 @@ class Live:
             found[f"batch:{got.batch.id}"] = as_json(got.batch)
             found["file"] = await self._file(batch)
         elif view == "workers":
-            statuses, orders, dogs, events = await self.database.run(fleet.read)
-            found["hosts"] = fleet.hosts(self.presence, self.clock, statuses, orders, dogs)
+            dogs, orders, events = await self.database.run(fleet.read)
+            found["hosts"] = fleet.hosts(self.presence, self.clock, dogs, orders)
             found["events"] = [fleet.event_json(event) for event in events]
         else:
             found["tenants"] = as_json(await self.servicer.ListTenants(pb.ListTenantsRequest(), NO_CONTEXT))["tenants"]

@@ -1,0 +1,50 @@
+"""What a server that is no worker reads of workers, and how often."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from service import machine
+from service.insight.presence import RARELY_S, Presence
+from service.insight.routing import Freshness
+
+
+@dataclass
+class Postgres:
+    """Answers each reading with nothing, and notes whether it was of everything. Its time is what a test says."""
+
+    now_s: float = 0.0
+    readings: list[bool] = field(default_factory=list)
+
+    def run(self, function: Callable[..., Any], *given: Any) -> asyncio.Future[Any]:
+        answer = asyncio.get_running_loop().create_future()
+        if len(given) == 2:
+            self.readings.append(given[1] is None)
+        answer.set_result(Freshness())
+        return answer
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+async def ignore(_: bool) -> None:
+    return None
+
+
+@pytest.mark.parametrize(("is_accepting", "is_all"), [(True, [True, False, False, True]), (False, [True] * 4)])
+def test_what_changes_rarely_is_read_rarely(is_accepting: bool, is_all: list[bool]) -> None:
+    """While work is accepted each look reads the heartbeats, and the rest every RARELY_S; while it is not, all."""
+    stub = Postgres()
+    there: Any = stub
+    presence = Presence(there, there, there, 60.0, ignore, machine.here())
+    presence._is_accepting = is_accepting
+
+    async def look() -> None:
+        for stub.now_s in (0.0, 1.0, RARELY_S - 1, RARELY_S):
+            await presence.look()
+
+    asyncio.run(look())
+    assert stub.readings == is_all
