@@ -16,7 +16,7 @@ from service.clock import SystemClock
 from service.config import Settings
 from service.db.connection import Database
 from service.db.limits import Limits
-from service.http import app, tls
+from service.http import app, certified, tls
 from service.http.files import Keeping
 from service.http.measuring import Measuring
 from service.http.metrics import TIMEOUT_S, HttpCollector
@@ -91,6 +91,7 @@ async def serve(settings: Settings) -> int:
     server = _Server(
         uvicorn.Config(
             application,
+            http=certified.Protocol,
             loop="none",
             lifespan="off",
             log_config=None,
