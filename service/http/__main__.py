@@ -136,7 +136,8 @@ def _page(settings: Settings, database: Database, allowed: Access, limits: Limit
 
     channels = Channels(ChannelOpener(settings))
     presence = Presence(looking, channels, SystemClock(), settings.heartbeat_timeout_s, changed, machine.here())
-    return Page(database, Sessions(database, allowed), presence, channels, limits, SystemClock())
+    sessions = Sessions(database, allowed)
+    return Page(database, sessions, presence, channels, limits, SystemClock(), settings.heartbeat_timeout_s)
 
 
 async def _listen(host: str, port: int) -> socket.socket:
