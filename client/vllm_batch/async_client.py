@@ -19,13 +19,15 @@ from vllm_batch.retries import (
     PATIENCE_S,
     STATUS_TIMEOUT_S,
     UPLOAD_TIMEOUT_S,
+    WEBHOOK_TIMEOUT_S,
     OnRetry,
     retry_rules,
 )
 from vllm_batch.uploads import Line, SubmitOptions, Upload, to_bytes
 from vllm_batch.v1 import batch_service_pb2 as pb
-from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc
+from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc, webhook_service_pb2_grpc
 from vllm_batch.v1 import host_service_pb2 as hpb
+from vllm_batch.v1 import webhook_service_pb2 as wpb
 
 T = TypeVar("T")
 ALL = "RESULT_FILTER_UNSPECIFIED"
@@ -53,6 +55,7 @@ class AsyncClient:
         self._channel = open_aio_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
         self._host_stub: Any = host_service_pb2_grpc.HostServiceStub(self._channel)
+        self._webhook_stub: Any = webhook_service_pb2_grpc.WebhookServiceStub(self._channel)
         # Uploads use the blocking API in a thread: the file is read there too, and the asyncio API may report INTERNAL
         # instead of the server's error when that ends an upload early (github.com/grpc/grpc/issues/36066).
         self._upload_channel = open_channel(target, **security)
@@ -122,10 +125,11 @@ class AsyncClient:
 
         Those of `tenant`, which only operators may ask for unless it is their own; empty: all that the caller may see.
         """
-        listing = requests.Listing(states, limit, tenant)
+        listing = requests.Listing(pb.ListBatchesRequest(states=states, tenant=tenant), limit)
         while not listing.is_complete:
             page = await self._retry(lambda: self._stub.ListBatches(listing.request, timeout=CALL_TIMEOUT_S))
-            for batch in listing.take(page):
+            listing.came(len(page.batches), page.next_page_token)
+            for batch in page.batches:
                 yield batch
 
     async def tenants(self) -> Sequence[pb.Tenant]:
@@ -158,6 +162,38 @@ class AsyncClient:
         """Remove what is stored about a host that is gone for good."""
         request = hpb.ForgetHostRequest(name=name)
         await self._retry(lambda: self._host_stub.ForgetHost(request, timeout=CALL_TIMEOUT_S))
+
+    async def deliveries(
+        self, states: Iterable[str] = (), limit: int = 50, batch_id: str = "", tenant: str = ""
+    ) -> AsyncGenerator[wpb.Delivery, None]:
+        """Up to `limit` deliveries of webhooks, newest first, in any of `states`, such as `DELIVERY_STATE_GIVEN_UP`;
+        none: all.
+
+        Only that of `batch_id`, and only those of `tenant`; empty: all that the caller may see.
+        """
+        request = wpb.ListDeliveriesRequest(states=states, batch_id=batch_id, tenant=tenant)
+        listing = requests.Listing(request, limit)
+        while not listing.is_complete:
+            page = await self._retry(lambda: self._webhook_stub.ListDeliveries(listing.request, timeout=CALL_TIMEOUT_S))
+            listing.came(len(page.deliveries), page.next_page_token)
+            for delivery in page.deliveries:
+                yield delivery
+
+    async def test_webhook(self, url: str = "", tenant: str = "") -> wpb.TestWebhookResponse:
+        """Send an event of the type `webhook.test` to `url`, or to the target of `tenant`; none: the caller's tenant's.
+
+        A target that fails is no CallError: `error` of the answer says why.
+        """
+        request = wpb.TestWebhookRequest(url=url, tenant=tenant)
+        return await self._retry(lambda: self._webhook_stub.TestWebhook(request, timeout=WEBHOOK_TIMEOUT_S))
+
+    async def replay_deliveries(self, *, delivery_id: str = "", batch_id: str = "") -> Sequence[wpb.Delivery]:
+        """Send an event again, by its own id or that of its batch: give one of the two. It keeps its id."""
+        request = requests.replay(delivery_id, batch_id)
+        answer: wpb.ReplayDeliveriesResponse = await self._retry(
+            lambda: self._webhook_stub.ReplayDeliveries(request, timeout=CALL_TIMEOUT_S)
+        )
+        return answer.deliveries
 
     async def watch(self, batch_id: str) -> AsyncGenerator[pb.Batch, None]:
         """The batch now and after each change, until it has ended. Survives lost connections."""

@@ -18,13 +18,15 @@ from vllm_batch.retries import (
     PATIENCE_S,
     STATUS_TIMEOUT_S,
     UPLOAD_TIMEOUT_S,
+    WEBHOOK_TIMEOUT_S,
     OnRetry,
     retry_rules,
 )
 from vllm_batch.uploads import Line, SubmitOptions, Upload, to_bytes
 from vllm_batch.v1 import batch_service_pb2 as pb
-from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc
+from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc, webhook_service_pb2_grpc
 from vllm_batch.v1 import host_service_pb2 as hpb
+from vllm_batch.v1 import webhook_service_pb2 as wpb
 
 T = TypeVar("T")
 ALL = "RESULT_FILTER_UNSPECIFIED"
@@ -52,6 +54,7 @@ class Client:
         self._channel = open_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
         self._host_stub = host_service_pb2_grpc.HostServiceStub(self._channel)
+        self._webhook_stub = webhook_service_pb2_grpc.WebhookServiceStub(self._channel)
 
     def __enter__(self) -> Client:
         return self
@@ -96,10 +99,11 @@ class Client:
 
         Those of `tenant`, which only operators may ask for unless it is their own; empty: all that the caller may see.
         """
-        listing = requests.Listing(states, limit, tenant)
+        listing = requests.Listing(pb.ListBatchesRequest(states=states, tenant=tenant), limit)
         while not listing.is_complete:
             page = self._retry(lambda: self._stub.ListBatches(listing.request, timeout=CALL_TIMEOUT_S))
-            yield from listing.take(page)
+            listing.came(len(page.batches), page.next_page_token)
+            yield from page.batches
 
     def tenants(self) -> Sequence[pb.Tenant]:
         """The caller's tenant with its share, queue, tokens used and limits; for operators all tenants."""
@@ -129,6 +133,34 @@ class Client:
         """Remove what is stored about a host that is gone for good."""
         request = hpb.ForgetHostRequest(name=name)
         self._retry(lambda: self._host_stub.ForgetHost(request, timeout=CALL_TIMEOUT_S))
+
+    def deliveries(
+        self, states: Iterable[str] = (), limit: int = 50, batch_id: str = "", tenant: str = ""
+    ) -> Iterator[wpb.Delivery]:
+        """Up to `limit` deliveries of webhooks, newest first, in any of `states`, such as `DELIVERY_STATE_GIVEN_UP`;
+        none: all.
+
+        Only that of `batch_id`, and only those of `tenant`; empty: all that the caller may see.
+        """
+        request = wpb.ListDeliveriesRequest(states=states, batch_id=batch_id, tenant=tenant)
+        listing = requests.Listing(request, limit)
+        while not listing.is_complete:
+            page = self._retry(lambda: self._webhook_stub.ListDeliveries(listing.request, timeout=CALL_TIMEOUT_S))
+            listing.came(len(page.deliveries), page.next_page_token)
+            yield from page.deliveries
+
+    def test_webhook(self, url: str = "", tenant: str = "") -> wpb.TestWebhookResponse:
+        """Send an event of the type `webhook.test` to `url`, or to the target of `tenant`; none: the caller's tenant's.
+
+        A target that fails is no CallError: `error` of the answer says why.
+        """
+        request = wpb.TestWebhookRequest(url=url, tenant=tenant)
+        return self._retry(lambda: self._webhook_stub.TestWebhook(request, timeout=WEBHOOK_TIMEOUT_S))
+
+    def replay_deliveries(self, *, delivery_id: str = "", batch_id: str = "") -> Sequence[wpb.Delivery]:
+        """Send an event again, by its own id or that of its batch: give one of the two. It keeps its id."""
+        request = requests.replay(delivery_id, batch_id)
+        return self._retry(lambda: self._webhook_stub.ReplayDeliveries(request, timeout=CALL_TIMEOUT_S).deliveries)
 
     def watch(self, batch_id: str) -> Iterator[pb.Batch]:
         """The batch now and after each change, until it has ended. Survives lost connections."""

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
 
 from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import webhook_service_pb2 as wpb
 
 MAX_PAGE_SIZE = 1000
 # A host has more to it than a batch.
 HOSTS_PAGE = 200
 
 
-class Listing:
-    """Pages of up to `limit` batches: send `request` and `take` its page, until `is_complete`."""
+Request = TypeVar("Request", pb.ListBatchesRequest, wpb.ListDeliveriesRequest)
 
-    def __init__(self, states: Iterable[str], limit: int, tenant: str = "") -> None:
+
+class Listing(Generic[Request]):
+    """Pages with up to `limit` entries in all: send `request` and tell what came of it, until `is_complete`."""
+
+    def __init__(self, request: Request, limit: int) -> None:
         self._left = limit
         self._is_last = False
-        self.request = pb.ListBatchesRequest(states=states, page_size=self._page_size, tenant=tenant)
+        self.request: Request = request
+        self.request.page_size = self._page_size
 
     @property
     def is_complete(self) -> bool:
         """True when there is no further page to ask for."""
         return self._is_last or self._left <= 0
 
-    def take(self, page: pb.ListBatchesResponse) -> Sequence[pb.Batch]:
-        """The batches of a page; `request` asks for the next one from now on."""
-        self._left -= len(page.batches)
-        self._is_last = not page.next_page_token
-        self.request.page_size, self.request.page_token = self._page_size, page.next_page_token
-        return page.batches
+    def came(self, count: int, next_page_token: str) -> None:
+        """A page with `count` entries came; `request` asks for the next one from now on."""
+        self._left -= count
+        self._is_last = not next_page_token
+        self.request.page_size, self.request.page_token = self._page_size, next_page_token
 
     @property
     def _page_size(self) -> int:
@@ -80,3 +84,12 @@ class Lines:
 def retry(batch_id: str, request_id: str) -> pb.RetryBatchRequest:
     """Asks to retry a batch, under a request_id of its own: however often this is sent, it creates one batch."""
     return pb.RetryBatchRequest(batch_id=batch_id, request_id=request_id or str(uuid.uuid4()))
+
+
+def replay(delivery_id: str, batch_id: str) -> wpb.ReplayDeliveriesRequest:
+    """Asks to send an event again. Raises ValueError unless one of the two says which."""
+    if bool(delivery_id) == bool(batch_id):
+        raise ValueError("give either delivery_id or batch_id")
+    if batch_id:
+        return wpb.ReplayDeliveriesRequest(batch_id=batch_id)
+    return wpb.ReplayDeliveriesRequest(delivery_id=delivery_id)

@@ -13,6 +13,8 @@ from vllm_batch.errors import CallError
 # Deadlines of one attempt, in seconds.
 CALL_TIMEOUT_S = 30.0
 UPLOAD_TIMEOUT_S = 3600.0
+# A test of a target may have to wait for other deliveries.
+WEBHOOK_TIMEOUT_S = 60.0
 # Answered from memory: a slower answer counts as none.
 STATUS_TIMEOUT_S = 5.0
 # How long failed calls are retried: a model of moderate size loads in less.

@@ -15,7 +15,6 @@ from service.config import Settings, process_name
 from service.db.chunks import host_of
 from service.db.connection import Database
 from service.db.limits import Limits
-from service.gateway.host_servicer import HostServicer
 from service.gateway.housekeeping import Housekeeping
 from service.gateway.losses import LossReports
 from service.gateway.metrics import FRESH_S, TIMEOUT_S, GatewayCollector
@@ -25,6 +24,7 @@ from service.gateway.webhook_servicer import WebhookServicer
 from service.insight.channel_opener import ChannelOpener
 from service.insight.channels import Channels
 from service.insight.explainer import Explainer
+from service.insight.host_servicer import HostServicer
 from service.insight.presence import Presence
 from service.rpc import access
 from service.rpc import server as rpc_server

@@ -16,7 +16,7 @@ from service.clock import SystemClock
 from service.config import Settings
 from service.db.connection import Database
 from service.db.limits import Limits
-from service.http import app, tls
+from service.http import app, certified, tls
 from service.http.files import Keeping
 from service.http.measuring import Measuring
 from service.http.metrics import TIMEOUT_S, HttpCollector
@@ -91,6 +91,7 @@ async def serve(settings: Settings) -> int:
     server = _Server(
         uvicorn.Config(
             application,
+            http=certified.Protocol,
             loop="none",
             lifespan="off",
             log_config=None,
@@ -135,7 +136,8 @@ def _page(settings: Settings, database: Database, allowed: Access, limits: Limit
 
     channels = Channels(ChannelOpener(settings))
     presence = Presence(looking, channels, SystemClock(), settings.heartbeat_timeout_s, changed, machine.here())
-    return Page(database, Sessions(database, allowed), presence, channels, limits, SystemClock())
+    sessions = Sessions(database, allowed)
+    return Page(database, sessions, presence, channels, limits, SystemClock(), settings.heartbeat_timeout_s)
 
 
 async def _listen(host: str, port: int) -> socket.socket:

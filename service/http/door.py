@@ -20,7 +20,7 @@ from service.auth.callers import NOBODY, Caller
 from service.db.availability import DatabaseAwayError, Meaning, first_line, meaning_of
 from service.db.limits import FullError
 from service.errors import ApiError, database_unavailable
-from service.http import browsers, errors
+from service.http import browsers, certified, errors
 from service.http.page.sessions import REQUEST_FOREIGN, Sessions
 from service.rpc import call_context
 from service.rpc.access import Access
@@ -129,9 +129,11 @@ class Door:
 
     async def _caller(self, operation: str, scope: Scope, metadata: Sequence[tuple[str, str]]) -> Caller:
         """Who makes a request. Raises UNAUTHENTICATED or PERMISSION_DENIED, also for one that another site makes."""
-        headers, method = dict(metadata), scope["method"]
+        headers, method, identities = dict(metadata), scope["method"], certified.of_request(scope)
         is_of_page = scope["path"].startswith(PAGE)
-        problem = browsers.foreign(method, headers) if is_of_page or method not in browsers.SAFE else ""
+        # Cookies and certificates are sent by browsers themselves, whichever site makes the request.
+        is_checked = is_of_page or bool(identities) or method not in browsers.SAFE
+        problem = browsers.foreign(method, headers) if is_checked else ""
         # With tokens, a site of another name has no session; and within a network of its own a server has any name.
         if not problem and self._access.tokens is None and (is_of_page or self._is_local):
             problem = browsers.wrong_host(headers.get("host", ""), self._names)
@@ -143,8 +145,8 @@ class Door:
             if method not in browsers.SAFE:
                 self._sessions.check(headers)
             return await self._sessions.caller(operation, headers)
-        # Certificates name no caller here: who shows one needs a token too.
-        return self._access.caller(operation, metadata) or self._access.certified(operation, (), metadata)
+        # No gateway stands between: nobody calls here for others.
+        return self._access.caller(operation, metadata) or self._access.certified(operation, identities, ())
 
     def _operation(self, scope: Scope) -> str | None:
         for route in self._routes:

@@ -57,7 +57,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         "BATCH_HEARTBEAT_INTERVAL_S": "1",
         "BATCH_SIMULATED_REQUEST_S": "0.3",
         # Long enough to see what a batch waits for.
-        "BATCH_SIMULATED_LOAD_S": "6",
+        "BATCH_SIMULATED_LOAD_S": "3",
         "BATCH_TOKEN_HASHES": str(folder / "hashes"),
         "BATCH_TOKEN_FILE": str(folder / "operator"),
     }

@@ -98,7 +98,7 @@ def main(folder: Path) -> None:
         top(stack, browser, folder / "top.png")
         url = f"http://127.0.0.1:{stack.http_port}/"
         view(browser, url, folder / "batches.png", DESKTOP, "light", ".batches .row")
-        view(browser, f"{url}#/workers", folder / "workers.png", DESKTOP | {"height": 760}, "light", ".phases")
+        view(browser, f"{url}#/workers", folder / "workers.png", DESKTOP | {"height": 900}, "light", ".phases")
         view(browser, f"{url}#/batches/{failing}", folder / "phone.png", PHONE, "dark", ".kinds .row")
         browser.close()
     for file in sorted(folder.glob("*.png")):

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -86,15 +87,15 @@ def test_signing_in_and_out(page: Page, site: Site) -> None:
 def test_submitted_by_drag_and_watched_through_a_kill(page: Page, site: Site) -> None:
     """A file that is dropped becomes a batch whose bar moves on, through the death of its worker, to its end."""
     sign_in(page, site)
-    drop(page, "prompts.jsonl", b"".join(lines(1500)))
+    drop(page, "prompts.jsonl", b"".join(lines(1000)))
     expect(page.locator(".facts")).to_contain_text("prompts.jsonl")
     done = page.locator(".head-line")
-    expect(done).to_have_text(re.compile(r"[1-9]\d* of 1,500 requests"))
+    expect(done).to_have_text(re.compile(r"[1-9]\d* of 1,000 requests"))
     os.kill(site.stack.pid("worker"), signal.SIGKILL)
     expect(page.locator(".head .badge")).to_have_text("waiting")
     expect(page.get_by_label("Why it waits")).to_contain_text("worker")
     expect(page.locator(".head .badge")).to_have_text("completed", timeout=60_000)
-    expect(done).to_contain_text("100 % 1,500 of 1,500 requests")
+    expect(done).to_contain_text("100 % 1,000 of 1,000 requests")
     page.get_by_role("link", name="Workers").click()
     restart = page.locator(".events .row").filter(has_text="restart").first
     expect(restart).to_contain_text("recovered")
@@ -156,8 +157,8 @@ def test_an_error_is_read(page: Page, site: Site, ended: str) -> None:
 def test_cancelled_retried_and_deleted_by_keyboard(page: Page, site: Site) -> None:
     """Without a mouse: a batch is cancelled, its rest is submitted again, and it is deleted."""
     sign_in(page, site)
-    batch = drop(page, "long.jsonl", b"".join(lines(4000)))
-    expect(page.locator(".head-line")).to_contain_text("of 4,000 requests")
+    batch = drop(page, "long.jsonl", b"".join(lines(2000)))
+    expect(page.locator(".head-line")).to_contain_text("of 2,000 requests")
 
     def press(name: str) -> None:
         page.get_by_role("button", name=name, exact=True).focus()
@@ -193,6 +194,35 @@ def test_recovery_is_paused_and_resumed(page: Page, site: Site) -> None:
     expect(worker.get_by_role("button", name="Pause recovery")).to_be_visible()
 
 
+def test_hosts_are_drained_resumed_and_forgotten(page: Page, site: Site) -> None:
+    """Hosts are shown with what HostService says of them, and an operator drains, resumes and forgets them."""
+    site.stack.sql(
+        "INSERT INTO servers (server_id, program, address, pid, version, schema_version, start_time, last_seen)"
+        f" SELECT '{HOSTILE}:gateway', 'gateway', '', 1, '{HOSTILE}', 1, t, t"
+        " FROM (SELECT clock_timestamp() - interval '2 h') AS long_ago (t)"
+    )
+    sign_in(page, site, view="#/workers")
+    host = page.get_by_role("region", name=f"Host {socket.gethostname()}", exact=True)
+    expect(host.get_by_text(re.compile(r"worker ready HEALTHY \d+/\d+"))).to_be_visible()
+    host.get_by_text("Programs: ").click()
+    expect(host.locator(".programs .row").filter(has_text="watchdog")).to_contain_text("running")
+    host.get_by_role("button", name="Drain host").click()
+    page.get_by_label("Reason").fill("new disk")
+    page.get_by_role("button", name="Drain", exact=True).click()
+    expect(host.get_by_text("drained (new disk)")).to_be_visible()
+    expect(host.locator(".pill")).to_have_text("drained")
+    check_accessible(page)
+    host.get_by_role("button", name="Resume host").click()
+    page.get_by_role("button", name="Resume", exact=True).last.click()
+    expect(host.locator(".pill")).to_have_text("alive")
+    gone = page.get_by_role("region", name=f"Host {HOSTILE}")
+    expect(gone.locator(".pill")).to_have_text("lost")
+    gone.get_by_role("button", name="Forget host").click()
+    page.get_by_role("button", name="Forget", exact=True).click()
+    expect(gone).to_have_count(0)
+    assert not page.evaluate("window.hurt")
+
+
 def test_a_reader_sees_its_tenant_and_changes_nothing(page: Page, site: Site, ended: str) -> None:
     """Who may only read sees the batches of its tenant alone, and no button that it may not press."""
     sign_in(page, site, "rita")
@@ -202,7 +232,7 @@ def test_a_reader_sees_its_tenant_and_changes_nothing(page: Page, site: Site, en
     expect(page.get_by_role("heading", name="Not there")).to_be_visible()
     page.goto(f"{site.url}#/workers")
     expect(page.get_by_role("heading", name="worker", exact=True)).to_be_visible()
-    assert page.get_by_role("button", name="Pause recovery").count() == 0
+    assert page.get_by_role("button", name=re.compile("Pause recovery|host")).count() == 0
     page.goto(f"{site.url}#/tenants")
     expect(page.locator(".tenants .row")).to_have_count(1)
     check_accessible(page)

@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from service.auth import new_token
+from service.auth import new_token, tokens
 from tests.support.batches import count, line, lines, run_sql
 from tests.support.certificates import Authority, replace
 from tests.support.ports import free_port
@@ -240,6 +240,46 @@ def test_tls_with_rotation(stack: Stack, tmp_path: Path) -> None:
     replace(pair, new.issue())
     until(lambda: answer(new, mine) == 200, "the new certificate")
     assert answer(old, mine) is None
+
+
+def test_certificate_instead_of_a_token(stack: Stack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A certificate that the file names has its role and tenant; a token counts more, and no header names another."""
+    authority = Authority(tmp_path, "authority")
+    pair, writer, reader, gateway, unknown = (
+        authority.issue(*names) for names in ((), ("ci.test",), ("qa.test",), ("gate.test",), ("other.test",))
+    )
+    secret = token(tmp_path, "token", "submit", capsys)
+    with (tmp_path / "hashes").open("a") as hashes:
+        hashes.write("gate.test gateway certificate\nci.test submit certificate users\nqa.test read certificate\n")
+    stack.worker()
+    stack.http(
+        server_cert=pair[0],
+        server_key=pair[1],
+        client_ca=authority.file,
+        tls_ca=authority.file,
+        tls_cert=gateway[0],
+        tls_key=gateway[1],
+        token_hashes=tmp_path / "hashes",
+    )
+    context = ssl.create_default_context(cafile=authority.file)
+
+    def status(own: tuple[Path, Path], method: str = "GET", **headers: str) -> int:
+        context.load_cert_chain(*own)
+        with httpx.Client(base_url=f"https://127.0.0.1:{stack.http_port}/v1", verify=context, headers=headers) as door:
+            if method == "GET":
+                return door.get("/files").status_code
+            return door.post("/files", data={"purpose": "batch"}, files={"file": ("a", line("a"))}).status_code
+
+    until(lambda: status(writer) == 200, "the schema")
+    assert status(writer, "POST") == 200
+    assert count(stack, "files WHERE tenant = 'users'") == 1
+    assert (status(reader), status(reader, "POST")) == (200, 403)
+    assert status(unknown) == 401
+    assert status(gateway, **{tokens.CALLER_HEADER: "ci.test"}) == 401
+    assert status(unknown, authorization=f"Bearer {secret}") == 200
+    assert status(writer, authorization="Bearer wrong") == 401
+    # A browser sends its certificate by itself.
+    assert status(writer, **{"sec-fetch-site": "cross-site"}) == 403
 
 
 def test_postgres_away(tmp_path: Path) -> None:

@@ -77,6 +77,35 @@ def test_page_is_served_with_its_policy(door: Stack) -> None:
             assert client.get(path).status_code == 404
 
 
+def test_hosts(guarded: tuple[Stack, dict[str, str], Path]) -> None:
+    """Operators see each host as HostService has it, and drain, resume and forget it; others do neither."""
+    stack, secrets, _ = guarded
+    name = socket.gethostname()
+    with signed_in(stack, secrets["operate"]) as client:
+
+        def host() -> dict[str, Any]:
+            found = first_parts(client, view="workers")["host_list"]["hosts"]
+            return next((one for one in found if one["name"] == name), {})
+
+        until(host, "the server to report itself")
+        assert host()["state"] == "HOST_STATE_ALIVE"
+        assert [(one["name"], one["is_alive"]) for one in host()["programs"]] == [("http", True)]
+        assert client.post("/page/api/hosts/drain", json={"name": name, "reason": "new disk"}).status_code == 200
+        assert (host()["drain"]["reason"], host()["notes"]) == ("new disk", ["drained (new disk)"])
+        refused = client.post("/page/api/hosts/forget", json={"name": name})
+        assert refused.status_code == 400
+        assert "is alive" in refused.json()["error"]["message"]
+        assert client.post("/page/api/hosts/resume", json={"name": name}).status_code == 200
+        assert "drain" not in host()
+        assert client.post("/page/api/hosts/resume", json={"name": "nowhere"}).status_code == 404
+        del client.headers[CSRF]
+        assert client.post("/page/api/hosts/drain", json={"name": name}).status_code == 403
+    with signed_in(stack, secrets["submit"]) as client:
+        assert "host_list" not in first_parts(client, view="workers")
+        for order in ("drain", "resume", "forget"):
+            assert client.post(f"/page/api/hosts/{order}", json={"name": name}).status_code == 403
+
+
 def test_session(guarded: tuple[Stack, dict[str, str], Path]) -> None:
     """A session does what the token's role allows, needs its proof for changes, and ends with the token."""
     stack, secrets, hashes = guarded

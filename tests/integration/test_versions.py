@@ -163,7 +163,7 @@ def test_two_versions_work_on_one_database(two: tuple[Earlier, Stack]) -> None:
             assert not client.accepting()
         until(lambda: workers_of(new) == {"before:worker-old", "after:worker-new"}, "both to have leases")
         hosts = {host.name: host for host in now.hosts()}
-        assert "older than this gateway" in " ".join(hosts["before"].notes)
+        assert "older than this server" in " ".join(hosts["before"].notes)
         assert not hosts["after"].notes or "older" not in " ".join(hosts["after"].notes)
         # The old host is upgraded: what it held goes on elsewhere.
         third = before.submit_lines(lines(50))

@@ -1,5 +1,6 @@
 """Webhooks on a whole stack: each end of a batch is told once at least, whoever dies, and to nobody else."""
 
+import asyncio
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from tests.support.ports import free_port
 from tests.support.servers import ROOT, Server, Stack, new_database
 from tests.support.waiting import until
 from tests.support.webhook_receiver import SECRET, Received, WebhookReceiver, receiving
-from vllm_batch import Client
+from vllm_batch import AsyncClient, Client
 from vllm_batch.channel import open_channel
 from vllm_batch.v1 import webhook_service_pb2 as pb
 from vllm_batch.v1 import webhook_service_pb2_grpc
@@ -271,6 +272,32 @@ def test_command_line(told: Told, client: Client) -> None:
     told.receiver.answer = lambda _: 404
     assert "answered 404" in cli(told, "webhooks", "test", f"{told.receiver.url}/x", status=1)
     assert "tenant broken has no target" in refused_by(told, "webhooks", "test", "broken")
+
+
+def test_both_clients(told: Told, client: Client) -> None:
+    """Both clients list deliveries up to a limit, try out a target and send an event again."""
+    batches = [client.submit_lines(lines(1)) for _ in range(3)]
+    for batch in batches:
+        in_state(told, batch.id, "DELIVERED")
+    newest, older, _ = listed = list(client.deliveries(["DELIVERY_STATE_DELIVERED"], 3))
+    assert {one.batch_id for one in listed} == {batch.id for batch in batches}
+    assert client.test_webhook().status == 204
+    [again] = client.replay_deliveries(batch_id=newest.batch_id)
+    assert again.id == newest.id
+
+    async def the_same() -> None:
+        async with AsyncClient(told.target, patience_s=30) as others:
+            assert [one.id async for one in others.deliveries(limit=2)] == [newest.id, older.id]
+            assert [one.id async for one in others.deliveries(batch_id=older.batch_id)] == [older.id]
+            assert (await others.test_webhook(f"{told.receiver.url}/x")).url == f"{told.receiver.url}/x"
+            [again] = await others.replay_deliveries(delivery_id=older.id)
+            assert again.id == older.id
+            with pytest.raises(ValueError, match="either"):
+                await others.replay_deliveries()
+
+    asyncio.run(the_same())
+    for one in (newest, older):
+        assert len(told.receiver.wait(one.batch_id, 2)) == 2
 
 
 def test_second_gateway(told: Told, client: Client) -> None:

@@ -56,7 +56,7 @@ def test_every_method_has_a_role() -> None:
     database, access = Database("postgresql:///none", "test"), Access(None, FakeClock())
     channels = Channels(ChannelOpener(Settings()))
     presence = Presence(database, channels, clock, 60, AsyncMock(), machine.here())
-    page = Page(database, Sessions(database, access), presence, channels, limits, clock)
+    page = Page(database, Sessions(database, access), presence, channels, limits, clock, 60)
     door = app.made(database, access, Keeping(None, 1, limits), 60, (), page, set(), is_local=True)
     assert len(door.operations) >= 29
     assert methods | door.operations == set(roles.NEEDED)

@@ -178,8 +178,8 @@ assert not {"rich", "click"} & set(sys.modules)
     [(0, 9, []), (5, 9, [5]), (2500, 9000, [1000, 1000, 500]), (2500, 1200, [1000, 1000]), (1000, 1000, [1000])],
 )
 def test_listing_asks_for_no_more_than_its_limit(limit: int, stored: int, sizes: list[int]) -> None:
-    """Listing fetches pages, each by the previous token, until the limit is reached or the last page has come."""
-    listing = Listing(["BATCH_STATE_COMPLETED"], limit)
+    """A listing fetches pages, each by the previous token, until the limit is reached or the last page has come."""
+    listing = Listing(pb.ListBatchesRequest(states=["BATCH_STATE_COMPLETED"]), limit)
     asked, sent = [], 0
     while not listing.is_complete:
         assert listing.request.page_token == (str(sent) if sent else "")
@@ -187,8 +187,7 @@ def test_listing_asks_for_no_more_than_its_limit(limit: int, stored: int, sizes:
         asked.append(listing.request.page_size)
         count = min(asked[-1], stored - sent)
         sent += count
-        page = pb.ListBatchesResponse(batches=[pb.Batch()] * count, next_page_token=str(sent) if sent < stored else "")
-        assert len(listing.take(page)) == count
+        listing.came(count, str(sent) if sent < stored else "")
     assert asked == sizes
     assert sent == min(limit, stored)
 

@@ -9,7 +9,7 @@ from scripts import status
 from scripts.doctor.stack import judge_programs
 from service.config import PROGRAMS, Settings
 from service.db.hosts import Drain, Host, Program, State
-from service.gateway.host_messages import host_message
+from service.insight.host_messages import host_message
 from tests.unit.test_routing import chosen, known, refusal, seen
 from vllm_batch.cli import hosts as command
 from vllm_batch.v1 import host_service_pb2 as pb
@@ -71,11 +71,11 @@ def test_what_is_said_about_a_host() -> None:
     ]
     [worker] = message.workers
     assert (worker.verdict, worker.budget_left, worker.gave_up) == ("CRASHED", 2, True)
-    told_notes = " ".join(command.notes(message))
+    told_notes = " ".join(message.notes)
     for part in (
         "watchdog is gone",
         "follows no order to drain",
-        "older than this gateway: worker",
+        "older than this server: worker",
         "newer",
         "gave up",
     ):

@@ -1,10 +1,10 @@
-"""What the HTTP door decides: ranges of bytes, statuses of errors, codes of wrong lines, ids and windows."""
+"""What the HTTP door decides: ranges, statuses of errors, codes of wrong lines, ids, windows, names in certificates."""
 
 import grpc
 import pytest
 
 from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
-from service.http import errors, objects, ranges
+from service.http import certified, errors, objects, ranges
 from service.worker import wrong_lines
 
 SIZE = 1000
@@ -148,3 +148,20 @@ def test_windows() -> None:
     for wrong in ("", "24", "0h", "367d", "-1h", "24hours", "1.5h"):
         with pytest.raises(ApiError):
             objects.window_s(wrong)
+
+
+SUBJECT = ((("organizationName", "Example"),), (("commonName", "ci"),))
+
+
+@pytest.mark.parametrize(
+    ("peer", "found"),
+    [
+        ({}, ()),
+        ({"subject": SUBJECT}, (b"ci",)),
+        ({"subject": SUBJECT, "subjectAltName": (("DNS", "ci.test"), ("IP Address", "::1"))}, (b"ci.test", b"::1")),
+        ({"subject": SUBJECT, "subjectAltName": (("DirName", ((("commonName", "x"),),)),)}, (b"ci",)),
+    ],
+)
+def test_identities_in_a_certificate(peer: dict[str, object], found: tuple[bytes, ...]) -> None:
+    """As gRPC has them: the alternative names, and the common name only if there are none."""
+    assert certified.identities(peer) == found

@@ -42,7 +42,7 @@ def hosts(context: click.Context, as_json: bool) -> None:
         return
     out.print(table(found) if found else "hosts: none")
     for host in found:
-        for note in notes(host):
+        for note in host.notes:
             out.print(f"{host.name}: {note}", style="yellow", markup=False)
 
 
@@ -131,21 +131,6 @@ def table(found: Iterable[pb.Host]) -> Table:
             _gpus(host.gpus),
         )
     return made
-
-
-def notes(host: pb.Host) -> list[str]:
-    """What is to be known about a host beside the table, a line each."""
-    lines = list(host.notes)
-    for worker in host.workers:
-        name = worker.worker_id.rpartition(":")[2]
-        if worker.gave_up:
-            lines.append(f"recovery gave up on its {name}: {worker.reason}")
-        if worker.cause:
-            lines.append(f"its {name} failed: {worker.cause}")
-    if host.HasField("drain"):
-        reason = f" ({host.drain.reason})" if host.drain.reason else ""
-        lines.append(f"{'drained' if host.drain.is_complete else _left(host)}{reason}")
-    return lines
 
 
 def _state(host: pb.Host) -> str:

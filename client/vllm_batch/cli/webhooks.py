@@ -9,24 +9,18 @@ import click
 from rich.table import Table
 
 from vllm_batch.cli.options import json_option
-from vllm_batch.cli.terminal import EXIT_FAILED, calls, errors, out, print_json
+from vllm_batch.cli.terminal import EXIT_FAILED, errors, out, print_json
 from vllm_batch.client import Client
 from vllm_batch.v1 import webhook_service_pb2 as pb
-from vllm_batch.v1.webhook_service_pb2_grpc import WebhookServiceStub
 
-# A test may have to wait for others.
-TIMEOUT_S = 60
 STATES = ("pending", "delivered", "given_up")
-MAX_PAGE_SIZE = 1000
 
 
 @click.group(invoke_without_command=True)
 @click.option("--batch", default="", help="Only that of this batch.")
 @click.option("--state", "states", type=click.Choice(STATES), multiple=True, help="Only in this state; repeatable.")
 @click.option("--tenant", default="", help="Only of this tenant. Default: all that you may see.")
-@click.option(
-    "--limit", type=click.IntRange(1, MAX_PAGE_SIZE), default=20, show_default=True, help="Show at most this many."
-)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Show at most this many.")
 @json_option
 @click.pass_context
 def webhooks(
@@ -41,16 +35,9 @@ def webhooks(
     """
     if context.invoked_subcommand is not None:
         return
-    request = pb.ListDeliveriesRequest(
-        page_size=limit,
-        batch_id=batch,
-        tenant=tenant,
-        states=[f"DELIVERY_STATE_{state.upper()}" for state in states],
-    )
     client: Client = context.obj
-    with errors(), calls(client.target, WebhookServiceStub) as stub:
-        found = stub.ListDeliveries(request, timeout=TIMEOUT_S).deliveries
-    _show(found, as_json)
+    with errors():
+        _show(client.deliveries([f"DELIVERY_STATE_{state.upper()}" for state in states], limit, batch, tenant), as_json)
 
 
 @webhooks.command()
@@ -68,9 +55,8 @@ def test(client: Client, target: str, as_json: bool) -> None:
       vllm-batch webhooks test https://example.com/hook
     """
     is_url = "://" in target
-    request = pb.TestWebhookRequest(url=target if is_url else "", tenant="" if is_url else target)
-    with errors(), calls(client.target, WebhookServiceStub) as stub:
-        answer = stub.TestWebhook(request, timeout=TIMEOUT_S)
+    with errors():
+        answer = client.test_webhook(url=target if is_url else "", tenant="" if is_url else target)
     if as_json:
         print_json(answer)
     else:
@@ -94,10 +80,8 @@ def replay(client: Client, webhook: str, batch: str, as_json: bool) -> None:
     """
     if bool(webhook) == bool(batch):
         raise click.UsageError("give either ID or --batch")
-    request = pb.ReplayDeliveriesRequest(batch_id=batch) if batch else pb.ReplayDeliveriesRequest(delivery_id=webhook)
-    with errors(), calls(client.target, WebhookServiceStub) as stub:
-        found = stub.ReplayDeliveries(request, timeout=TIMEOUT_S).deliveries
-    _show(found, as_json)
+    with errors():
+        _show(client.replay_deliveries(delivery_id=webhook, batch_id=batch), as_json)
 
 
 def _show(found: Iterable[pb.Delivery], as_json: bool) -> None:

@@ -11,15 +11,18 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from service.api.servicer import BatchServicer
+from service.auth.roles import Role
 from service.clock import Clock
 from service.db import files
 from service.db.availability import DATABASE_ERRORS, first_line
 from service.db.connection import Database
 from service.errors import ApiError
-from service.http.page import fleet
+from service.http.page import fleet, hosts
 from service.http.page.batches import NO_CONTEXT, as_json, file_batch
 from service.http.page.sessions import Sessions
+from service.insight.host_servicer import HostServicer
 from service.insight.presence import Presence
+from service.rpc import call_context
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 View = Literal["batches", "batch", "workers", "tenants"]
@@ -58,6 +61,7 @@ class Live:
 
     database: Database
     servicer: BatchServicer
+    host_servicer: HostServicer
     presence: Presence
     clock: Clock
     ending: asyncio.Event
@@ -80,6 +84,9 @@ class Live:
             dogs, orders, events = await self.database.run(fleet.read)
             found["hosts"] = fleet.hosts(self.presence, self.clock, dogs, orders)
             found["events"] = [fleet.event_json(event) for event in events]
+            # HostService answers operators alone.
+            if call_context.current().caller.role is Role.OPERATE:
+                found["host_list"] = await hosts.read(self.host_servicer)
         else:
             found["tenants"] = as_json(await self.servicer.ListTenants(pb.ListTenantsRequest(), NO_CONTEXT))["tenants"]
         return found

@@ -8,12 +8,13 @@ from fastapi import APIRouter
 from service.clock import Clock
 from service.db.connection import Database
 from service.db.limits import Limits
-from service.http.page import assets, batches, fleet, live, signing_in
+from service.http.page import assets, batches, fleet, hosts, live, signing_in
 from service.http.page.live import Live
 from service.http.page.sessions import Sessions
 from service.http.page.signals import Signals
 from service.insight.channels import Channels
 from service.insight.explainer import Explainer
+from service.insight.host_servicer import HostServicer
 from service.insight.presence import Presence
 from service.insight.servicer import ExplainedServicer
 
@@ -28,6 +29,7 @@ class Page:
     channels: Channels
     limits: Limits
     clock: Clock
+    heartbeat_timeout_s: float
     signals: Signals = field(init=False)
     _ending: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -39,13 +41,15 @@ class Page:
         explainer = Explainer(self.database, self.presence, self.clock)
         # Nobody calls what it has no methods for.
         servicer = ExplainedServicer(self.database, self.limits, explainer)  # type: ignore[abstract]
-        following = Live(self.database, servicer, self.presence, self.clock, self._ending)
+        host_servicer = HostServicer(self.database, self.heartbeat_timeout_s)
+        following = Live(self.database, servicer, host_servicer, self.presence, self.clock, self._ending)
         return [
             assets.router(),
             signing_in.router(self.sessions),
             live.router(following, self.sessions),
             batches.router(self.database, servicer),
             fleet.router(self.database, self.signals),
+            hosts.router(host_servicer),
         ]
 
     async def follow(self) -> None:

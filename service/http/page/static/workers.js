@@ -3,6 +3,7 @@
 import { ask } from "./dialogs.js";
 import { h } from "./dom.js";
 import * as f from "./format.js";
+import * as hosts from "./hosts.js";
 import { button, empty, fact } from "./parts.js";
 import { call, may } from "./server.js";
 
@@ -43,11 +44,13 @@ export function changed(state) {
 }
 
 export function render(state) {
-  const { hosts, events } = state.parts;
-  if (!hosts) return [h("h1", {}, "Workers"), h("p.empty", {}, "Loading…")];
+  const { events } = state.parts;
+  if (!state.parts.hosts) return [h("h1", {}, "Workers"), h("p.empty", {}, "Loading…")];
+  const all = allHosts(state.parts);
   return [
     h("h1", {}, "Workers"),
-    hosts.length ? hosts.map((host) => hostOf(state, host)) : empty("No worker was ever seen. Start one: scripts/start-all.sh"),
+    state.parts.host_list?.next_page_token && h("p.muted", {}, "More hosts than are shown here: vllm-batch hosts lists all."),
+    all.length ? all.map((host) => hostOf(state, host)) : empty("No worker was ever seen. Start one: scripts/start-all.sh"),
     h(
       "section",
       { "aria-labelledby": "recoveries" },
@@ -57,9 +60,14 @@ export function render(state) {
   ];
 }
 
+// Operators see the hosts that HostService lists, others those whose watchdogs or workers are known.
+function allHosts({ hosts: seen, host_list: list }) {
+  if (!list) return seen;
+  const byName = new Map(seen.map((host) => [host.host, host]));
+  return list.hosts.map((listed) => ({ host: listed.name, processes: byName.get(listed.name)?.processes ?? [], listed }));
+}
+
 function hostOf(state, host) {
-  const age = host.watchdog_age_s;
-  const isGone = age === null || age > 60;
   return h(
     "section.host",
     { "aria-label": `Host ${host.host}`, "data-key": host.host },
@@ -67,10 +75,19 @@ function hostOf(state, host) {
       "div.bar-of-tools",
       {},
       h("h2", {}, host.host),
-      h(`span.pill.${isGone ? "is-bad" : "is-good"}`, {}, h("span.dot"), age === null ? "no watchdog" : isGone ? `watchdog last seen ${f.seconds(age)} ago` : "watchdog is there"),
+      host.listed ? hosts.pill(host.listed) : watchdog(host.watchdog_age_s),
+      h("span.grow"),
+      host.listed && hosts.buttons(host.listed),
     ),
+    host.listed && hosts.about(host.listed),
     host.processes.length ? h("div.cards", {}, workersFirst(host.processes).map((each) => card(state, each))) : empty("No worker."),
   );
+}
+
+function watchdog(age) {
+  const isGone = age === null || age > 60;
+  const words = age === null ? "no watchdog" : isGone ? `watchdog last seen ${f.seconds(age)} ago` : "watchdog is there";
+  return h(`span.pill.${isGone ? "is-bad" : "is-good"}`, {}, h("span.dot"), words);
 }
 
 const workersFirst = (processes) => [...processes].sort((one, other) => one.is_gateway - other.is_gateway);
@@ -193,6 +210,7 @@ const reasonField = () => [
 ];
 
 export const actions = {
+  ...hosts.actions,
   async pause(state, { worker }) {
     const given = await ask(
       `Pause recovery of ${worker}?`,

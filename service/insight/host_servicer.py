@@ -8,7 +8,7 @@ from service.db import hosts, schema
 from service.db.connection import Database
 from service.db.hosts import Host
 from service.errors import ApiError, Violation, invalid, not_found
-from service.gateway.host_messages import host_message
+from service.insight.host_messages import host_message
 from service.rpc import call_context, pages
 from service.rpc.handlers import Context
 from service.telemetry import logs

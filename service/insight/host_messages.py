@@ -19,28 +19,20 @@ STATES = {
 
 
 def host_message(host: Host, timeout_s: float, newest: int) -> pb.Host:
-    """Converts a host. `newest`: the schema version of this gateway."""
+    """Converts a host. `newest`: the schema version of this server."""
     detail = _watchdog_detail(host)
     guards = {str(guard["worker_id"]): guard for guard in detail.get("guards", ())}
-    drain = None
-    if host.drain_age_s is not None:
-        drain = pb.Drain(
-            reason=host.drain_reason,
-            age=duration(host.drain_age_s),
-            is_complete=host.is_drained(timeout_s),
-            held=host.held,
-        )
-    workers = [each for each in host.programs if each.program == "worker"]
-    return pb.Host(
+    message = pb.Host(
         name=host.name,
         state=STATES[host.state(timeout_s)],
         age=duration(max(0.0, min(each.age_s for each in host.programs))),
         programs=_programs(host, detail, timeout_s),
-        workers=[_worker(each, guards.get(each.id, {})) for each in workers],
+        workers=[_worker(each, guards.get(each.id, {})) for each in host.programs if each.program == "worker"],
         gpus=[pb.Gpu(name=str(gpu["name"]), memory_bytes=int(gpu["memory_bytes"])) for gpu in detail.get("gpus", ())],
-        drain=drain,
-        notes=_notes(host, timeout_s, newest),
+        drain=_drain(host, timeout_s),
     )
+    message.notes.extend([*_notes(host, timeout_s, newest), *_notes_of_workers(message), *_notes_of_drain(message)])
+    return message
 
 
 def _watchdog_detail(host: Host) -> Mapping[str, Any]:
@@ -75,6 +67,17 @@ def _worker(program: Program, guard: Mapping[str, Any]) -> pb.HostWorker:
     )
 
 
+def _drain(host: Host, timeout_s: float) -> pb.Drain | None:
+    if host.drain_age_s is None:
+        return None
+    return pb.Drain(
+        reason=host.drain_reason,
+        age=duration(host.drain_age_s),
+        is_complete=host.is_drained(timeout_s),
+        held=host.held,
+    )
+
+
 def _notes(host: Host, timeout_s: float, newest: int) -> list[str]:
     alive, notes = host.alive(timeout_s), []
     state, age_s = host.state(timeout_s), min(each.age_s for each in host.programs)
@@ -97,7 +100,7 @@ def _deaf(workers: Sequence[Program]) -> list[str]:
 
 
 def _versions(alive: Sequence[Program], newest: int) -> list[str]:
-    """A line for programs that are older than this gateway, and one for those that are newer."""
+    """A line for programs that are older than this server, and one for those that are newer."""
     notes = []
     for word, those in (
         ("older", [each for each in alive if each.schema_version < newest]),
@@ -105,5 +108,26 @@ def _versions(alive: Sequence[Program], newest: int) -> list[str]:
     ):
         if those:
             names = ", ".join(f"{each.id.rpartition(':')[2]} {each.version or '(unknown)'}" for each in those)
-            notes.append(f"of a version {word} than this gateway: {names}")
+            notes.append(f"of a version {word} than this server: {names}")
     return notes
+
+
+def _notes_of_workers(message: pb.Host) -> list[str]:
+    notes = []
+    for worker in message.workers:
+        name = worker.worker_id.rpartition(":")[2]
+        if worker.gave_up:
+            notes.append(f"recovery gave up on its {name}: {worker.reason}")
+        if worker.cause:
+            notes.append(f"its {name} failed: {worker.cause}")
+    return notes
+
+
+def _notes_of_drain(message: pb.Host) -> list[str]:
+    if not message.HasField("drain"):
+        return []
+    reason = f" ({message.drain.reason})" if message.drain.reason else ""
+    if message.drain.is_complete:
+        return [f"drained{reason}"]
+    requests = sum(worker.requests_held for worker in message.workers)
+    return [f"draining: {message.name} holds {requests} requests in {message.drain.held} chunks{reason}"]
