@@ -1,6 +1,7 @@
 """The API of the page: sessions, what other sites cannot do, live parts, orders that reach a watchdog."""
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

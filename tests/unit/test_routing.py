@@ -44,7 +44,14 @@ def known(
         said = LinkState.SERVING if one.beat.phase == Phase.READY else LinkState.NOT_SERVING
         said = (health or {}).get(one.beat.worker_id, said)
         contacts[one.beat.address] = Contact(said, since_s, "Socket closed" if said is LinkState.UNREACHABLE else "")
-    return Freshness(workers, read_at_s, frozenset(given_up.split()), timings or {}, failure, contacts)
+    return Freshness(
+        workers,
+        read_at_s,
+        given_up=frozenset(given_up.split()),
+        timings=timings or {},
+        failure=failure,
+        contacts=contacts,
+    )
 
 
 def chosen(freshness: Freshness, *models: str, now_s: float = 0) -> list[str]:
