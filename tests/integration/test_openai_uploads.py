@@ -25,7 +25,7 @@ from tests.support.servers import PostgresServer, Stack
 from tests.support.waiting import until
 
 # Of calls and of sequences of calls, each of which takes long.
-MADE_UP = settings.default.max_examples // 2 if IS_THOROUGH else 8
+MADE_UP = settings.default.max_examples // 4 if IS_THOROUGH else 8
 
 
 @pytest.fixture

@@ -16,5 +16,6 @@ while [[ $status = validating || $status = in_progress || $status = finalizing ]
   found=$(call "$base/batches/$batch")
   status=$(string status <<<"$found")
 done
+echo "$batch $status"
 [[ $status = completed ]]
 call "$base/files/$(string output_file_id <<<"$found")/content" -o "$output"
