@@ -1,6 +1,7 @@
 """The application: OpenAI's operations and the document that describes them, health, and the page."""
 
 from collections.abc import Set
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,9 +12,16 @@ from service.db.connection import Database, check_schema
 from service.http import batches, door, files, models, uploads
 from service.http.door import Door
 from service.http.files import Keeping
+from service.http.objects import ErrorBody
 from service.http.page.wiring import Page
 from service.rpc.access import Access
 from service.webhook_targets import Networks
+
+# Of every operation. Without it FastAPI describes errors of its own, which nobody ever gets.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is wrong, not allowed, or one too many"},
+    "5XX": {"model": ErrorBody, "description": "The server failed, or Postgres is away"},
+}
 
 
 def made(
@@ -37,6 +45,7 @@ def made(
         # They are made of scripts of other hosts.
         docs_url=None,
         redoc_url=None,
+        responses=ERRORS,
         generate_unique_id_function=lambda route: route.name,
     )
     for router in (
@@ -64,7 +73,7 @@ def made(
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
-        return door.of_http(error.status_code, error.detail, request)
+        return door.of_http(error, request)
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import peewee
 import psycopg2
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Match, Route
@@ -210,12 +211,21 @@ async def on_error(request: Request, error: Exception) -> JSONResponse:
     return response(ApiError(grpc.StatusCode.INTERNAL, f"{name} failed: {type(error).__name__}"))
 
 
-def of_http(status: int, detail: str, request: Request) -> JSONResponse:
+def of_http(error: HTTPException, request: Request) -> JSONResponse:
     """The answer for a path or method that is not there, and for a body that cannot be read."""
+    status = error.status_code
     if status not in (404, 405):
-        return JSONResponse(errors.body(detail, status), status)
+        return JSONResponse(errors.body(error.detail, status), status)
     message = f"Unknown request URL: {request.method} {request.url.path[:200]}"
-    return JSONResponse(errors.body(message, status, code="unknown_url"), status)
+    allow = {"allow": ", ".join(_methods(request))} if status == 405 else None
+    return JSONResponse(errors.body(message, status, code="unknown_url"), status, allow)
+
+
+def _methods(request: Request) -> list[str]:
+    """What can be done with the path of a request. Of a 405 Starlette names only what the first route can do."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in matching for method in route.methods or ()})
 
 
 def of_validation(found: Sequence[Any]) -> JSONResponse:

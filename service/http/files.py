@@ -44,6 +44,7 @@ FORM = {
                             "maximum": objects.MAX_LIFETIME_S,
                         },
                     },
+                    "dependentRequired": {EXPIRES[0]: [EXPIRES[1]], EXPIRES[1]: [EXPIRES[0]]},
                 }
             }
         },

@@ -29,7 +29,7 @@ class ExpiresAfter(BaseModel):
     """When a file expires."""
 
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S)
+    seconds: int = Field(ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S, strict=True)
 
 
 class FileObject(BaseModel):
@@ -57,7 +57,7 @@ class DeletedFile(BaseModel):
 class CreateUpload(BaseModel):
     """What is going to be uploaded in parts."""
 
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, strict=True)
     filename: str = Field(max_length=MAX_FILENAME, pattern=r"^[^\x00]*$")
     mime_type: str
     purpose: Literal["batch"]
@@ -99,7 +99,10 @@ class CreateBatch(BaseModel):
 
     input_file_id: str
     endpoint: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")
-    completion_window: str = Field(description="24h, or another number of hours (h) or days (d), up to 366d")
+    completion_window: str = Field(
+        description="24h, or another number of hours (h) or days (d), up to 366d",
+        json_schema_extra={"pattern": "^[0-9]{1,4}[hd]$"},
+    )
     metadata: dict[str, str] | None = None
     output_expires_after: ExpiresAfter | None = None
     webhook: str | None = Field(
@@ -189,6 +192,21 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "vllm"
+
+
+class Wrong(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: Literal["invalid_request_error", "permission_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The answer to a call that failed."""
+
+    error: Wrong
 
 
 class Page(BaseModel, Generic[T]):

@@ -1,4 +1,4 @@
-"""OpenAI's door with the openai package as it is: uploads in parts; tokens, TLS and limits; Postgres away."""
+"""OpenAI's door with the openai package as it is: uploads in parts; tokens, TLS, limits; no Postgres; its document."""
 
 import hashlib
 import json
@@ -12,14 +12,20 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import settings
 from openai import OpenAI
 
 from service.auth import new_token, tokens
+from tests.conftest import IS_THOROUGH
+from tests.support import documented
 from tests.support.batches import count, line, lines, run_sql
 from tests.support.certificates import Authority, replace
 from tests.support.ports import free_port
 from tests.support.servers import PostgresServer, Stack
 from tests.support.waiting import until
+
+# Of calls and of sequences of calls, each of which takes long.
+MADE_UP = settings.default.max_examples // 4 if IS_THOROUGH else 8
 
 
 @pytest.fixture
@@ -107,6 +113,29 @@ def test_document_and_health(door: Stack) -> None:
     assert {"CreateFile", "GetFileContent", "CompleteUpload", "CreateBatch", "ListModels"} <= names
     assert httpx.get(f"{base}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{base}/readyz").status_code == 200
+
+
+def test_calls_made_up_from_the_document(client: OpenAI, door: Stack) -> None:
+    """Whatever is sent to any operation, also with ids that exist, the answer is one of the document and no 5xx."""
+    schema = documented.read(f"{door.base_url.removesuffix('/v1')}/openapi.json")
+    files = [client.files.create(file=("in.jsonl", line("a")), purpose="batch").id for _ in range(3)]
+    batch = client.batches.create(input_file_id=files[0], endpoint="/v1/chat/completions", completion_window="24h")
+    upload = client.uploads.create(bytes=3, filename="a", mime_type="text/plain", purpose="batch")
+    real = {"file_id": files[1], "input_file_id": files[2], "batch_id": batch.id, "upload_id": upload.id}
+    each = documented.call_each(schema, real, MADE_UP)
+    assert len({operation for operation, _ in each}) == 15
+    in_turn = documented.call_in_turn(schema, MADE_UP)
+    # Some have found what they asked for.
+    assert any("{" in operation and status == 200 for operation, status in each + in_turn)
+    assert not [event for server in door.servers for event in server.events("call_failed")]
+    assert all(server.process.poll() is None for server in door.servers)
+
+
+def test_methods_that_are_not_there(door: Stack) -> None:
+    """Who uses a method that a path does not have is told all that it has."""
+    for path, allowed in (("files", "GET, POST"), ("files/file-1", "DELETE, GET"), ("batches/batch_1/cancel", "POST")):
+        answer = httpx.put(f"{door.base_url}/{path}")
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
 
 
 def test_bodies_are_limited(door: Stack) -> None:

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib.util
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -503,3 +504,14 @@ def test_commands_that_are_named_exist(path: Path) -> None:
         assert found is not None, first
         if isinstance(found, click.Group) and second:
             assert found.get_command(click.Context(found), second) is not None, f"{first} {second}"
+
+
+def test_clients_of_openais_api() -> None:
+    """docs/openai.md has the versions that tests/clients installs, which come from whatever registry is configured."""
+    folder = ROOT / "tests" / "clients"
+    table = re.findall(r"^\| .*", (ROOT / "docs/openai.md").read_text(), re.MULTILINE)
+    packages = json.loads((folder / "npm/package.json").read_text())["dependencies"]
+    [litellm] = re.findall(r"^litellm==(.+)$", (folder / "litellm/requirements.txt").read_text(), re.MULTILINE)
+    for name, version in (packages | {"LiteLLM": litellm}).items():
+        assert any(name in row and version in row for row in table), (name, version)
+    assert '"resolved"' not in (folder / "npm/package-lock.json").read_text()

@@ -23,7 +23,7 @@ from service.worker.engine import cause
 from service.worker.engine.cause import Cause, Failure
 from service.worker.engine.protocol import Answer, EngineDeadError, EngineStartError
 
-URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"})
 STEP_S = 0.005
 # Longer than the progress lease of an engine that is not computing.
 PREFILL_S = 12.0
@@ -181,12 +181,30 @@ class SimulatedEngine:
         elif url == "/v1/completions":
             choice = {"index": 0, "text": digest, "finish_reason": "stop"}
             data = {"id": f"cmpl-{digest[:16]}", "object": "text_completion", "choices": [choice]}
+        elif url == "/v1/responses":
+            return self._response(digest, usage)
         else:
             choice = {"index": 0, "message": {"role": "assistant", "content": digest}, "finish_reason": "stop"}
             data = {"id": f"chatcmpl-{digest[:16]}", "object": "chat.completion", "choices": [choice]}
         usage["total_tokens"] = sum(usage.values())
         data |= {"model": self.models[0], "usage": usage}
         return Answer(200, msgspec.json.encode(data).decode(), usage["prompt_tokens"], usage["completion_tokens"])
+
+    def _response(self, digest: str, usage: Mapping[str, int]) -> Answer:
+        """An answer of the Responses API, which has names of its own for all that the others share."""
+        prompt, generated = usage["prompt_tokens"], usage["completion_tokens"]
+        text = {"type": "output_text", "text": digest, "annotations": []}
+        message = {"id": f"msg_{digest[:16]}", "type": "message", "role": "assistant", "status": "completed"}
+        data = {
+            "id": f"resp_{digest[:16]}",
+            "object": "response",
+            "created_at": 0,
+            "status": "completed",
+            "model": self.models[0],
+            "output": [message | {"content": [text]}],
+            "usage": {"input_tokens": prompt, "output_tokens": generated, "total_tokens": prompt + generated},
+        }
+        return Answer(200, msgspec.json.encode(data).decode(), prompt, generated)
 
 
 def _padded(answer: Answer, size: object) -> Answer:

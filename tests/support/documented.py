@@ -1,0 +1,80 @@
+"""Calls made up from the OpenAPI document of OpenAI's door, each answer of which has to be as the document says."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import Case
+from schemathesis.checks import CHECKS
+from schemathesis.schemas import BaseSchema
+
+# What a call asks for, and which calls make sense together, is no affair of these.
+CHECKED = [
+    check
+    for check in CHECKS.get_all()
+    if check.__name__
+    in (
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_headers_conformance",
+        "response_schema_conformance",
+        "negative_data_rejection",
+    )
+]
+# Calls of a sequence.
+STEPS = 8
+TIMEOUT_S = 30
+
+Seen = Counter[tuple[str, int]]
+
+
+def read(url: str) -> BaseSchema:
+    """The document that is served there."""
+    return schemathesis.openapi.from_url(url)
+
+
+def _settings(examples: int, **more: Any) -> settings:
+    return settings(
+        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), **more
+    )
+
+
+def call_each(schema: BaseSchema, real: Mapping[str, str], examples: int) -> Seen:
+    """Calls each operation this often, half of the time with `real` ids. Returns how often each status came."""
+    seen: Seen = Counter()
+
+    def check(case: Case, is_real: bool) -> None:
+        if is_real:
+            for part in (case.path_parameters, case.body):
+                if isinstance(part, dict):
+                    part.update({name: real[name] for name in part if name in real})
+        response = case.call(timeout=TIMEOUT_S)
+        seen[case.operation.label, response.status_code] += 1
+        case.validate_response(response, checks=CHECKED)
+
+    for operation in schema.get_all_operations():
+        _settings(examples)(given(case=operation.ok().as_strategy(), is_real=st.booleans())(check))()
+    return seen
+
+
+def call_in_turn(schema: BaseSchema, examples: int) -> Seen:
+    """Makes this many sequences of calls that use what earlier ones have made. Returns how often each status came."""
+    seen: Seen = Counter()
+    base: Any = schema.as_state_machine()
+
+    class Sequence(base):  # type: ignore[misc]
+        def get_call_kwargs(self, case: Case) -> dict[str, Any]:
+            return {"timeout": TIMEOUT_S}
+
+        def after_call(self, response: Any, case: Case) -> None:
+            seen[case.operation.label, response.status_code] += 1
+
+        def validate_response(self, response: Any, case: Case, *_: object, **__: object) -> None:
+            case.validate_response(response, checks=CHECKED)
+
+    Sequence.run(settings=_settings(examples, stateful_step_count=STEPS))
+    return seen
