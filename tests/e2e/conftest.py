@@ -1,4 +1,4 @@
-"""One engine with a chat model, for all tests that need one and leave it as it was."""
+"""Engines with a chat model, and what they need."""
 
 import os
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(home: Path, collector: Collector) -> Iterator[Running]:
-    """An engine with a chat model. The last test of test_vllm_engine.py, which come last, kills it."""
+    """An engine with a chat model, one for each file: its first grammar decides on the backend for all that follow."""
     running = Running(home, " ".join((*CHAT_FLAGS, "--otlp-traces-endpoint", collector.endpoint)))
     running.start()
     yield running
