@@ -11,7 +11,7 @@ import msgspec
 import peewee
 
 from service import failpoints
-from service.db.chunks import INDEXES, Holder
+from service.db.chunks import ENTRY, INDEXES, Holder
 
 CHANNEL = "vllm_batch"
 # A notice has less than 8,000 bytes.
@@ -114,7 +114,7 @@ WITH held AS MATERIALIZED (
     FROM divided d WHERE c.id = d.id
 ), queued AS (
     INSERT INTO queue_changes (pool_id, batch_id, tenant, in_flight, has_pending)
-    SELECT q.pool_id, q.batch_id, q.tenant, -d.freed, true FROM divided d JOIN queue q ON q.batch_id = d.batch_id
+    SELECT q.pool_id, q.batch_id, q.tenant, -d.freed, true FROM divided d JOIN queue q ON {ENTRY.format(chunk="d")}
 )
 SELECT gives FROM divided
 """

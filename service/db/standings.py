@@ -38,7 +38,7 @@ ORDER BY b.id, back.count
 PENDING = "SELECT DISTINCT batch_id, models FROM chunks WHERE batch_id = ANY(%s) AND state = 'pending'"
 UNFINISHED = """
 SELECT priority, sum(total - completed - failed)::bigint FROM batches
-WHERE state = 'in_progress' AND models <@ %s::text[] GROUP BY priority
+WHERE state = 'in_progress' AND (models = '{}' OR models && %s::text[]) GROUP BY priority
 """
 
 

@@ -108,6 +108,7 @@ def _facts(batch: Batch, queue: Queue, standing: Standing, workers: Sequence[Wor
         age_s=(queue.read_time - batch.create_time).total_seconds(),
         # Of the workers that may run it, the one with the most before it.
         higher=max((_higher(queue.unfinished.get(pool, {}), batch.priority) for pool in pools), default=0),
+        is_mixed=len(batch.models) > 1,
     )
 
 
