@@ -48,7 +48,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     help="Order in which requests run: by shared prefixes, which spares computing them again, or as in FILE.",
 )
 @click.option("--webhook", default="", metavar="URL", help="Notify this URL of its end. Default: your tenant's.")
-@click.option("--require-live", is_flag=True, help="Refuse FILE if it names a model that no worker serves now.")
+@click.option("--require-live", is_flag=True, help="Refuse FILE if it names a model that no worker serves.")
 @json_option
 @click.pass_obj
 def submit(

@@ -15,7 +15,8 @@ DROP INDEX chunks_pending;
 CREATE INDEX chunks_pending ON chunks (batch_id, models, id) WHERE state = 'pending' AND deaths = 0;
 """
 
-# As in migration 0011, for an entry of the queue. Groups of prefixes are numbered for each model.
+# As in migration 0011, for an entry of the queue. Groups of prefixes are numbered for each model. Its chunks are a
+# range, ordered by all columns of the index: with two equalities Postgres may read those of all models, by their ids.
 NEXT_CHUNK = """
 CREATE OR REPLACE FUNCTION next_chunk(batch bigint, worker text) RETURNS SETOF chunks LANGUAGE plpgsql AS $$
 DECLARE
@@ -33,8 +34,9 @@ BEGIN
             WHERE c.state = 'pending' AND c.id = ANY (ARRAY(
                 SELECT n.id FROM (
                     SELECT p.id, p.prefix_group FROM chunks p
-                    WHERE p.batch_id = batch AND p.models = entry.models AND p.state = 'pending' AND p.deaths = 0
-                    ORDER BY p.id LIMIT 64) n
+                    WHERE (p.batch_id, p.models) >= (batch, entry.models) AND p.state = 'pending'
+                      AND (p.batch_id, p.models) <= (batch, entry.models) AND p.deaths = 0
+                    ORDER BY p.batch_id, p.models, p.id LIMIT 64) n
                 WHERE n.prefix_group IS NULL OR n.prefix_group <> ALL (others)))
             ORDER BY c.id LIMIT 1 FOR UPDATE SKIP LOCKED;
         IF FOUND THEN
@@ -42,8 +44,9 @@ BEGIN
         END IF;
     END IF;
     RETURN QUERY SELECT c.* FROM chunks c
-        WHERE c.batch_id = batch AND c.models = entry.models AND c.state = 'pending' AND c.deaths = 0
-        ORDER BY c.id LIMIT 1 FOR UPDATE SKIP LOCKED;
+        WHERE (c.batch_id, c.models) >= (batch, entry.models) AND (c.batch_id, c.models) <= (batch, entry.models)
+          AND c.state = 'pending' AND c.deaths = 0
+        ORDER BY c.batch_id, c.models, c.id LIMIT 1 FOR UPDATE SKIP LOCKED;
 END $$
 """
 
