@@ -32,6 +32,8 @@ class SubmitOptions(TypedDict, total=False):
     order: Literal["prefix", "input"]
     # The URL that receives the event of its end, instead of the tenant's own target.
     webhook: str
+    # Refuse it (UNAVAILABLE) if it names a model that no worker serves now, instead of running the rest of it first.
+    require_live: bool
     # Called with the number of bytes sent, from a gRPC thread; starts at 0 again with each attempt.
     on_sent: Callable[[int], None]
 
@@ -49,6 +51,7 @@ class Upload:
             priority=options.get("priority", 0),
             order=pb.RUN_ORDER_INPUT if options.get("order") == "input" else pb.RUN_ORDER_UNSPECIFIED,
             webhook=options.get("webhook", ""),
+            require_live=options.get("require_live", False),
         )
         window_s = options.get("completion_window_s")
         if window_s is not None:

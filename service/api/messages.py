@@ -173,6 +173,7 @@ def options(message: pb.BatchOptions) -> Options:
         window_s,
         run_order=run_order,
         webhook_url=message.webhook or None,
+        require_live=message.require_live,
     )
 
 

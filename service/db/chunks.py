@@ -8,6 +8,8 @@ import peewee
 
 from service import failpoints
 
+# The entry `q` of the queue that a chunk belongs to.
+ENTRY = "coalesce(q.of_batch, q.batch_id) = {chunk}.batch_id AND q.models = {chunk}.models"
 # The requests of the chunk `c`, in the order in which they run.
 INDEXES = """
 unnest(coalesce(c.indexes, ARRAY(SELECT generate_series(c.first_index, c.first_index + c.count - 1))))
@@ -222,7 +224,7 @@ def release_where(db: peewee.PostgresqlDatabase, which: str, params: Mapping[str
     row = db.execute_sql(
         f"""
         WITH held AS MATERIALIZED (
-            SELECT id, batch_id, charged, deaths FROM chunks WHERE state = 'leased' AND {which}
+            SELECT id, batch_id, models, charged, deaths FROM chunks WHERE state = 'leased' AND {which}
             ORDER BY id FOR UPDATE {"" if wait else "SKIP LOCKED"}
         ), released AS (
             UPDATE chunks SET state = 'pending', worker_id = NULL, incarnation = NULL, lease_until = NULL, charged = 0,
@@ -231,7 +233,7 @@ def release_where(db: peewee.PostgresqlDatabase, which: str, params: Mapping[str
         ), queued AS (
             INSERT INTO queue_changes (pool_id, batch_id, tenant, in_flight, has_pending)
             SELECT q.pool_id, q.batch_id, q.tenant, -sum(held.charged), bool_or(held.deaths = 0)
-            FROM held JOIN queue q ON q.batch_id = held.batch_id GROUP BY q.batch_id
+            FROM held JOIN queue q ON {ENTRY.format(chunk="held")} GROUP BY q.batch_id
         )
         SELECT count(*) FROM held
         """,

@@ -35,6 +35,8 @@ class Options:
     run_order: RunOrder = "prefix"
     # Where its event goes; None: where its tenant's go.
     webhook_url: str | None = None
+    # Refuse it if it names a model that no worker serves now.
+    require_live: bool = False
 
 
 DEFAULT_OPTIONS = Options()
@@ -148,7 +150,7 @@ def copy(db: peewee.PostgresqlDatabase, rows: bytes) -> None:
     """Inserts requests in COPY's text format."""
     with db.cursor() as cursor:
         cursor.copy_expert(
-            "COPY requests (batch_id, index, custom_id, url, body, prefix, estimated_tokens) FROM STDIN",
+            "COPY requests (batch_id, index, custom_id, url, body, prefix, estimated_tokens, model) FROM STDIN",
             io.BytesIO(rows),
             1 << 18,
         )
@@ -237,9 +239,9 @@ def retry(
         total, tokens = db.execute_sql(
             f"""
             WITH made AS (
-                INSERT INTO requests (batch_id, index, custom_id, url, body, prefix, estimated_tokens)
+                INSERT INTO requests (batch_id, index, custom_id, url, body, prefix, estimated_tokens, model)
                 SELECT %(new)s, row_number() OVER (ORDER BY q.index) - 1, q.custom_id, q.url, q.body, q.prefix,
-                       q.estimated_tokens
+                       q.estimated_tokens, q.model
                 FROM requests q
                 WHERE q.batch_id = %(old)s
                   AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = q.batch_id AND r.index = q.index

@@ -1,4 +1,4 @@
-"""Cuts the stored requests of a new batch into chunks, in the order in which they are to run."""
+"""Cuts the stored requests of a new batch into chunks, each of one model, in the order in which they are to run."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -6,7 +6,7 @@ from itertools import islice
 import peewee
 from psycopg2.extras import execute_values
 
-from service.db.run_order import FAR_LONGER, Plan, Row, cut
+from service.db.run_order import FAR_LONGER, Plan, Row, cut_by_model
 
 # Rows are read, and chunks written, so many at a time: memory is flat at any size of a batch.
 ROWS, CHUNKS = 5_000, 500
@@ -18,7 +18,8 @@ ORDERS = {
     "length": f"{TOKENS} DESC, index",
     "prefix": f"{TOKENS} > %(far)s DESC, prefix NULLS LAST, index",
 }
-READ = f"SELECT index, {TOKENS}, prefix FROM requests WHERE batch_id = %(batch)s ORDER BY {{order}}"
+READ = f"SELECT index, {TOKENS}, prefix, model FROM requests WHERE batch_id = %(batch)s ORDER BY {{order}}"
+COUNT = "SELECT model, count(*) FROM requests WHERE batch_id = %s GROUP BY model"
 WRITE = """
 INSERT INTO chunks (batch_id, first_index, count, unfinished, priority, models, indexes, prefix_group, estimated_tokens)
 VALUES %s
@@ -38,43 +39,49 @@ def store_chunks(
 ) -> None:
     """Stores the chunks of a batch of `total` requests; by their ids they are in the order in which they run.
 
-    Within a transaction.
+    A batch that names one model is of that model, also its requests that name none. Within a transaction.
     """
-    if plan.ends:
+    is_mixed = len(models) > 1
+    if plan.ends and not is_mixed:
         names = {"batch": batch_id, "priority": priority, "models": list(models)}
         db.execute_sql(WRITE_IN_FILE_ORDER, names | {"ends": list(plan.ends), "tokens": list(plan.tokens)})
         return
-    runs = cut(_read(db, batch_id, plan), total)
+    rows = _read(db, batch_id, plan, is_mixed)
+    totals = dict(db.execute_sql(COUNT, (batch_id,)).fetchall()) if is_mixed else {None: total}
+    runs = cut_by_model(rows, totals)
     with db.cursor() as cursor:
         while some := list(islice(runs, CHUNKS)):
-            rows = [
+            values = [
                 (
                     batch_id,
                     run.indexes[0],
                     len(run.indexes),
                     len(run.indexes),
                     priority,
-                    list(models),
+                    list(models) if run.model is None else [run.model] if run.model else [],
                     None if run.is_consecutive else f"{{{','.join(map(str, run.indexes))}}}",
                     run.group,
                     run.tokens,
                 )
                 for run in some
             ]
-            execute_values(cursor, WRITE, rows, "(%s, %s, %s, %s, %s, %s::text[], %s::integer[], %s, %s)", len(rows))
+            execute_values(
+                cursor, WRITE, values, "(%s, %s, %s, %s, %s, %s::text[], %s::integer[], %s, %s)", len(values)
+            )
 
 
-def _read(db: peewee.PostgresqlDatabase, batch_id: int, plan: Plan) -> Iterator[Row]:
-    """The requests in their order, through a cursor of the server."""
+def _read(db: peewee.PostgresqlDatabase, batch_id: int, plan: Plan, by_model: bool) -> Iterator[Row]:
+    """The requests in their order, within their models if `by_model`, through a cursor of the server."""
     is_prefix = plan.order == "prefix"
     far = plan.far_longer
     if is_prefix and far is None:
         mean = db.execute_sql(f"SELECT avg({TOKENS})::bigint FROM requests WHERE batch_id = %s", (batch_id,)).fetchone()
         far = FAR_LONGER * mean[0]
-    sql = READ.replace("{order}", ORDERS[plan.order])
+    sql = READ.replace("{order}", f"{'model, ' if by_model else ''}{ORDERS[plan.order]}")
     # Postgres keeps the rows and gives some at a time.
     db.execute_sql(f"DECLARE in_run_order NO SCROLL CURSOR FOR {sql}", {"batch": batch_id, "far": far})
     while rows := db.execute_sql(f"FETCH {ROWS} FROM in_run_order").fetchall():
-        for index, tokens, prefix in rows:
-            yield Row(index, tokens, bytes(prefix) if is_prefix and prefix is not None else b"")
+        for index, tokens, prefix, model in rows:
+            key = bytes(prefix) if is_prefix and prefix is not None else b""
+            yield Row(index, tokens, key, model if by_model else None)
     db.execute_sql("CLOSE in_run_order")

@@ -28,10 +28,12 @@ _SILENCE = f"""
 make_interval(secs => greatest({MIN_SILENCE_S}, 2 * coalesce((h.detail->>'interval_s')::float8,
                                                              {OTHERWISE_INTERVAL_S})))
 """
-# Of a heartbeat `h`: another host's gateway has lost its link to this life, and none reaches it; no session of it was
+# Of a heartbeat `h`, here and below.
+IS_MISSING = f"h.last_seen < clock_timestamp() - {_SILENCE}"
+# Another host's gateway has lost its link to this life, and none reaches it; no session of it was
 # used since. Postgres keeps the sessions of a host that vanished, so that they are there means nothing.
 _IS_LOST = f"""
-h.last_seen < clock_timestamp() - {_SILENCE}
+{IS_MISSING}
 AND (SELECT bool_and(NOT l.is_reachable) FROM losses l
      WHERE l.incarnation = h.incarnation AND l.seen_from <> regexp_replace(h.worker_id, ':[^:]*$', '')
        AND l.report_time > clock_timestamp() - make_interval(secs => {REPORT_S}))

@@ -13,6 +13,7 @@ from psycopg2.extras import execute_values
 
 from service import failpoints
 from service.db.batches import IN_SCOPE
+from service.db.chunks import ENTRY
 from service.db.connection import allow
 
 
@@ -110,7 +111,7 @@ WITH given (
     custom_id, cached, reasoning
 ) AS (VALUES %s
 ), held AS MATERIALIZED (
-    SELECT id, batch_id, charged, unfinished, estimated_tokens::float8 / count AS estimate FROM chunks
+    SELECT id, batch_id, models, charged, unfinished, estimated_tokens::float8 / count AS estimate FROM chunks
     WHERE id IN (SELECT chunk_id FROM given) AND state = 'leased' AND incarnation = '{incarnation}'::uuid
     ORDER BY id FOR UPDATE
 ), batch AS MATERIALIZED (
@@ -166,12 +167,12 @@ WITH given (
     INSERT INTO queue_changes (pool_id, batch_id, tenant, tokens, expected, in_flight)
     SELECT q.pool_id, q.batch_id, q.tenant, s.tokens, s.estimated + (s.results - s.with_estimate) * q.estimate,
            -s.charged
-    FROM (SELECT sums.batch_id, sum(prompt + completion) AS tokens, sum(results) AS results,
+    FROM (SELECT sums.batch_id, held.models, sum(prompt + completion) AS tokens, sum(results) AS results,
                  sum(held.charged * results / held.unfinished) AS charged,
                  coalesce(sum(held.estimate * results), 0) AS estimated,
                  coalesce(sum(results) FILTER (WHERE held.estimate IS NOT NULL), 0) AS with_estimate
-          FROM sums JOIN held ON held.id = sums.chunk_id GROUP BY sums.batch_id) s
-    JOIN queue q ON q.batch_id = s.batch_id
+          FROM sums JOIN held ON held.id = sums.chunk_id GROUP BY sums.batch_id, held.models) s
+    JOIN queue q ON {entry}
 )
 SELECT batch_id, index FROM written
 """
@@ -209,6 +210,7 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
         return 0
     failpoints.hit("write.before_commit")
     sql = WRITE.replace("{incarnation}", str(incarnation)).replace("{large}", str(LARGE_BYTES))
+    sql = sql.replace("{entry}", ENTRY.format(chunk="s"))
     with ExitStack() as stack:
         if sum(len(result.body or "") for result in results) > LARGE_BYTES:
             stack.enter_context(db.atomic())

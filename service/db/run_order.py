@@ -1,8 +1,8 @@
 """Cuts the requests of a batch into chunks, in the order in which they are to run. Pure."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
 # Requests per chunk: few enough that a chunk is done soon and work spreads over workers, many enough that claiming
@@ -52,20 +52,28 @@ BY_PREFIX = Plan("prefix")
 
 
 class Row(NamedTuple):
-    """A request to be ordered, by its index. `prefix` is the key of its prompt: see service/worker/prefixes.py."""
+    """A request to be ordered, by its index. `prefix` is the key of its prompt: see service/worker/prefixes.py.
+
+    `model`: the one that it names, "" for none; None: not known.
+    """
 
     request: int
     tokens: int
     prefix: bytes = b""
+    model: str | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """The requests of one chunk in the order in which they run. Runs of the same `group` share a prefix."""
+    """The requests of one chunk in the order in which they run. Runs of the same `group` share a prefix.
+
+    `model`: as in a Row, if all its requests have the same.
+    """
 
     indexes: Sequence[int]
     tokens: int
     group: int | None = None
+    model: str | None = None
 
     @property
     def is_consecutive(self) -> bool:
@@ -152,6 +160,13 @@ def cut(rows: Iterable[Row], total: int = 0) -> Iterator[Run]:
             filling.add(1, row.tokens)
     if chunk:
         yield Run(chunk, filling.tokens, chunk_group)
+
+
+def cut_by_model(rows: Iterable[Row], totals: Mapping[str | None, int]) -> Iterator[Run]:
+    """Cuts requests, sorted by model and then as above, into chunks of one model each. `totals`: requests by model."""
+    for model, some in groupby(rows, key=lambda row: row.model):
+        for run in cut(some, totals[model]):
+            yield replace(run, model=model)
 
 
 def _stretches(rows: Iterable[Row]) -> Iterator[tuple[int | None, list[Row]]]:

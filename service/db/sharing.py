@@ -13,11 +13,11 @@ import peewee
 
 from service import failpoints
 from service.db.availability import DATABASE_ERRORS
-from service.db.chunks import INDEXES, Holder
+from service.db.chunks import ENTRY, INDEXES, Holder, Request
 
 CHANNEL = "vllm_batch"
-# A notice has less than 8,000 bytes.
-NAMED_BATCHES = 100
+# A notice has less than 8,000 bytes. Others are named when it is sent again.
+NAMED_CHUNKS = 150
 
 
 class Arrival(msgspec.Struct, frozen=True, tag="arrival"):
@@ -25,11 +25,19 @@ class Arrival(msgspec.Struct, frozen=True, tag="arrival"):
 
 
 class Wish(msgspec.Struct, frozen=True, tag="wish"):
-    """A worker could run `room` requests more, of any of these batches, and found nothing to claim."""
+    """A worker could run `room` requests more, of these chunks, which are of these batches, and found nothing to claim.
+
+    No chunks: of all of the batches, as workers of before ask.
+    """
 
     worker_id: str
     room: int
     batches: frozenset[int]
+    chunks: frozenset[int] = frozenset()
+
+    def covers(self, request: Request) -> bool:
+        """True if it could run the request."""
+        return request.batch_id in self.batches and (not self.chunks or request.chunk_id in self.chunks)
 
 
 _decode = msgspec.json.Decoder(Arrival | Wish).decode
@@ -72,15 +80,16 @@ def ask(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str], ro
     """Asks the workers that hold something which this one could run for `room` requests. False: there are none."""
     rows = db.execute_sql(
         f"""
-        SELECT batch_id FROM chunks
+        SELECT batch_id, id FROM chunks
         WHERE state = 'leased' AND deaths = 0 AND worker_id <> %s AND models <@ %s::text[]
-        GROUP BY batch_id, priority ORDER BY priority DESC, batch_id LIMIT {NAMED_BATCHES}
+        ORDER BY priority DESC, random() LIMIT {NAMED_CHUNKS}
         """,
         (holder.worker_id, list(models)),
     ).fetchall()
     if not rows:
         return False
-    wish = Wish(holder.worker_id, room, frozenset(batch_id for (batch_id,) in rows))
+    batches, chunks = map(frozenset, zip(*rows, strict=True))
+    wish = Wish(holder.worker_id, room, batches, chunks)
     db.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, msgspec.json.encode(wish).decode()))
     return True
 
@@ -122,7 +131,7 @@ WITH held AS MATERIALIZED (
     FROM divided d WHERE c.id = d.id
 ), queued AS (
     INSERT INTO queue_changes (pool_id, batch_id, tenant, in_flight, has_pending)
-    SELECT q.pool_id, q.batch_id, q.tenant, -d.freed, true FROM divided d JOIN queue q ON q.batch_id = d.batch_id
+    SELECT q.pool_id, q.batch_id, q.tenant, -d.freed, true FROM divided d JOIN queue q ON {ENTRY.format(chunk="d")}
 )
 SELECT gives FROM divided
 """

@@ -35,14 +35,14 @@ JOIN results r ON r.batch_id = b.id AND r.sequence = b.completed + b.failed - ba
 WHERE b.id = ANY(%s) AND b.state = 'in_progress' AND b.completed + b.failed > 0
 ORDER BY b.id, back.count
 """
-# What the queue has taken over, and what it has not yet.
+# What the queue has taken over, and what it has not yet, of all entries of a batch.
 COSTS = """
-SELECT q.batch_id, q.expected + coalesce(c.expected, 0), q.total * q.estimate
+SELECT coalesce(q.of_batch, q.batch_id), sum(q.expected + coalesce(c.expected, 0)), sum(q.total * q.estimate)
 FROM queue q LEFT JOIN (
     SELECT batch_id, sum(expected) AS expected FROM queue_changes
-    WHERE pool_id IN (SELECT pool_id FROM queue WHERE batch_id = ANY(%(ids)s)) AND batch_id = ANY(%(ids)s)
-    GROUP BY batch_id) c USING (batch_id)
-WHERE q.batch_id = ANY(%(ids)s)
+    WHERE pool_id IN (SELECT pool_id FROM queue WHERE coalesce(of_batch, batch_id) = ANY(%(ids)s)) GROUP BY batch_id
+    ) c USING (batch_id)
+WHERE coalesce(q.of_batch, q.batch_id) = ANY(%(ids)s) GROUP BY 1
 """
 # Only for batches that name several models: otherwise those of the batch.
 PENDING = "SELECT DISTINCT batch_id, models FROM chunks WHERE batch_id = ANY(%s) AND state = 'pending'"
@@ -53,7 +53,7 @@ SELECT priority, sum(total - completed - failed)::bigint,
            THEN (prompt_tokens + completion_tokens)::float8 / (completed + failed)
            ELSE estimated_tokens::float8 / total END)
 FROM batches
-WHERE state = 'in_progress' AND models <@ %s::text[] GROUP BY priority
+WHERE state = 'in_progress' AND (models = '{}' OR models && %s::text[]) GROUP BY priority
 """
 
 

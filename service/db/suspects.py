@@ -8,7 +8,7 @@ import peewee
 
 from service import failpoints
 from service.db import results
-from service.db.chunks import INDEXES, Chunk, Holder, host_of, lease, release_where
+from service.db.chunks import ENTRY, INDEXES, Chunk, Holder, host_of, lease, release_where
 
 # Suspects of lost hosts that each worker runs at a time.
 LOST_AT_ONCE = 16
@@ -171,11 +171,12 @@ def _suspect(db: peewee.PostgresqlDatabase, begun: Mapping[int, int], host: str,
                    estimated_tokens = c.estimated_tokens * cardinality(rest.indexes) / c.count
             FROM rest WHERE c.id = rest.id
         ), ended AS MATERIALIZED (
-            SELECT id, batch_id, charged FROM chunks WHERE id = ANY(%(ids)s) AND id NOT IN (SELECT id FROM rest)
+            SELECT id, batch_id, models, charged FROM chunks
+            WHERE id = ANY(%(ids)s) AND id NOT IN (SELECT id FROM rest)
         ), charged AS (
             INSERT INTO queue_changes (pool_id, batch_id, tenant, in_flight)
             SELECT q.pool_id, q.batch_id, q.tenant, -sum(e.charged)
-            FROM ended e JOIN queue q ON q.batch_id = e.batch_id GROUP BY q.batch_id
+            FROM ended e JOIN queue q ON {ENTRY.format(chunk="e")} GROUP BY q.batch_id
         )
         UPDATE chunks SET state = 'done', unfinished = 0, worker_id = NULL, incarnation = NULL, lease_until = NULL,
                charged = 0, begun = NULL

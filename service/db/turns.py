@@ -10,6 +10,7 @@ import peewee
 from psycopg2.extras import execute_values
 
 from service import turns
+from service.db.chunks import ENTRY
 from service.turns import Expiring
 
 # A pool that nobody has claimed from for so long has no workers.
@@ -17,28 +18,43 @@ ALIVE_S = 60.0
 ESTIMATE = 500  # tokens per request, where nothing was estimated
 
 
+# What a batch is in the queue: one entry, or one for each model that its chunks are of.
+ENTRIES = """
+SELECT models, total::bigint AS requests, estimated_tokens::float8 AS estimated FROM batches
+WHERE id = %(id)s AND cardinality(models) < 2
+UNION ALL
+SELECT c.models, sum(c.count), sum(c.estimated_tokens) FROM batches b JOIN chunks c ON c.batch_id = b.id
+WHERE b.id = %(id)s AND cardinality(b.models) > 1 GROUP BY c.models
+"""
+
+
 def enqueue(db: peewee.PostgresqlDatabase, batch_id: int) -> None:
-    """Puts a new batch into the queue of the smallest pool of live workers that serve all its models."""
+    """Puts a new batch into the queue: the chunks of each model into the smallest pool of live workers with it."""
     db.execute_sql(
-        """
+        f"""
         INSERT INTO pools (models)
-        SELECT models FROM batches b WHERE id = %(id)s
-        AND NOT EXISTS (SELECT FROM pools p WHERE p.models @> b.models)
+        SELECT models FROM ({ENTRIES}) e
+        WHERE NOT EXISTS (SELECT FROM pools p WHERE p.models @> e.models)
         ON CONFLICT DO NOTHING
         """,
         {"id": batch_id},
     )
     db.execute_sql(
-        """
+        f"""
         WITH queued AS (
-            INSERT INTO queue (batch_id, pool_id, tenant, models, priority, expire_time, total, estimate, tokens,
-                               expected)
-            SELECT b.id, p.id, b.tenant, b.models, b.priority, b.expire_time, b.total, e.estimate,
-                   b.prompt_tokens + b.completion_tokens, e.estimate * (b.completed + b.failed)
+            INSERT INTO queue (batch_id, of_batch, pool_id, tenant, models, priority, expire_time, total, estimate,
+                               tokens, expected)
+            SELECT CASE WHEN e.number = 1 THEN b.id ELSE -nextval(pg_get_serial_sequence('batches', 'id')) END,
+                   CASE WHEN e.number > 1 THEN b.id END, p.id, b.tenant, e.models, b.priority, b.expire_time,
+                   e.requests, e.estimate, (b.prompt_tokens + b.completion_tokens) * e.requests / b.total,
+                   e.estimate * (b.completed + b.failed) * e.requests / b.total
             FROM batches b CROSS JOIN LATERAL (
-                SELECT coalesce(nullif(b.estimated_tokens::float8 / b.total, 0), %(estimate)s) AS estimate) e
+                SELECT models, requests, row_number() OVER (ORDER BY models) AS number,
+                       coalesce(nullif(estimated / requests, 0), nullif(b.estimated_tokens::float8 / b.total, 0),
+                                %(estimate)s) AS estimate
+                FROM ({ENTRIES}) e) e
             CROSS JOIN LATERAL (
-                SELECT id FROM pools WHERE pools.models @> b.models
+                SELECT id FROM pools WHERE pools.models @> e.models
                 ORDER BY last_turn < clock_timestamp() - make_interval(secs => %(alive)s), cardinality(pools.models), id
                 LIMIT 1) p
             WHERE b.id = %(id)s
@@ -61,16 +77,17 @@ def mend(db: peewee.PostgresqlDatabase) -> None:
         """
         INSERT INTO queue_changes (pool_id, batch_id, tenant, is_over)
         SELECT q.pool_id, q.batch_id, q.tenant, true
-        FROM queue q LEFT JOIN batches b ON b.id = q.batch_id AND b.state IN ('in_progress', 'cancelling')
+        FROM queue q LEFT JOIN batches b ON b.id = coalesce(q.of_batch, q.batch_id)
+                                      AND b.state IN ('in_progress', 'cancelling')
         WHERE b.id IS NULL AND NOT EXISTS (SELECT FROM queue_changes c WHERE c.batch_id = q.batch_id AND c.is_over)
         """
     )
     db.execute_sql(
-        """
+        f"""
         INSERT INTO queue_changes (pool_id, batch_id, tenant, has_pending)
         SELECT pool_id, batch_id, tenant, true FROM queue q
         WHERE NOT waits
-          AND EXISTS (SELECT FROM chunks c WHERE c.batch_id = q.batch_id AND c.state = 'pending' AND c.deaths = 0)
+          AND EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state = 'pending' AND c.deaths = 0)
           AND NOT EXISTS (SELECT FROM queue_changes c WHERE c.batch_id = q.batch_id AND c.has_pending)
         """
     )
@@ -82,11 +99,11 @@ def mend(db: peewee.PostgresqlDatabase) -> None:
 
 
 def pull_forward(db: peewee.PostgresqlDatabase) -> list[int]:
-    """Decides which batches are pulled forward from now on. Returns their ids, first those that were not before."""
+    """Decides which entries of the queue are pulled forward from now on. Returns the batches that were not before."""
     before = {row[0] for row in db.execute_sql("SELECT batch_id FROM urgent_batches").fetchall()}
     rows = db.execute_sql(
         """
-        SELECT q.pool_id, q.priority, q.batch_id,
+        SELECT q.pool_id, q.priority, q.batch_id, coalesce(q.of_batch, q.batch_id),
                greatest(0, extract(epoch FROM q.expire_time - clock_timestamp()))::float8,
                greatest(0, q.total * q.estimate - q.expected) / (q.expected + 10 * q.estimate)
                * (q.tokens + 10 * q.estimate * coalesce(t.actual / nullif(t.expected, 0), 1)) / p.rate,
@@ -98,13 +115,14 @@ def pull_forward(db: peewee.PostgresqlDatabase) -> list[int]:
     ).fetchall()
     expiring: dict[tuple[int, int], list[Expiring]] = defaultdict(list)
     busy_s = {}
-    for pool_id, priority, batch_id, left_s, needs_s, pool_busy_s in rows:
-        expiring[pool_id, priority].append(Expiring(batch_id, left_s, needs_s))
+    batch_of = {}
+    for pool_id, priority, entry_id, batch_of[entry_id], left_s, needs_s, pool_busy_s in rows:
+        expiring[pool_id, priority].append(Expiring(entry_id, left_s, needs_s))
         busy_s[pool_id] = pool_busy_s or 0.0
     pulled = [
-        (batch_id, pool_id, rank)
-        for (pool_id, priority), batches in expiring.items()
-        for rank, batch_id in enumerate(turns.pulled_forward(batches, busy_s[pool_id]))
+        (entry_id, pool_id, rank)
+        for (pool_id, priority), entries in expiring.items()
+        for rank, entry_id in enumerate(turns.pulled_forward(entries, busy_s[pool_id]))
     ]
     if before or pulled:
         with db.atomic():
@@ -112,7 +130,7 @@ def pull_forward(db: peewee.PostgresqlDatabase) -> list[int]:
             if pulled:
                 with db.cursor() as cursor:
                     execute_values(cursor, "INSERT INTO urgent_batches (batch_id, pool_id, rank) VALUES %s", pulled)
-    return [batch_id for batch_id, _, _ in pulled if batch_id not in before]
+    return [batch_of[entry_id] for entry_id, _, _ in pulled if entry_id not in before]
 
 
 def set_weights(db: peewee.PostgresqlDatabase, weights: Mapping[str, float], otherwise: float) -> None:

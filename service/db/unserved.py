@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import peewee
 
+from service.db.chunks import ENTRY
+
 
 @dataclass(frozen=True)
 class Unserved:
-    """The batches in progress, by id, that name `models`, all of which no single worker serves.
+    """The batches in progress, by id, that have requests for `models`, all of which no single worker serves.
 
     `age_s`: how long ago a worker is last known to have served them, or the first of the batches was created.
     """
@@ -18,9 +20,17 @@ class Unserved:
     age_s: float
 
 
-WANTED = """
-SELECT models, array_agg(id ORDER BY id) AS ids
-FROM batches WHERE state = 'in_progress' GROUP BY models ORDER BY min(id)
+# Of a batch that names several models, those for which it still has chunks.
+WANTED = f"""
+SELECT models, array_agg(id ORDER BY id) AS ids FROM (
+    SELECT id, models FROM batches WHERE state = 'in_progress' AND cardinality(models) < 2
+    UNION ALL
+    SELECT b.id, q.models FROM batches b JOIN queue q ON coalesce(q.of_batch, q.batch_id) = b.id
+    WHERE b.state = 'in_progress' AND cardinality(b.models) > 1 AND (
+        EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state = 'pending' AND c.deaths = 0)
+        OR EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state = 'leased')
+        OR EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state <> 'done' AND c.deaths > 0))
+) wanted GROUP BY models ORDER BY min(id)
 """
 # A heartbeat keeps the models of a worker that is gone; those of one that came back with others are gone with it, and
 # the last result tells.

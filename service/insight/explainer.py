@@ -102,6 +102,7 @@ def _facts(batch: Batch, queue: Queue, standing: Standing, higher: Work) -> Fact
         quiet_s=standing.marks[0].age_s if standing.marks else float("inf"),
         age_s=(queue.read_time - batch.create_time).total_seconds(),
         higher=round(higher.requests),
+        is_mixed=len(batch.models) > 1,
     )
 
 

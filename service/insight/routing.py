@@ -130,9 +130,10 @@ def spread(
 def live(freshness: Freshness, now_s: float, timeout_s: float, models: Set[str] = frozenset()) -> Sequence[SeenBeat]:
     """The workers that may take a batch naming `models`.
 
-    A worker is live if its heartbeat is fresh and its link is SERVING. If no live worker serves the models but an
-    absent one may, or batches in progress wait for them, the client has to retry. If not, any live worker will do: it
-    refuses the batch, naming the line and what it serves. Raises UNAVAILABLE with the reason and when to retry.
+    A worker is live if its heartbeat is fresh and its link is SERVING. Those that serve all the models are best; one
+    that serves some of them will do: it knows of the others. If no live worker serves any but an absent one may, or
+    batches in progress wait for them, the client has to retry. If not, any live worker will do: it refuses the batch,
+    naming the line and what is served. Raises UNAVAILABLE with the reason and when to retry.
     """
     if freshness.failure:
         raise database_unavailable(freshness.failure)
@@ -142,6 +143,7 @@ def live(freshness: Freshness, now_s: float, timeout_s: float, models: Set[str] 
         is_live = freshness.age_s(seen, now_s) <= timeout_s and freshness.contact(seen).health is LinkState.SERVING
         (serving if is_live and not seen.is_drained else away).append(seen)
     able = [seen for seen in serving if models <= set(seen.beat.models)]
+    able = able or [seen for seen in serving if models & set(seen.beat.models)]
     if not serving:
         raise _best_refusal(freshness, away, now_s, timeout_s)
     if not able and (hoped_for := [seen for seen in away if _may_serve(freshness, seen, now_s, models)]):

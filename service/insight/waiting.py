@@ -1,6 +1,6 @@
 """Why nothing of a batch moves, in words and by a code, and what to do. Pure: facts in, decision out."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC
 from enum import StrEnum
@@ -87,6 +87,8 @@ class Facts:
     age_s: float
     # Requests of higher priority.
     higher: int = 0
+    # It names several models.
+    is_mixed: bool = False
 
 
 def workers_of(freshness: Freshness, now_s: float, timeout_s: float) -> list[Worker]:
@@ -156,7 +158,10 @@ def decide(facts: Facts, workers: Sequence[Worker]) -> pb.Wait | None:
     if not able:
         return _no_worker(facts, workers)
     if not ready:
-        return _for_worker(_soonest(able))
+        wait = _for_worker(_soonest(able))
+        if facts.is_mixed:
+            wait.message += f"; the requests that are left are for {_names(facts.models)}"
+        return wait
     if facts.must_run_alone and facts.suspects >= facts.unfinished:
         return _suspects(facts)
     if all(worker.is_alone for worker in ready):
@@ -256,11 +261,15 @@ def _restart(worker: Worker) -> str:
 def _no_worker(facts: Facts, workers: Sequence[Worker]) -> pb.Wait:
     if not workers:
         return _wait(pb.WAIT_REASON_WORKER_OFFLINE, "no worker was ever seen", "Start one: scripts/start-all.sh")
-    wanted = ", ".join(sorted({model for models in facts.models for model in models}))
-    served = ", ".join(sorted({model for worker in workers for model in worker.models})) or "none"
+    wanted = _names(facts.models)
+    served = _names(worker.models for worker in workers) or "none"
     advice = "Start a worker that serves it (BATCH_MODEL), or cancel the batch."
     text = f"no worker serves the model {wanted}; models served: {served}"
     return _wait(pb.WAIT_REASON_NO_WORKER_OF_MODEL, text, advice)
+
+
+def _names(sets: Iterable[Set[str]]) -> str:
+    return ", ".join(sorted({model for models in sets for model in models}))
 
 
 def _suspects(facts: Facts) -> pb.Wait:

@@ -5,10 +5,11 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import grpc
 import structlog
 
 from service.api import messages
-from service.db import file_batches, files
+from service.db import file_batches, files, served
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, Meaning, first_line, is_away, meaning_of
 from service.db.batches import Batch
 from service.db.chunks import Holder
@@ -20,7 +21,7 @@ from service.db.limits import FullError, Limits
 from service.errors import ApiError
 from service.telemetry import logs
 from service.worker import wrong_lines
-from service.worker.intake import CREATE_TIMEOUT_S, Intake, Offer, Rows, file_place, fill
+from service.worker.intake import CREATE_TIMEOUT_S, Intake, Rows, file_place, fill
 from service.worker.state import WorkerState
 
 LOOK_INTERVAL_S = 1.0
@@ -113,12 +114,15 @@ class Checking:
         while await self.database.run(file_batches.clear, self.holder, claim.batch_id, CLEAR_ROWS):
             pass
         # Each line has to name the endpoint that the batch is for.
-        wanted = Offer(offer.models, frozenset({claim.endpoint}))
+        wanted = offer.for_endpoint(claim.endpoint, await self.database.run(served.read))
         rows = Rows(claim.batch_id, wanted, self.intake.sizes, file_place, claim.digest)
         destination = _Claimed(self.database, self.holder, claim.batch_id, self.intake.limits)
         try:
             batch = await fill(rows, self._pieces(claim.file_id), destination)
         except ApiError as error:
+            if error.code is grpc.StatusCode.UNAVAILABLE:
+                log.info("check_waits_for_model", cause=error.message)
+                return await self._release(claim, AGAIN_S)
             return await self._fail(claim, wrong_lines.errors_of(error))
         except FullError as error:
             if not error.may_pass:

@@ -5,9 +5,9 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterator, Set
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import grpc
@@ -17,7 +17,7 @@ from google.protobuf.json_format import MessageToDict
 
 from service.api.messages import creation_error, too_large
 from service.api.uploads import BOM, PIECE_TIMEOUT_S
-from service.db import creation
+from service.db import creation, served
 from service.db.availability import DatabaseAwayError
 from service.db.batches import Batch
 from service.db.connection import Database
@@ -26,6 +26,7 @@ from service.db.limits import FullError, Limits
 from service.db.run_order import RunOrder
 from service.errors import ApiError, Violation, invalid
 from service.worker.lines import MAX_VIOLATIONS, LineError, format_of, not_json, parse
+from service.worker.offer import Offer
 from service.worker.survey import Survey
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -43,14 +44,6 @@ STAGE_BYTES = 4 << 20
 # Messages are in the server's language: only numbers and names are the same in all languages.
 _COPY_ROW = re.compile(r"COPY requests\D*(\d+)")
 _DUPLICATE = re.compile(r"\(batch_id, custom_id\)=\(\d+, (.*)\)[^)]*\Z", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What this worker serves."""
-
-    models: Set[str]
-    urls: Set[str]
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,9 @@ def inline_place(number: int) -> str:
 class Rows:
     """Turns the pieces of a file into rows for COPY, checking each line.
 
-    `feed` and `end` raise ApiError for invalid lines: for all of them together, up to a number. There are no more rows
-    once a line is invalid. `run_order` is the client's: with `prefix` the rows have the keys of their prompts.
+    `feed` and `end` raise ApiError for invalid lines: for all of them together, up to a number, or for a model that is
+    away. There are no more rows once a line is invalid. `run_order` is the client's: with `prefix` the rows have the
+    keys of their prompts.
     """
 
     def __init__(
@@ -159,8 +153,10 @@ class Rows:
             if self.total >= self._sizes.requests:
                 raise too_large("requests of the batch", self._sizes.requests, self.total + 1)
             try:
-                parsed = parse(line, place, self._offer.models, self._offer.urls, with_prefix)
+                parsed = parse(line, place, self._offer, with_prefix)
             except LineError as error:
+                if error.unknown_model:
+                    self._offer.check_coming(error.unknown_model, place)
                 self._note_wrong(error.violations)
                 continue
             if parsed.custom_id in self._names:
@@ -169,11 +165,14 @@ class Rows:
             if len(self._names) < REMEMBERED:
                 self._names.add(parsed.custom_id)
             fields = (parsed.custom_id.encode(), parsed.url.encode(), parsed.body)
-            if parsed.model is not None:
+            if parsed.model is not None and parsed.model not in self._models:
+                self._offer.check_live(parsed.model, place)
                 self._models.add(parsed.model)
             key = b"\\\\x" + parsed.prefix.hex().encode() if parsed.prefix else b"\\N"
             estimate = str(parsed.estimated_tokens).encode()
-            rows.append(b"\t".join((self._batch_id, str(self.total).encode(), *map(_escape, fields), key, estimate)))
+            model = _escape((parsed.model or "").encode())
+            row = (self._batch_id, str(self.total).encode(), *map(_escape, fields), key, estimate, model)
+            rows.append(b"\t".join(row))
             self.total += 1
             tokens.append(parsed.estimated_tokens)
             body_bytes += len(parsed.body)
@@ -366,12 +365,15 @@ class Intake:
     ) -> Batch:
         """Stores a batch from its lines, all or nothing. Repeated with the same request_id, returns the first batch.
 
-        Raises DatabaseAwayError, or ApiError: INVALID_ARGUMENT naming each invalid line and field, ALREADY_EXISTS.
+        Raises DatabaseAwayError, or ApiError: INVALID_ARGUMENT naming each invalid line and field, UNAVAILABLE for a
+        model that is away, ALREADY_EXISTS.
         """
         try:
             batch_id = await self.database.run(creation.reserve, self.limits, options)
         except FullError as error:
             raise creation_error(error) from None
+        others = await self.database.run(served.read)
+        offer = replace(offer, others=others, require_live=options.require_live)
         rows = Rows(batch_id, offer, self.sizes, place, salt, options.run_order)
         try:
             return await fill(rows, pieces, NewBatch(self.database, batch_id, options, self.limits))

@@ -35,8 +35,8 @@ from service.worker.engine.failure_log import chain
 from service.worker.engine.protocol import EngineDeadError, EngineStartError
 from service.worker.engine.thread import EngineThread
 from service.worker.heart import IdentityTakenError
-from service.worker.intake import Offer
 from service.worker.metrics import WorkerCollector
+from service.worker.offer import Offer
 from service.worker.runner import Runner
 from service.worker.servicer import WorkerServicer
 from service.worker.state import WorkerState

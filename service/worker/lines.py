@@ -1,7 +1,6 @@
 """Parses and checks the lines of a batch: JSON in OpenAI's batch format. Pure."""
 
 import re
-from collections.abc import Set
 from contextlib import suppress
 from typing import Any
 
@@ -9,6 +8,7 @@ import msgspec
 
 from service.errors import Violation
 from service.worker import estimates, prefixes
+from service.worker.offer import Offer
 
 MAX_CUSTOM_ID = 512
 # Digits that are read of a number of tokens: more than any model has.
@@ -87,11 +87,12 @@ class ParsedLine(msgspec.Struct, frozen=True):
 
 
 class LineError(Exception):
-    """An invalid line, with all its violations."""
+    """An invalid line, with all its violations. `unknown_model`: the model that it names and nobody serves, if any."""
 
-    def __init__(self, violations: list[Violation]) -> None:
+    def __init__(self, violations: list[Violation], unknown_model: str = "") -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
+        self.unknown_model = unknown_model
 
 
 def format_of(data: bytes) -> str | None:
@@ -113,8 +114,8 @@ def not_json(data: bytes, error: Exception) -> str:
     return f"not JSON: {text}"
 
 
-def parse(line: bytes, where: str, models: Set[str], urls: Set[str], with_prefix: bool = False) -> ParsedLine:
-    """Parses one line and checks it against what the worker serves. Raises LineError naming `where` and the fields."""
+def parse(line: bytes, where: str, offer: Offer, with_prefix: bool = False) -> ParsedLine:
+    """Parses one line and checks it against what is served. Raises LineError naming `where` and the fields."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -137,24 +138,28 @@ def parse(line: bytes, where: str, models: Set[str], urls: Set[str], with_prefix
         wrong("custom_id", "must not contain NUL")
     if parsed.method != "POST":
         wrong("method", f"must be 'POST', not {parsed.method[:20]!r}")
-    if parsed.url not in urls:
-        wrong("url", f"{parsed.url[:100]!r} is not served; available: {', '.join(sorted(urls))}")
-    model = None
+    model, unknown_model, wrong_body = None, "", None
     text = bytes(parsed.body)
     try:
         body = _read_body(text, with_prefix)
     except (msgspec.DecodeError, RecursionError) as error:
-        violations.append(_violation(where, "body", error, parsed.body))
+        wrong_body = _violation(where, "body", error, parsed.body)
+    else:
+        # vLLM treats null and "" as missing, too.
+        model = body.model or None
+    urls = offer.urls_of(model)
+    if parsed.url not in urls:
+        wrong("url", f"{parsed.url[:100]!r} is not served; available: {', '.join(sorted(urls))}")
+    if wrong_body is not None:
+        violations.append(wrong_body)
     else:
         if body.stream not in (False, None):
             wrong("body.stream", "batch results are not streamed: omit it or set it to false")
-        # vLLM treats null and "" as missing, too.
-        if body.model:
-            model = body.model
-            if model not in models:
-                wrong("body.model", f"{model[:100]!r} is not served; available: {', '.join(sorted(models))}")
+        if model is not None and not offer.knows(model):
+            wrong("body.model", f"{model[:100]!r} is not served; available: {', '.join(sorted(offer.known))}")
+            unknown_model = model
     if violations:
-        raise LineError(violations)
+        raise LineError(violations, unknown_model)
     asked = _integer(body.max_completion_tokens) or _integer(body.max_tokens) or _integer(body.max_output_tokens)
     tokens = estimates.tokens(parsed.url, len(text), asked, _integer(body.n))
     prefix = b""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from service.clock import Clock
 from service.db import chunks, sharing, work
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog
-from service.db.chunks import Holder
+from service.db.chunks import Holder, Request
 from service.db.connection import Database
 from service.db.results import Result
 from service.db.run_order import CHUNK_SIZE
@@ -268,7 +268,11 @@ class Runner:
         """Gives idle workers what waits here, also in the engine. Whatever is given does not begin here any more."""
         batches = self._sharing.batches(self._clock.monotonic())
         if batches:
-            may_give = self._held.may_give(batches)
+            is_of_these = self._held.may_give(batches)
+
+            def may_give(request: Request) -> bool:
+                return is_of_these(request) and self._sharing.is_wished(request)
+
             waiting = sum(map(may_give, self._held.ready)) + sum(map(may_give, self._window.waiting))
             wanted = self._sharing.wanted(waiting)
             given = self._held.ready.take_last(wanted, may_give)

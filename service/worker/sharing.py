@@ -46,6 +46,10 @@ class Sharing:
         self._asked = {name: each for name, each in self._asked.items() if now_s < each.until_s and each.due != 0}
         return frozenset().union(*(each.wish.batches for each in self._asked.values()))
 
+    def is_wished(self, request: Request) -> bool:
+        """True if somebody wishes for the request."""
+        return any(each.wish.covers(request) for each in self._asked.values())
+
     def wanted(self, waiting: int) -> int:
         """How many requests to give, of those that wait: to each who wished what it can begin, or an equal part.
 
@@ -60,7 +64,7 @@ class Sharing:
         """Divides requests among those who wished. Each part is of one chunk."""
         rest, parts = list(requests), []
         for each in self._asked.values():
-            able = [request for request in rest if request.batch_id in each.wish.batches][: each.due]
+            able = [request for request in rest if each.wish.covers(request)][: each.due]
             each.due = (each.due or 0) - len(able)
             parts += _by_chunk(able)
             taken = {(request.batch_id, request.index) for request in able}

@@ -10,7 +10,7 @@ from service.db.heartbeats import Phase
 from service.errors import WORKER_LOADING, WORKER_OFFLINE, WORKER_STALLED, ApiError
 from service.telemetry import logs
 from service.worker.engine.cause import Cause
-from service.worker.intake import Offer
+from service.worker.offer import Offer
 
 log = logs.get("worker")
 

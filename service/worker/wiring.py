@@ -100,6 +100,7 @@ def build(settings: Settings, incarnation: UUID) -> Parts:
                 "in_engine": runner.in_engine,
                 "steps": engine.steps,
                 "chunks": len(runner.held),
+                "urls": sorted(state.offer.urls),
                 **state.failure,
                 **drain(),
             },

@@ -210,9 +210,10 @@ def test_an_existing_database_is_migrated(database: Database) -> None:
         DROP TABLE pools, pool_tenants, queue, queue_changes, urgent_batches, tenant_weights CASCADE;
         DROP FUNCTION take_turns; DROP FUNCTION take_over_changes; DROP FUNCTION next_chunk; DROP FUNCTION weight_of;
         ALTER TABLE chunks DROP COLUMN charged;
+        ALTER TABLE requests DROP COLUMN model;
         DROP INDEX chunks_pending;
         CREATE INDEX chunks_pending ON chunks (priority DESC, id) WHERE state = 'pending' AND deaths = 0;
-        DELETE FROM schema_migration WHERE name = '0010_turns';
+        DELETE FROM schema_migration WHERE name IN ('0010_turns', '0023_mixed_models');
         INSERT INTO batches (id, state, digest, metadata, priority, models, total)
         SELECT b, 'in_progress', '', '{}', 0, '{tiny}', 2 FROM generate_series(1, 3) b;
         INSERT INTO chunks (batch_id, first_index, count, unfinished, priority, models)

@@ -10,7 +10,8 @@ from service.db.connection import Database
 from service.db.creation import Options
 from service.db.limits import Limits
 from service.db.results import Result
-from service.worker.intake import Offer, Rows, Sizes
+from service.worker.intake import Rows, Sizes
+from service.worker.offer import Offer
 
 OFFER = Offer({"tiny"}, {"/v1/chat/completions"})
 SIZES = Sizes(1_000_000, 1 << 20, 1 << 30)

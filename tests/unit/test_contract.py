@@ -86,6 +86,7 @@ def test_vllm_is_known_in_one_file() -> None:
     "name",
     [
         "service/worker/lines.py",
+        "service/worker/offer.py",
         "service/worker/prefixes.py",
         "service/worker/survey.py",
         "service/worker/sharing.py",

@@ -6,6 +6,7 @@ import pytest
 
 from service.worker.estimates import COMPLETION_TOKENS, MAX_TOKENS
 from service.worker.lines import parse
+from service.worker.offer import Offer
 
 CHAT = "/v1/chat/completions"
 
@@ -27,5 +28,5 @@ def test_prompt_and_what_is_asked_for(url: str, given: dict[str, object], comple
     """A quarter of the body's bytes, plus what it lets the model generate; nonsense in it breaks nothing."""
     body = json.dumps({"model": "tiny", "input": "x" * 400} | given)
     line = f'{{"custom_id": "a", "url": "{url}", "body": {body}}}'
-    parsed = parse(line.encode(), "line 1", {"tiny"}, {url})
+    parsed = parse(line.encode(), "line 1", Offer({"tiny"}, {url}))
     assert parsed.estimated_tokens == len(body) // 4 + completion

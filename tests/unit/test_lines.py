@@ -5,21 +5,27 @@ import contextlib
 import gzip
 import json
 import lzma
+from dataclasses import replace
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.db.served import Served
+from service.errors import ApiError
 from service.worker.lines import LineError, format_of, parse
+from service.worker.offer import Offer
 
 MODELS = {"tiny"}
 URLS = {"/v1/chat/completions", "/v1/embeddings"}
+OFFER = Offer(MODELS, URLS)
 GOOD = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tiny", "messages": []}}
 
 
 def refused(line: bytes) -> list[tuple[str, str]]:
     with pytest.raises(LineError) as caught:
-        parse(line, "line 7", MODELS, URLS)
+        parse(line, "line 7", OFFER)
     return [(v.field, v.description) for v in caught.value.violations]
 
 
@@ -27,11 +33,49 @@ def changed(**fields: object) -> bytes:
     return json.dumps({k: v for k, v in (GOOD | fields).items() if v is not ...}).encode()
 
 
+def test_models_of_other_workers() -> None:
+    """A line may name what another worker serves, with its endpoints; what is unknown is named with what is known."""
+    offer = Offer(MODELS, {"/v1/chat/completions"}, Served({"embedder": frozenset({"/v1/embeddings"})}))
+    there = changed(url="/v1/embeddings", body={"model": "embedder", "input": "x"})
+    assert parse(there, "line 1", offer).model == "embedder"
+    for url, model, field, description in (
+        ("/v1/chat/completions", "embedder", "url", "is not served; available: /v1/embeddings"),
+        ("/v1/embeddings", "tiny", "url", "is not served; available: /v1/chat/completions"),
+        ("/v1/chat/completions", "big", "body.model", "'big' is not served; available: embedder, tiny"),
+    ):
+        with pytest.raises(LineError) as caught:
+            parse(changed(url=url, body={"model": model}), "line 7", offer)
+        [violation] = caught.value.violations
+        assert violation.field == f"line 7: {field}"
+        assert violation.description.endswith(description)
+        assert caught.value.unknown_model == ("big" if model == "big" else "")
+
+
+def test_models_that_are_away() -> None:
+    """One that is away is refused for now if that is asked for; so is one that may come, and no other."""
+    offer = Offer(MODELS, URLS, Served({"away": URLS, "there": URLS}, frozenset({"there"}), frozenset({"awaited"})))
+    offer.check_live("away", "line 1")
+    offer.check_coming("big", "line 1")
+    strict = replace(offer, require_live=True)
+    strict.check_live("tiny", "line 1")
+    strict.check_live("there", "line 1")
+    loading = replace(offer, others=Served(is_loading=True))
+    for refusing, model, reason in (
+        (lambda: strict.check_live("away", "line 7"), "away", "WORKER_OFFLINE"),
+        (lambda: offer.check_coming("awaited", "line 7"), "awaited", "WORKER_OFFLINE"),
+        (lambda: loading.check_coming("big", "line 7"), "big", "WORKER_LOADING"),
+    ):
+        with pytest.raises(ApiError, match=f"line 7: no worker .*{model}") as caught:
+            refusing()
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert (caught.value.reason, caught.value.metadata) == (reason, {"models": model})
+
+
 def test_body_is_kept_byte_for_byte() -> None:
     """The body reaches the engine exactly as given, including spaces, number spelling and escapes."""
     body = b'{ "model":"tiny", "seed": 12345678901234567890123, "t":1.0e-2 ,"x":"\\u0000\\ud83d\\ude00"}'
     line = b'{"custom_id":"a","url":"/v1/chat/completions","body":' + body + b"}"
-    assert parse(line, "line 1", MODELS, URLS).body == body
+    assert parse(line, "line 1", OFFER).body == body
 
 
 @pytest.mark.parametrize(
@@ -89,7 +133,7 @@ def test_what_only_looks_alike_is_not_called_so(text: bytes) -> None:
 @pytest.mark.parametrize("model", [None, ""])
 def test_a_model_that_is_nothing_is_missing(model: str | None) -> None:
     """A null or empty model counts as absent, as in vLLM and its run_batch, and the body is unchanged."""
-    parsed = parse(changed(body={"model": model, "messages": []}), "line 1", MODELS, URLS)
+    parsed = parse(changed(body={"model": model, "messages": []}), "line 1", OFFER)
     assert parsed.model is None
     assert json.loads(parsed.body) == {"model": model, "messages": []}
 
@@ -126,7 +170,7 @@ def test_all_wrong_fields_of_a_line_are_named() -> None:
 def test_no_bytes_break_the_parser(line: bytes) -> None:
     """Any bytes give a parsed line or a LineError, never another exception."""
     with contextlib.suppress(LineError):
-        assert parse(line, "line 1", MODELS, URLS).custom_id
+        assert parse(line, "line 1", OFFER).custom_id
 
 
 @given(
@@ -139,4 +183,4 @@ def test_any_json_in_a_body_passes_unchanged(value: object) -> None:
     """Parameters unknown to us are neither dropped nor altered."""
     body = json.dumps({"model": "tiny", "extra": value})
     line = json.dumps(GOOD | {"body": 0}).replace('"body": 0', f'"body": {body}').encode()
-    assert parse(line, "line 1", MODELS, URLS).body == body.encode()
+    assert parse(line, "line 1", OFFER).body == body.encode()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.worker.lines import LineError, parse
+from service.worker.offer import Offer
 from service.worker.prefixes import BLOCKS, HEAD_BYTES, LEAST_BYTES, MOST_BYTES, text_bytes
 
 CHAT = "/v1/chat/completions"
@@ -19,7 +20,7 @@ URLS = {CHAT, "/v1/completions", "/v1/embeddings", "/v1/responses", "/score"}
 def key(body: object, url: str = CHAT) -> bytes:
     text = body if isinstance(body, str) else json.dumps(body)
     line = f'{{"custom_id": "a", "url": "{url}", "body": {text}}}'.encode()
-    return parse(line, "line 1", {"tiny", "lora"}, URLS, with_prefix=True).prefix
+    return parse(line, "line 1", Offer({"tiny", "lora"}, URLS), with_prefix=True).prefix
 
 
 def words(seed: int, size: int) -> str:
@@ -184,7 +185,7 @@ def test_depth_is_the_endpoints_matter(depth: int) -> None:
     body = f'{{"messages": [{"[" * depth}{"]" * depth}], "user": "{"x" * LEAST_BYTES}"}}'
     line = f'{{"custom_id": "a", "url": "{CHAT}", "body": {body}}}'.encode()
     try:
-        without = parse(line, "line 1", set(), {CHAT}).body
+        without = parse(line, "line 1", Offer(set(), {CHAT})).body
     except LineError:
         return
-    assert parse(line, "line 1", set(), {CHAT}, with_prefix=True).body == without
+    assert parse(line, "line 1", Offer(set(), {CHAT}), with_prefix=True).body == without

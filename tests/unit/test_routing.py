@@ -141,9 +141,17 @@ def test_workers_of_different_models() -> None:
 
 
 def test_a_model_that_nobody_serves() -> None:
-    """A batch whose models no single worker serves goes to any live worker, which will reject it."""
+    """A batch for a model that no worker serves goes to any live worker, which will reject it."""
     assert chosen(known(seen("a", models=("m",)), seen("b", models=("n",))), "x") == ["a", "b"]
-    assert chosen(known(seen("a", models=("m",)), seen("b", models=("n",))), "m", "n") == ["a", "b"]
+
+
+def test_models_of_several_workers() -> None:
+    """A batch that no single worker can run goes to one that runs some of it, also while the others are away."""
+    workers = [seen("a", models=("m",)), seen("b", models=("n",)), seen("c", models=("o",))]
+    assert chosen(known(*workers), "m", "n") == ["a", "b"]
+    assert chosen(known(*workers, seen("d", models=("m", "n"))), "m", "n") == ["d"]
+    assert chosen(known(workers[0], seen("b", models=("n",), age_s=600)), "m", "n") == ["a"]
+    assert refusal(known(workers[2], seen("b", models=("m", "n"), age_s=600)), "m", "n").reason == "WORKER_OFFLINE"
 
 
 @pytest.mark.parametrize(

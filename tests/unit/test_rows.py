@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import ApiError
-from service.worker.intake import Offer, Rows, Sizes
+from service.worker.intake import Rows, Sizes
+from service.worker.offer import Offer
 
 URL = "/v1/chat/completions"
 ANY = Sizes(1_000_000, 1 << 20, 1 << 30)
@@ -40,7 +41,7 @@ def fed(data: bytes, cuts: Iterable[int] = (), sizes: Sizes = ANY) -> tuple[Rows
     copied = b"".join(rows.feed(piece) for piece in pieces(data, cuts)) + rows.end()
     assert b"\r" not in copied
     columns = [row.split(b"\t") for row in copied.split(b"\n")[:-1]]
-    assert all(row[0] == b"7" and row[3] == URL.encode() and len(row) == 7 for row in columns)
+    assert all(row[0] == b"7" and row[3] == URL.encode() and len(row) == 8 for row in columns)
     return rows, [(row[1], unescaped(row[2]), unescaped(row[4])) for row in columns]
 
 

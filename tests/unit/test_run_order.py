@@ -1,12 +1,13 @@
 """Chunks of a batch: each request in one, groups of shared prefixes together, none too large; when order matters."""
 
 import random
+from collections import Counter
 from itertools import groupby
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.db.run_order import CHUNK_SIZE, CHUNK_TOKENS, LEAST_SHARED, STRETCH, Row, Run, cut, taper
+from service.db.run_order import CHUNK_SIZE, CHUNK_TOKENS, LEAST_SHARED, STRETCH, Row, Run, cut, cut_by_model, taper
 from service.worker.survey import REMEMBERED, Survey
 
 KEYS = st.lists(st.sampled_from([b"", b"\0\1", b"ab", b"abc", b"\xff"]), max_size=4).map(b"".join)
@@ -41,6 +42,25 @@ def test_each_request_is_in_one_chunk(given: list[tuple[int, bytes]], is_sorted:
         assert 0 < len(run.indexes) <= CHUNK_SIZE
         assert run.tokens == sum(tokens[index] for index in run.indexes)
         assert len(run.indexes) == 1 or run.tokens <= CHUNK_TOKENS
+
+
+@given(st.lists(st.tuples(st.integers(0, CHUNK_TOKENS), KEYS, st.sampled_from(["", "m", "n", None])), max_size=300))
+def test_each_chunk_is_of_one_model(given: list[tuple[int, bytes, str | None]]) -> None:
+    """Each request is in one chunk, whatever models they name, and a chunk has requests of its model alone."""
+    given_rows = [Row(number, *what) for number, what in enumerate(given)]
+    ordered = sorted(given_rows, key=lambda row: (row.model is None, row.model or "", row.prefix, row.request))
+    runs = list(cut_by_model(ordered, Counter(row.model for row in given_rows)))
+    assert sorted(indexes(runs)) == list(range(len(given)))
+    for run in runs:
+        assert {given_rows[index].model for index in run.indexes} == {run.model}
+
+
+def test_the_end_of_each_model_is_small() -> None:
+    """The last chunks of each model are as small as those of a batch of it alone."""
+    models = {"m": 1_000, "n": 10}
+    given_rows = [Row(number, 1, model=model) for model, count in models.items() for number in range(count)]
+    sizes = [(run.model, len(run.indexes)) for run in cut_by_model(given_rows, models)]
+    assert sizes == [("m", 100)] * 9 + [("m", 50), ("m", 25), ("m", 25), ("n", 10)]
 
 
 def test_without_prefixes_the_order_stays() -> None:

@@ -33,6 +33,16 @@ def test_each_who_asked_gets_a_part_of_its_own() -> None:
     assert (sharing.batches(1), sharing.wanted(20)) == (frozenset(), 0)
 
 
+def test_only_chunks_that_the_other_can_run() -> None:
+    """Of a batch of several models the wish names chunks, and requests of the others stay."""
+    sharing = Sharing()
+    sharing.wished(Wish("a", 9, frozenset({1}), frozenset({6})), 0)
+    given = [*requests(5, 0, 1), *requests(6, 2)]
+    assert [sharing.is_wished(each) for each in given] == [False, False, True]
+    assert sharing.wanted(3) == 3
+    assert [[each.index for each in part] for part in sharing.parts(given[2:])] == [[2]]
+
+
 def test_what_waits_is_divided_equally_if_it_is_much() -> None:
     """Who asks gets half if it is the only one, so that a fast worker need not ask for each few requests."""
     sharing = Sharing()

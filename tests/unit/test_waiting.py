@@ -141,6 +141,13 @@ ROWS = [
         "",
     ),
     (replace(WAITING, models=frozenset({frozenset({"a"})})), [READY], "NO_WORKER_OF_MODEL", "the model a;", ""),
+    (
+        replace(WAITING, is_mixed=True),
+        [OFFLINE, OTHER],
+        "WORKER_OFFLINE",
+        "w is offline (last seen 72 s ago); the requests that are left are for tiny",
+        "",
+    ),
 ]
 
 

@@ -48,6 +48,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     help="Order in which requests run: by shared prefixes, which spares computing them again, or as in FILE.",
 )
 @click.option("--webhook", default="", metavar="URL", help="Notify this URL of its end. Default: your tenant's.")
+@click.option("--require-live", is_flag=True, help="Refuse FILE if it names a model that no worker serves.")
 @json_option
 @click.pass_obj
 def submit(
@@ -61,6 +62,7 @@ def submit(
     window: float | None,
     order: Literal["prefix", "input"],
     webhook: str,
+    require_live: bool,
     as_json: bool,
 ) -> None:
     """Submit FILE: requests in the OpenAI batch format, one per line. `-` reads stdin. Prints the batch id.
@@ -80,7 +82,7 @@ def submit(
     stored = []
     for file in files:
         with errors(interrupted="interrupted; `vllm-batch list` shows whether the batch was stored"):
-            stored.append(_upload(client, file, request_id, metadata, priority, window, order, webhook))
+            stored.append(_upload(client, file, request_id, metadata, priority, window, order, webhook, require_live))
         print_batch(stored[-1], stored[-1].id, as_json)
     if wait:
         # Waits for all, also after one has failed.
@@ -97,6 +99,7 @@ def _upload(
     window: float | None,
     order: Literal["prefix", "input"],
     webhook: str,
+    require_live: bool,
 ) -> pb.Batch:
     with _seekable(file) as (source, size), progress_bar(DownloadColumn()) as progress:
         task = progress.add_task(f"uploading {file.name}", total=size)
@@ -108,6 +111,7 @@ def _upload(
             completion_window_s=window,
             order=order,
             webhook=webhook,
+            require_live=require_live,
             on_sent=lambda sent: progress.update(task, completed=sent),
         )
 

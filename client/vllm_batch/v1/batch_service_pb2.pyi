@@ -178,7 +178,7 @@ class Batch(_message.Message):
     def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[BatchState, str]] = ..., counts: _Optional[_Union[BatchCounts, _Mapping]] = ..., usage: _Optional[_Union[TokenUsage, _Mapping]] = ..., metadata: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tenant: _Optional[str] = ..., order: _Optional[_Union[RunOrder, str]] = ..., estimated_end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ...) -> None: ...
 
 class BatchOptions(_message.Message):
-    __slots__ = ("request_id", "metadata", "priority", "completion_window", "order", "webhook")
+    __slots__ = ("request_id", "metadata", "priority", "completion_window", "order", "webhook", "require_live")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -192,13 +192,15 @@ class BatchOptions(_message.Message):
     COMPLETION_WINDOW_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     WEBHOOK_FIELD_NUMBER: _ClassVar[int]
+    REQUIRE_LIVE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     metadata: _containers.ScalarMap[str, str]
     priority: int
     completion_window: _duration_pb2.Duration
     order: RunOrder
     webhook: str
-    def __init__(self, request_id: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., completion_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., order: _Optional[_Union[RunOrder, str]] = ..., webhook: _Optional[str] = ...) -> None: ...
+    require_live: bool
+    def __init__(self, request_id: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., completion_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., order: _Optional[_Union[RunOrder, str]] = ..., webhook: _Optional[str] = ..., require_live: _Optional[bool] = ...) -> None: ...
 
 class InlineRequest(_message.Message):
     __slots__ = ("custom_id", "method", "url", "body", "body_json")

@@ -1,0 +1,174 @@
+"""A batch that names several models: each worker runs the requests of its own, and the rest waits for others."""
+
+import json
+from collections.abc import Sequence
+
+import grpc
+import pytest
+from openai import OpenAI
+
+from service.db import chunks, creation, results, sharing, suspects, turns, unserved
+from service.db.batches import Batch
+from service.db.chunks import Chunk
+from service.db.connection import Database
+from service.db.creation import Options
+from service.db.limits import Limits
+from service.db.results import Result
+from service.db.run_order import RunOrder
+from service.db.sharing import Part
+from service.worker.intake import Rows
+from service.worker.offer import Offer
+from tests.support.batches import URL, finished, line, refused
+from tests.support.queue import answer, claim
+from tests.support.servers import Stack
+from tests.support.store import SIZES, holder
+from tests.support.waiting import until
+from vllm_batch import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
+
+MODELS = ("alpha", "beta", None)
+
+
+def stored(database: Database, models: Sequence[str | None], run_order: RunOrder = "prefix") -> Batch:
+    """Stores a batch with a request for each of these models."""
+    batch_id = database.call(creation.reserve)
+    rows = Rows(batch_id, Offer({"alpha", "beta"}, {URL}), SIZES, run_order=run_order)
+    given = b"".join(line(f"c{i}", model=model) for i, model in enumerate(models))
+    copied = rows.feed(given) + rows.end()
+    return database.call(creation.create, batch_id, Options(run_order=run_order), rows.content, copied, False, 60, None)
+
+
+def sql(database: Database, query: str, *values: object) -> list[tuple[object, ...]]:
+    return list(database.call(lambda db: db.execute_sql(query, values)).fetchall())
+
+
+def indexes(database: Database, chunk: Chunk) -> list[int]:
+    return [request.index for request in database.call(chunks.unanswered, chunk)]
+
+
+def in_flight(database: Database) -> set[object]:
+    """What is charged for claimed chunks, once all changes are taken over."""
+    sql(database, "SELECT count(*) FROM take_turns('{alpha,beta}', 0, 'w', gen_random_uuid(), 60)")
+    rows = sql(database, "SELECT in_flight FROM queue UNION ALL SELECT in_flight FROM pool_tenants")
+    return {value for (value,) in rows}
+
+
+@pytest.mark.parametrize("run_order", ["prefix", "input"])
+def test_each_worker_claims_its_models(database: Database, run_order: RunOrder) -> None:
+    """A chunk is of one model, in the order of the batch; a request that names none is anybody's."""
+    given = [MODELS[i % 3] for i in range(450)]
+    batch = stored(database, given, run_order)
+    assert batch.models == ["alpha", "beta"]
+    mine, other = holder("a"), holder("b")
+    alpha = claim(database, mine, 9, ["alpha"])
+    assert {given[index] for chunk in alpha for index in indexes(database, chunk)} == {"alpha", None}
+    beta = claim(database, other, 9, ["beta"])
+    assert [index for chunk in beta for index in indexes(database, chunk)] == list(range(1, 450, 3))
+    assert sum(chunk.count for chunk in alpha + beta) == 450
+    assert claim(database, mine, 1, ["alpha", "beta"]) == []
+    for chunk in alpha:
+        answer(database, mine, chunk, 5, indexes(database, chunk))
+    # What is put back is there for those who serve it.
+    assert database.call(chunks.release, other, [chunk.id for chunk in beta]) == len(beta)
+    assert claim(database, mine, 1, ["alpha"]) == []
+    for chunk in claim(database, mine, 9, ["alpha", "beta"]):
+        answer(database, mine, chunk, 5, indexes(database, chunk))
+    assert sql(database, "SELECT state, completed FROM batches") == [("completed", 450)]
+    assert in_flight(database) == {0}
+    database.call(turns.mend)
+    in_flight(database)
+    assert sql(database, "SELECT FROM queue") == []
+
+
+def test_all_ways_of_a_chunk(database: Database) -> None:
+    """Chunks that are divided, and suspects, stay those of their model; what was charged for them is taken back."""
+    batch = stored(database, ["alpha"] * 10 + ["beta"] * 10)
+    mine, other = holder("a"), holder("b")
+    [chunk] = claim(database, other, 9, ["beta"])
+    assert database.call(sharing.give, other, [Part(chunk.id, [18, 19])]) == 2
+    assert claim(database, mine, 9, ["alpha"])[0].count == 10
+    [given] = claim(database, mine, 9, ["beta"])
+    assert indexes(database, given) == [18, 19]
+    database.call(chunks.begin, other, {chunk.id: 11})
+    database.call(suspects.bury, other.worker_id)
+    [rest] = claim(database, mine, 9, ["beta"])
+    assert indexes(database, rest) == list(range(12, 18))
+    assert database.call(suspects.waiting, ["alpha"]) == (0, 0)
+    assert database.call(suspects.waiting, ["beta"]) == (2, 0)
+    database.call(chunks.release_others, mine, [])
+    assert in_flight(database) == {0}
+    assert [one.batches for one in database.call(unserved.find, lambda models: models == {"beta"})] == [(batch.id,)]
+
+
+def test_a_retry_waits_for_the_models_that_failed(database: Database) -> None:
+    """A retry of a batch of several models has chunks of those whose requests failed, and waits for no other."""
+    batch = stored(database, ["alpha", "beta", "alpha"])
+    mine = holder()
+    for chunk in claim(database, mine, 9, ["alpha", "beta"]):
+        found = indexes(database, chunk)
+        status = 400 if found == [1] else 200
+        given = [Result(chunk.id, batch.id, index, status_code=status, body="{}") for index in found]
+        database.call(results.write, given, mine.incarnation)
+    retried = database.call(creation.retry, batch.id, None, 60, Limits(10, 10))
+    assert retried is not None
+    assert claim(database, mine, 9, ["alpha"]) == []
+    assert [chunk.batch_id for chunk in claim(database, mine, 9, ["beta"])] == [retried.id]
+
+
+def test_beside_programs_of_before(database: Database) -> None:
+    """A gateway of before takes entries for ended batches, and a worker stores requests without models: all run."""
+    batch = stored(database, ["alpha", "beta"])
+    over = "INSERT INTO queue_changes (pool_id, batch_id, tenant, is_over) SELECT pool_id, batch_id, tenant, true"
+    database.call(lambda db: db.execute_sql(f"{over} FROM queue q WHERE of_batch IS NOT NULL"))
+    assert [chunk.count for chunk in claim(database, holder(), 9, ["beta"])] == [1]
+    database.call(lambda db: db.execute_sql("UPDATE requests SET model = NULL"))
+    database.call(lambda db: db.execute_sql("UPDATE batches SET state = 'failed', end_time = clock_timestamp()"))
+    retried = database.call(creation.retry, batch.id, None, 60, Limits(10, 10))
+    assert retried is not None
+    assert claim(database, holder(), 9, ["beta"]) == []
+    claimed = claim(database, holder(), 9, ["alpha", "beta"])
+    assert [chunk.count for chunk in claimed if chunk.batch_id == retried.id] == [2]
+
+
+def answered_by(client: Client, batch_id: str) -> list[str]:
+    """The model of the worker that answered each request, in input order."""
+    return [json.loads(one.response.body_json)["model"] for one in client.results(batch_id)]
+
+
+def test_a_file_of_two_hosts_models(stack: Stack, client: Client) -> None:
+    """Each host runs its part, by both doors; what is for the dead one waits, says so, and runs when it is back."""
+    stack.gateway(heartbeat_timeout_s=5)
+    stack.worker("a", model="alpha", lease_s=5)
+    beta = stack.worker("b", model="beta", lease_s=5, window=2)
+    stack.http()
+    stack.wait_until_accepting()
+    until(lambda: client.service_status().models == ["alpha", "beta"], "both workers")
+    models = ["alpha", "beta"] * 20
+    mixed = [line(f"c{i}", model=model) for i, model in enumerate(models)]
+    batch = finished(client, client.submit_lines(mixed, require_live=True).id)
+    assert (batch.state, list(batch.models)) == (pb.BATCH_STATE_COMPLETED, ["alpha", "beta"])
+    assert answered_by(client, batch.id) == models
+    with OpenAI(base_url=stack.base_url, api_key="none", max_retries=0) as door:
+        file = door.files.create(file=("mixed.jsonl", b"".join(mixed)), purpose="batch")
+        made = door.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+        until(lambda: door.batches.retrieve(made.id).status == "completed", "the door's batch")
+
+    slow = [line(f"c{i}", model=model, vllm_xargs={"simulate": 0.5}) for i, model in enumerate(models)]
+    held = client.submit_lines(slow)
+    until(lambda: client.get(held.id).counts.completed, "some of it")
+    beta.kill()
+    until(lambda: client.get(held.id).wait.message.endswith("the requests that are left are for beta"), "its reason")
+    assert client.get(held.id).counts.completed >= 20
+    # The others of a new batch run, too.
+    later = client.submit_lines(mixed)
+    until(lambda: client.get(later.id).counts.completed == 20, "what alpha serves")
+    away = refused(lambda: client.submit_lines(mixed, require_live=True, request_id="live"))
+    assert (away.code, away.reason, away.metadata["models"]) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE", "beta")
+    wrong = refused(lambda: client.submit_lines([mixed[0], line("x", model="gamma")]))
+    assert wrong.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "line 2: body.model: 'gamma' is not served; available: alpha, beta" in str(wrong)
+    beta.start()
+    for waiting in (held, later):
+        done = finished(client, waiting.id)
+        assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, 40)
+        assert answered_by(client, waiting.id) == models
