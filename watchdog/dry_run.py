@@ -56,9 +56,13 @@ def watch(
     observers: dict[str, Observer] = {}
     bystanders: dict[str, Bystander] = {}
     said: dict[str, Decision] = {}
-    place = machine.here(settings.home)
+    place = machine.here()
     log.info("dry_run_started")
     while True:
+        if not place.machine:
+            # Its first server gives a home its machine's id, perhaps only after we started.
+            place = machine.here(settings.home)
+            observers.clear()
         try:
             found = [(GROUP, *one) for one in workers_of(supervisor).items()]
             found += [(GATEWAY_GROUP, *one) for one in gateways_of(supervisor).items()]

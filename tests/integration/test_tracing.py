@@ -62,10 +62,13 @@ def test_one_trace_from_client_to_engine(collector: Collector, serving: Stack, c
         assert worker.name == gateway.name == "vllm_batch.v1.BatchService/UploadBatch"
 
 
-def test_an_upload_is_followed_through_the_logs(serving: Stack, client: Client) -> None:
+def test_an_upload_is_followed_through_the_logs(stack: Stack, client: Client) -> None:
     """Gateway and worker log an upload under one call id, and its trace context is kept without a collector."""
-    batches = [upload(serving, 1), client.submit_lines(lines(1)), client.submit_lines(lines(1))]
-    gateway, worker = serving.servers
+    stack.gateway()
+    stack.worker()
+    stack.wait_until_accepting()
+    batches = [upload(stack, 1), client.submit_lines(lines(1)), client.submit_lines(lines(1))]
+    gateway, worker = stack.servers
     forwarded, stored = gateway.events("batch_forwarded"), worker.events("batch_stored")
     for key in ("call_id", "batch", "worker_id"):
         assert [event[key] for event in forwarded] == [event[key] for event in stored]
@@ -75,6 +78,6 @@ def test_an_upload_is_followed_through_the_logs(serving: Stack, client: Client) 
     assert len(set(ids)) == 3
     lives = {event["incarnation"] for event in stored + worker.events("phase_entered")}
     assert len(lives) == 1
-    with psycopg2.connect(serving.database_url) as connection, connection.cursor() as cursor:
+    with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT traceparent FROM batches ORDER BY id")
         assert cursor.fetchall() == [(TRACEPARENT,), (None,), (None,)]

@@ -46,7 +46,6 @@ from watchdog.supervisor import Supervisor, SupervisorAwayError
 from watchdog.wiring import GuardFactory, limits_of
 
 # Whose watchdog is asked for.
-HERE = [socket.gethostname()]
 WORKER_ID = f"{socket.gethostname()}:worker"
 CONF = """
 [unix_http_server]
@@ -735,7 +734,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(host: SupervisedHost) ->
     until(lambda: host.supervisor.info("worker:worker").state is State.EXITED, "the worker to exit")
     assert len(host.lives()) == 2
     assert host.events() == []
-    assert host.database.call(watchdogs.read, HERE) == []
+    assert host.database.call(watchdogs.read) == []
     assert {path.name for path in host.home.iterdir()} == {
         "run",
         # The worker's own.
@@ -755,12 +754,12 @@ def test_watchdog_is_seen_in_postgres_while_it_lives(host: SupervisedHost) -> No
     """A watchdog's row in Postgres is fresh while it runs and ages once it is gone."""
     watchdog = Watchdog(host)
     until(
-        lambda: [each.watchdog_id for each in host.database.call(watchdogs.read, HERE)] == [socket.gethostname()],
+        lambda: [each.watchdog_id for each in host.database.call(watchdogs.read)] == [socket.gethostname()],
         "a row",
     )
-    until(lambda: host.database.call(watchdogs.read, HERE)[0].age_s < 1, "a young row")
+    until(lambda: host.database.call(watchdogs.read)[0].age_s < 1, "a young row")
     watchdog.kill()
-    until(lambda: host.database.call(watchdogs.read, HERE)[0].age_s > 1, "the row to age")
+    until(lambda: host.database.call(watchdogs.read)[0].age_s > 1, "the row to age")
 
 
 def test_one_watchdog_per_port_ends_when_told(host: SupervisedHost) -> None:
