@@ -33,10 +33,10 @@ install_for_tests() {
 install_for_tests >.venv/apt.log 2>&1 &
 installing=$!
 
-# Whole stacks wait about as much as they compute, so one more at a time than CI has cores. The longest begin first.
+# Whole stacks wait about as much as they compute, so twice as many at a time as CI has cores. The longest begin first.
 stacks() {
   wait "$installing" || tail -n 20 .venv/apt.log
-  "$bin/python" -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder tests/chaos tests/browser tests/fleet \
+  "$bin/python" -m pytest -q -n 4 --dist loadscope --no-loadscope-reorder tests/chaos tests/browser tests/fleet \
     tests/integration
 }
 

@@ -238,6 +238,7 @@ def test_a_reader_sees_its_tenant_and_changes_nothing(page: Page, site: Site, en
     check_accessible(page)
 
 
+@pytest.mark.thorough
 def test_ten_thousand_batches(page: Page, site: Site) -> None:
     """The list of 10,000 batches comes page by page; each page has 50 and none twice."""
     site.stack.sql(

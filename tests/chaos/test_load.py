@@ -174,6 +174,7 @@ async def load(stack: Stack, large: str, idle: list[str]) -> None:
     assert await asyncio.to_thread(gateway.process.wait, 120) == 0
 
 
+@pytest.mark.thorough
 def test_load(stack: Stack) -> None:
     """With many watches, slow readers and clients that never read, others are served and memory stays bounded."""
     with Client(stack.target) as client:

@@ -22,7 +22,7 @@ from tests.support.stacks import ROOT, FullStack, full_stack
 from tests.support.waiting import until
 from vllm_batch import Client
 
-LASTS_S = 60 * float(os.environ.get("SOAK", 0.6))
+LASTS_S = 60 * float(os.environ.get("SOAK", 0.4))
 WINDOW = 32
 # Requests per batch. As many are always left in the last two batches, so that the engine is always full.
 REQUESTS = 1000

@@ -85,6 +85,7 @@ def _alerts(receiver: Receiver) -> list[dict[str, Any]]:
     return [event for event in receiver.events if event.get("tags", {}).get("kind") == "start_failed"]
 
 
+@pytest.mark.thorough
 def test_a_change_of_settings_begins_anew() -> None:
     """When `.env` is corrected, the watchdog restarts the worker by itself and the audit log says why."""
     with full_stack(BATCH_ENGINE="simulated", BATCH_HEARTBEAT_INTERVAL_S="0.5", BATCH_CHECK_INTERVAL_S="2") as stack:

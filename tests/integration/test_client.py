@@ -88,6 +88,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> "subprocess.CompletedPro
     )
 
 
+@pytest.mark.thorough
 def test_wheel_in_another_environment(full: FullStack, elsewhere: Path, tmp_path: Path) -> None:
     """The wheel needs nothing from the server: in an environment of its own it submits a batch and fetches results."""
     absent = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])"
@@ -102,6 +103,7 @@ def test_wheel_in_another_environment(full: FullStack, elsewhere: Path, tmp_path
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
 
 
+@pytest.mark.thorough
 def test_types(elsewhere: Path, tmp_path: Path) -> None:
     """`mypy --strict` accepts correct uses of both clients and the stubs, and reports every mistake."""
     (tmp_path / "typed.py").write_text(TYPED)

@@ -88,6 +88,7 @@ def load(stack: FullStack) -> Iterator[list[threading.Thread]]:
     assert not failures, failures
 
 
+@pytest.mark.thorough
 def test_a_host_under_load(host: FullStack, counted: Callable[[], dict[str, int]]) -> None:
     """With everything under load a host does with the connections that it is said to need: no call is refused one."""
     most: dict[str, int] = {}

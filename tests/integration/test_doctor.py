@@ -89,6 +89,7 @@ def test_start_all_refuses_what_cannot_work(tmp_path: Path) -> None:
             assert not (stack.home / "run" / "supervisord.pid").exists()
 
 
+@pytest.mark.thorough
 def test_running_stack_is_well() -> None:
     """Ports used by the running stack itself are fine."""
     with full_stack(BATCH_ENGINE="simulated") as stack:
@@ -186,6 +187,7 @@ def model_line(home: Path, model: str, **settings: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_models_of_the_hub(tmp_path: Path) -> None:
     """Existing, missing and gated models, with and without a token, and an unreachable hub are each reported."""
     with hub() as address:

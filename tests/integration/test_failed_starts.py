@@ -30,6 +30,7 @@ def test_postgres_that_cannot_start() -> None:
         assert "pgdata" in last
 
 
+@pytest.mark.thorough
 def test_port_that_was_taken_in_between() -> None:
     """When another program takes the gateway's port after the doctor's check, the gateway's own error is shown."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

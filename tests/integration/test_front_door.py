@@ -13,6 +13,7 @@ import psutil
 import psycopg2
 import pytest
 
+from tests.conftest import IS_THOROUGH
 from tests.support.batches import URL, count, finished, health, line, lines, ready, refused, run_sql
 from tests.support.servers import Server, Stack
 from tests.support.waiting import until
@@ -187,7 +188,7 @@ def test_refused_in_the_middle_of_an_upload(stack: Stack, client: Client) -> Non
     stack.wait_until_accepting()
     client.submit_lines(lines(1, vllm_xargs={"simulate": 600}))
     large = [line(f"c{number}", padding="x" * 300_000) for number in range(3)]
-    for _ in range(300):
+    for _ in range(300 if IS_THOROUGH else 50):
         error = refused(lambda: client.submit_lines(large))
         assert (error.code, error.message[:26]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "open batches: 2, at most 1")
 
@@ -390,7 +391,7 @@ def engine_of(worker: Server) -> psutil.Process:
     return next(child for child in children if "simulated-engine" in child.cmdline())
 
 
-@pytest.mark.parametrize("is_busy", [True, False])
+@pytest.mark.parametrize("is_busy", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_frozen_engine_is_not_serving(serving: Stack, client: Client, is_busy: bool) -> None:
     """A frozen engine, busy or idle, makes the worker NOT_SERVING until it moves again, without losing a request."""
     worker = serving.servers[-1]

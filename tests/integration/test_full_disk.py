@@ -82,6 +82,7 @@ def test_disk_of_the_embedded_postgres(mounts: None) -> None:
         assert stack.restarts() == []
 
 
+@pytest.mark.thorough
 def test_home_without_postgres(mounts: None, database_url: str) -> None:
     """With Postgres elsewhere and the home full, a dead worker is restarted without log, journal and evidence; logging
     resumes once there is space."""

@@ -156,6 +156,7 @@ def test_a_client_follows_through_a_redeployment(serving: Stack) -> None:
         assert [*first, *watch][-1].state == pb.BATCH_STATE_COMPLETED
 
 
+@pytest.mark.thorough
 def test_clients_avoid_a_gateway_that_accepts_nothing(serving: Stack, postgres: str) -> None:
     """With gRPC's client-side health checking, calls go only to gateways whose BatchService is SERVING."""
     port = free_port()

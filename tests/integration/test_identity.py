@@ -132,6 +132,7 @@ def names(stack: FullStack) -> list[tuple[Any, ...]]:
         return cursor.fetchall()
 
 
+@pytest.mark.thorough
 @needs_root
 def test_two_machines_of_one_name(postgres: str) -> None:
     """The second host of a name is refused in words with both addresses, its watchdog neither says HEALTHY nor starts

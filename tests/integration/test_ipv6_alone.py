@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.thorough
 def test_a_batch_over_ipv6_alone(tmp_path: Path) -> None:
     """With BATCH_HOST and BATCH_METRICS_HOST set to ::1 a stack starts, runs a batch, shows status and metrics, and
     stops; the default metrics host is refused by name before anything starts."""

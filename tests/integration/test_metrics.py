@@ -81,6 +81,7 @@ def scraped() -> Iterator[Scraped]:
         yield Scraped({name.lower(): scrape(port) for name, port in ports.items()})
 
 
+@pytest.mark.thorough
 def test_files_are_counted(scraped: Scraped) -> None:
     """OpenAI's door counts its calls, files and their bytes."""
     assert scraped.value("http", "vllm_batch_rpcs_total", method="CreateFile", code="OK") == 1
@@ -197,6 +198,7 @@ def test_metrics_without_a_database(stack: Stack, tmp_path: Path) -> None:
     assert "vllm_batch_batches" not in values
 
 
+@pytest.mark.thorough
 def test_taken_port_does_not_keep_it_from_working(stack: Stack) -> None:
     """If the metrics port is taken, the process serves without metrics and logs it, and serves them once it is free."""
     with socket.socket() as other:

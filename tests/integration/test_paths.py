@@ -59,6 +59,7 @@ def test_home_of_any_name(name: str) -> None:
         runs_a_batch(FullStack(home, {"BATCH_ENGINE": "simulated"}))
 
 
+@pytest.mark.thorough
 def test_home_over_a_link() -> None:
     """A home may be a symbolic link."""
     with folder("a home") as home:
@@ -68,6 +69,7 @@ def test_home_over_a_link() -> None:
         assert (home / "pgdata").is_dir()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["%s %(x)s & 'it' ünï ;#"])
 def test_checkout_of_any_name(name: str) -> None:
     """A checkout may have any name, and its var/ is then the home."""

@@ -75,6 +75,7 @@ def until_noticed(stack: Stack) -> None:
         until(lambda process=process: process.events("database_away"), "the outage to be noticed", 15)  # type: ignore[misc]
 
 
+@pytest.mark.thorough
 def test_restart(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -> None:
     """A restart of Postgres in the middle of a batch loses nothing."""
     server.stop()
@@ -102,6 +103,7 @@ def test_outage(server: PostgresServer, running: tuple[Stack, Client, pb.Batch])
     check_all_done(*running, outages=1)
 
 
+@pytest.mark.thorough
 def test_frozen(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -> None:
     """A Postgres that hangs is detected by deadlines, and nothing is lost once it continues."""
     assert server.process is not None
@@ -117,6 +119,7 @@ def test_frozen(server: PostgresServer, running: tuple[Stack, Client, pb.Batch])
     check_all_done(*running, outages=2)
 
 
+@pytest.mark.thorough
 def test_slow(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -> None:
     """Statements that miss their deadline are retried until they succeed."""
     stack, _, _ = running

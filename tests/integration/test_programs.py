@@ -15,6 +15,7 @@ from vllm_batch.v1 import host_service_pb2 as pb
 pytestmark = pytest.mark.timeout(240)
 
 
+@pytest.mark.thorough
 def test_a_gateway_and_a_worker_on_hosts_of_their_own(database_url: str, database: Database) -> None:
     """start-all.sh waits for what a host runs, status.sh shows it, and both hosts make one service."""
     shared = {"DATABASE_URL": database_url, "BATCH_ENGINE": "simulated", "BATCH_HEARTBEAT_INTERVAL_S": "1"}

@@ -177,6 +177,7 @@ def test_async_result_destruction(serving: Stack, client: Client) -> None:
     assert read == list(range(len(read)))
 
 
+@pytest.mark.thorough
 def test_results_of_several_writers_resume(stack: Stack, client: Client) -> None:
     """With several workers writing, a stream resumed again and again has no gaps or repeats, in either order."""
     stack.gateway()

@@ -158,6 +158,7 @@ def test_other_programs_are_restarted_by_supervisord(stack: FullStack, program: 
     assert (len(stack.restarts()), stack.pid("worker")) == (before, worker)
 
 
+@pytest.mark.thorough
 def test_two_stacks_side_by_side(stack: FullStack) -> None:
     """A second home runs beside the first, can be stopped and restarted, and does not affect the first."""
     mine = stack.pid("worker")
@@ -187,6 +188,7 @@ def test_stop_all_ends_what_was_left_behind() -> None:
         assert marked(Mark(stack.home)) == []
 
 
+@pytest.mark.thorough
 def test_external_postgres(postgres: str, database_url: str) -> None:
     """With DATABASE_URL the embedded Postgres is not started and the stack uses the given database."""
     with full_stack(BATCH_ENGINE="simulated", DATABASE_URL=database_url) as stack:
