@@ -117,6 +117,7 @@ def test_types(elsewhere: Path, tmp_path: Path) -> None:
     assert found == set(range(first, first + 5)), bad.stdout
 
 
+@pytest.mark.thorough
 def test_examples_in_python(full: FullStack, elsewhere: Path, tmp_path: Path) -> None:
     """The Python examples do what they say, and the one for OpenAI's format writes that format."""
     sync, aio, openai = (ROOT / "examples" / name for name in PYTHON_EXAMPLES)

@@ -58,6 +58,7 @@ def check_done(stack: FullStack, batch: pb.Batch) -> None:
         assert done.counts.completed == 3
 
 
+@pytest.mark.thorough
 def test_disk_of_the_embedded_postgres(mounts: None) -> None:
     """When the disk is full, and Postgres then crashes and cannot start, clients are told why and nothing else is
     restarted; once there is space the batch completes."""

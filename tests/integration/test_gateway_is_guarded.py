@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import grpc
 import psutil
+import pytest
 
 from tests.support.batches import lines
 from tests.support.ports import free_ports
@@ -28,6 +29,7 @@ def gateway_statuses(stack: FullStack) -> Sequence[rpb.WorkerStatus]:
             return ()
 
 
+@pytest.mark.thorough
 def test_each_of_several_gateways_is_guarded() -> None:
     """The watchdog probes each of two gateways set up as in docs/operations.md, and notices which of them is frozen."""
     port, metrics_port = free_ports() // 10, free_ports() // 10

@@ -170,6 +170,7 @@ def test_two_machines_of_one_name(postgres: str) -> None:
         assert machine == (second.home / "machine-id").read_text().strip() != before[0][1]
 
 
+@pytest.mark.thorough
 @needs_root
 def test_an_address_that_vanishes_restarts_nothing() -> None:
     """When the address of a host vanishes, as without carrier, its watchdog goes on calling its worker healthy."""

@@ -177,6 +177,7 @@ def test_two_stacks_side_by_side(stack: FullStack) -> None:
     assert stack.pid("worker") == mine
 
 
+@pytest.mark.thorough
 def test_stop_all_ends_what_was_left_behind() -> None:
     """If supervisord was killed, stop-all.sh still ends every process of the home."""
     with full_stack(BATCH_ENGINE="simulated") as stack:
