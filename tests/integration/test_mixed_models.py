@@ -13,12 +13,13 @@ from service.db.chunks import Chunk
 from service.db.connection import Database
 from service.db.creation import Options
 from service.db.limits import Limits
+from service.db.losses import IS_MISSING
 from service.db.results import Result
 from service.db.run_order import RunOrder
 from service.db.sharing import Part
 from service.worker.intake import Rows
 from service.worker.offer import Offer
-from tests.support.batches import URL, finished, line, refused
+from tests.support.batches import URL, count, finished, line, refused
 from tests.support.queue import answer, claim
 from tests.support.servers import Stack
 from tests.support.store import SIZES, holder
@@ -162,6 +163,9 @@ def test_a_file_of_two_hosts_models(stack: Stack, client: Client) -> None:
     # The others of a new batch run, too.
     later = client.submit_lines(mixed)
     until(lambda: client.get(later.id).counts.completed == 20, "what alpha serves")
+    until(
+        lambda: count(stack, f"heartbeats h WHERE worker_id LIKE '%:b' AND {IS_MISSING}"), "its heartbeats to be missed"
+    )
     away = refused(lambda: client.submit_lines(mixed, require_live=True, request_id="live"))
     assert (away.code, away.reason, away.metadata["models"]) == (grpc.StatusCode.UNAVAILABLE, "WORKER_OFFLINE", "beta")
     wrong = refused(lambda: client.submit_lines([mixed[0], line("x", model="gamma")]))
