@@ -63,9 +63,11 @@ def environment(home: Path, ports: list[int]) -> dict[str, str]:
         "BATCH_GATEWAY_PORT": str(ports[0]),
         "BATCH_WORKER_PORT": str(ports[1]),
         "BATCH_WATCHDOG_PORT": str(ports[2]),
+        "BATCH_HTTP_PORT": str(ports[3]),
         "BATCH_GATEWAY_METRICS_PORT": "0",
         "BATCH_WORKER_METRICS_PORT": "0",
         "BATCH_WATCHDOG_METRICS_PORT": "0",
+        "BATCH_HTTP_METRICS_PORT": "0",
         # With more requests at a time, so small a model would be done before it can be killed.
         "BATCH_WINDOW": "24",
     }
@@ -210,7 +212,7 @@ def main() -> int:
     for name in [name for name in os.environ if name.startswith("BATCH_")]:
         del os.environ[name]
     home = Path(tempfile.mkdtemp(prefix="vllm-batch-demo-"))
-    ports = free_ports(3)
+    ports = free_ports(4)
     env = environment(home, ports)
     last_line, is_good = "", False
     try:

@@ -37,7 +37,7 @@ installing=$!
 stacks() {
   wait "$installing" || tail -n 20 .venv/apt.log
   "$bin/python" -m pytest -q -n 4 --dist loadscope --no-loadscope-reorder tests/chaos tests/browser tests/fleet \
-    tests/integration
+    tests/integration/test_watchdog.py tests/integration
 }
 
 check format "$bin/ruff" format --check .

@@ -24,6 +24,7 @@ def lines(with_killer: bool) -> Iterator[bytes]:
         yield json.dumps({"custom_id": f"c{number}", "url": "/v1/chat/completions", "body": body}).encode()
 
 
+@pytest.mark.thorough
 def test_poison_costs_only_itself() -> None:
     """The killer gets its error after three deaths of the engine, and all other requests of two batches complete."""
     settings = {

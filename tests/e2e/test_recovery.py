@@ -88,6 +88,7 @@ def run_and_break(
     return restarts[-1], engine
 
 
+@pytest.mark.thorough
 def test_worker_killed_in_the_middle(stack: FullStack) -> None:
     """After SIGKILL the worker is restarted once as CRASHED, its engine is gone, and every request has one result."""
     event, engine = run_and_break(stack, "worker")

@@ -19,6 +19,7 @@ def wait(stack: FullStack) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, env=stack.env, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.thorough
 def test_postgres_that_cannot_start() -> None:
     """When Postgres exits at every start, start-all.sh fails with Postgres's own message."""
     with full_stack(BATCH_ENGINE="simulated") as stack:

@@ -79,6 +79,7 @@ def frozen_past_its_lease(stack: Stack, request_s: float) -> tuple[Server, str]:
     return zombie, batch.id
 
 
+@pytest.mark.thorough
 def test_zombie_owner_burns_inference(stack: Stack, client: Client) -> None:
     """A worker that wakes after its lease was taken over notices it and aborts the requests."""
     zombie, batch_id = frozen_past_its_lease(stack, 600)
