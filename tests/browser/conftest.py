@@ -87,7 +87,7 @@ def page(browser: Browser, site: Site) -> Iterator[Page]:
     page.on("pageerror", lambda error: wrong.append(str(error)))
     # The policy forbids something that the page tries.
     page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(60_000)
     yield page
     context.close()
     assert not wrong

@@ -51,9 +51,14 @@ def test_server_that_answers_no_more_is_noticed_without_being_checked(server: tu
     pid, port = server
     woken = threading.Event()
     probe = Probe(f"127.0.0.1:{port}", woken.set, ask_interval_s=1.5)
-    try:
-        until(lambda: probe.check(5) is ProbeAnswer.SERVING, "the server to be serving")
+
+    def is_serving() -> bool:
+        # In this order: what wakes the guard while we look has ended by the next look.
         woken.clear()
+        return probe.check(5) is ProbeAnswer.SERVING and not woken.is_set()
+
+    try:
+        until(is_serving, "the server to be serving")
         os.kill(pid, fault)
         assert woken.wait(60)
         assert probe.check(1) in (ProbeAnswer.DEADLINE_EXCEEDED, ProbeAnswer.UNAVAILABLE)
