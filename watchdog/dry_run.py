@@ -62,7 +62,10 @@ def watch(
         if not place.machine:
             # Its first server gives a home its machine's id, perhaps only after we started.
             place = machine.here(settings.home)
-            observers.clear()
+            if place.machine:
+                for observer in observers.values():
+                    observer.close()
+                observers.clear()
         try:
             found = [(GROUP, *one) for one in workers_of(supervisor).items()]
             found += [(GATEWAY_GROUP, *one) for one in gateways_of(supervisor).items()]

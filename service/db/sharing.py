@@ -73,7 +73,7 @@ def tell_arrival(db: peewee.PostgresqlDatabase) -> None:
     """
     # What is claimed is stored: without the notice a worker finds it at its next look.
     with contextlib.suppress(*DATABASE_ERRORS):
-        db.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, msgspec.json.encode(Arrival()).decode()))
+        _tell(db, Arrival())
 
 
 def ask(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str], room: int) -> bool:
@@ -89,9 +89,12 @@ def ask(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str], ro
     if not rows:
         return False
     batches, chunks = map(frozenset, zip(*rows, strict=True))
-    wish = Wish(holder.worker_id, room, batches, chunks)
-    db.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, msgspec.json.encode(wish).decode()))
+    _tell(db, Wish(holder.worker_id, room, batches, chunks))
     return True
+
+
+def _tell(db: peewee.PostgresqlDatabase, notice: Arrival | Wish) -> None:
+    db.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, msgspec.json.encode(notice).decode()))
 
 
 # Tokens and charge are divided by numbers of requests; what is given counts as not begun. It always has a new id: a
