@@ -10,7 +10,7 @@ from service.auth.callers import ANYBODY
 from service.db.connection import Database, migrate
 from service.rpc import call_context
 from tests.support.ports import free_port
-from tests.support.servers import PostgresServer, Stack, new_database
+from tests.support.servers import PostgresServer, Stack, new_database, new_stack
 from tests.support.spare import Spare
 from vllm_batch import Client
 
@@ -90,9 +90,7 @@ def client(stack: Stack) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def door(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """OpenAI's door and a gateway, which removes what is deleted; no worker."""
-    with new_database(postgres) as url:
-        stack = Stack(url, tmp_path_factory.mktemp("door"), free_port(), [])
+    with new_stack(postgres, tmp_path_factory.mktemp("door")) as stack:
         stack.http()
         stack.gateway()
         yield stack
-        stack.end()

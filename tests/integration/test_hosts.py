@@ -21,9 +21,8 @@ from service.insight.presence import MOST_GONE, Presence
 from service.insight.routing import Freshness
 from tests.support.batches import finished, lines, refused
 from tests.support.namespaces import own_name
-from tests.support.ports import free_port
 from tests.support.sentry_receiver import receiving
-from tests.support.servers import Stack, new_database
+from tests.support.servers import Stack, new_stack
 from tests.support.stacks import BIN
 from tests.support.waiting import until
 from vllm_batch import Client
@@ -42,20 +41,16 @@ LOST = (("lost", "host"), ("rare", "model"), ("half", "watchdog"))
 @pytest.fixture(scope="module")
 def fleet(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A gateway here, and a worker on each of the hosts `alpha` and `beta`."""
-    with new_database(postgres) as url:
-        stack = Stack(url, tmp_path_factory.mktemp("fleet"), free_port(), [])
-        try:
-            stack.gateway()
-            for name in ("alpha", "beta"):
-                with own_name(name):
-                    # Sockets and logs of both are in one folder, so their names differ.
-                    stack.worker(f"worker-{name}", window=8, simulated_window=8)
-            with Client(stack.target) as client:
-                until(lambda: {"alpha", "beta"} <= {one.name for one in client.hosts() if serves(one)}, "both")
-            stack.wait_until_accepting()
-            yield stack
-        finally:
-            stack.end()
+    with new_stack(postgres, tmp_path_factory.mktemp("fleet")) as stack:
+        stack.gateway()
+        for name in ("alpha", "beta"):
+            with own_name(name):
+                # Sockets and logs of both are in one folder, so their names differ.
+                stack.worker(f"worker-{name}", window=8, simulated_window=8)
+        with Client(stack.target) as client:
+            until(lambda: {"alpha", "beta"} <= {one.name for one in client.hosts() if serves(one)}, "both")
+        stack.wait_until_accepting()
+        yield stack
 
 
 def serves(host: pb.Host) -> bool:

@@ -17,8 +17,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types import Batch
 
 from tests.support.batches import count, line, lines, ready, run_sql
-from tests.support.ports import free_port
-from tests.support.servers import ROOT, Stack, new_database
+from tests.support.servers import ROOT, Stack, new_stack
 from tests.support.waiting import until
 from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -30,14 +29,12 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 @pytest.fixture(scope="module")
 def whole(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Door, gateway and a worker that accepts new work."""
-    with new_database(postgres) as url:
-        stack = Stack(url, tmp_path_factory.mktemp("whole"), free_port(), [])
+    with new_stack(postgres, tmp_path_factory.mktemp("whole")) as stack:
         stack.gateway()
         stack.worker()
         stack.http()
         stack.wait_until_accepting()
         yield stack
-        stack.end()
 
 
 @pytest.fixture

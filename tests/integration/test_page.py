@@ -17,8 +17,7 @@ from service.auth.roles import Role
 from service.db import recovery_orders, watchdogs
 from service.db.connection import Database
 from tests.support.batches import line
-from tests.support.ports import free_port
-from tests.support.servers import Stack, new_database
+from tests.support.servers import Stack, new_stack
 from tests.support.waiting import until
 from watchdog.host import Host
 from watchdog.orders import Orders
@@ -31,16 +30,14 @@ CSRF = "x-csrf-token"
 @pytest.fixture(scope="module")
 def guarded(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, dict[str, str], Path]]:
     """OpenAI's door with the page, alone, with tokens: the secrets by name, and the file of tokens."""
-    with new_database(postgres) as url:
-        folder = tmp_path_factory.mktemp("page")
-        made = {name: tokens.new(name, Role(name)) for name in ("read", "submit", "operate")}
-        hashes = folder / "hashes"
-        hashes.write_text("".join(f"{token.line()}\n" for _, token in made.values()))
-        hashes.chmod(0o600)
-        stack = Stack(url, folder, free_port(), [])
+    folder = tmp_path_factory.mktemp("page")
+    made = {name: tokens.new(name, Role(name)) for name in ("read", "submit", "operate")}
+    hashes = folder / "hashes"
+    hashes.write_text("".join(f"{token.line()}\n" for _, token in made.values()))
+    hashes.chmod(0o600)
+    with new_stack(postgres, folder) as stack:
         stack.http(token_hashes=hashes)
         yield stack, {name: secret for name, (secret, _) in made.items()}, hashes
-        stack.end()
 
 
 def browser(stack: Stack) -> httpx.Client:

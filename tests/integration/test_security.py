@@ -28,7 +28,7 @@ from service.rpc import server as rpc_server
 from tests.support.batches import finished, inline, lines, refused
 from tests.support.certificates import Authority, replace
 from tests.support.ports import free_port
-from tests.support.servers import Server, Stack, new_database
+from tests.support.servers import Server, Stack, new_stack
 from tests.support.waiting import until
 from vllm_batch import CallError, Client
 from vllm_batch.channel import open_aio_channel, open_channel
@@ -115,31 +115,27 @@ def secured(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     hashes.write_text(text)
     common = {"tls_ca": servers.file, "tls_cert": gateway[0], "tls_key": gateway[1], "token_hashes": hashes}
     theirs = common | {"server_cert": other[0], "server_key": other[1]}
-    with new_database(postgres) as url:
-        stack = Stack(url, folder, free_port(), [])
-        try:
-            # Some tests make more calls than a client would.
-            stack.gateway(server_cert=front[0], server_key=front[1], rate_limit_per_s=1000, **common)
-            strict_port, watchdog_port = free_port(), free_port()
-            strict = stack.run(
-                "service.gateway",
-                "strict",
-                **theirs | {"gateway_port": strict_port, "client_ca": clients.file},
-                reflection="false",
-                rate_limit_per_s=5,
-            )
-            worker = stack.worker(client_ca=worker_client_ca, **theirs)
-            watchdog = stack.run("watchdog", "watchdog", watchdog_port=watchdog_port, **theirs)
-            found = Secured(
-                stack, servers, clients, front, worker_client_ca, gateway, hashes, secrets,
-                strict, worker, watchdog, strict_port, watchdog_port,
-            )  # fmt: skip
-            until(lambda: is_serving(found, found.front), "the gateway to accept new work")
-            until(lambda: is_serving(found, f"127.0.0.1:{strict_port}"), "the strict gateway to accept new work")
-            until(lambda: health(found.channel(f"127.0.0.1:{watchdog_port}", None), "") is OK, "the watchdog to answer")
-            yield found
-        finally:
-            stack.end()
+    with new_stack(postgres, folder) as stack:
+        # Some tests make more calls than a client would.
+        stack.gateway(server_cert=front[0], server_key=front[1], rate_limit_per_s=1000, **common)
+        strict_port, watchdog_port = free_port(), free_port()
+        strict = stack.run(
+            "service.gateway",
+            "strict",
+            **theirs | {"gateway_port": strict_port, "client_ca": clients.file},
+            reflection="false",
+            rate_limit_per_s=5,
+        )
+        worker = stack.worker(client_ca=worker_client_ca, **theirs)
+        watchdog = stack.run("watchdog", "watchdog", watchdog_port=watchdog_port, **theirs)
+        found = Secured(
+            stack, servers, clients, front, worker_client_ca, gateway, hashes, secrets,
+            strict, worker, watchdog, strict_port, watchdog_port,
+        )  # fmt: skip
+        until(lambda: is_serving(found, found.front), "the gateway to accept new work")
+        until(lambda: is_serving(found, f"127.0.0.1:{strict_port}"), "the strict gateway to accept new work")
+        until(lambda: health(found.channel(f"127.0.0.1:{watchdog_port}", None), "") is OK, "the watchdog to answer")
+        yield found
 
 
 @pytest.fixture(scope="module")

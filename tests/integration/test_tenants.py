@@ -25,8 +25,7 @@ from service.db.limits import Limits
 from service.errors import ApiError
 from service.rpc import call_context
 from tests.support.batches import count, finished, inline, lines, refused
-from tests.support.ports import free_port
-from tests.support.servers import Stack, new_database
+from tests.support.servers import Stack, new_stack
 from tests.support.store import stored
 from tests.support.waiting import until
 from vllm_batch import CallError, Client
@@ -77,17 +76,13 @@ def shared(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     hashes.write_text(text)
     tenants_file.write_text("")
     files = {"token_hashes": hashes, "tenants_file": tenants_file}
-    with new_database(postgres) as url:
-        stack = Stack(url, folder, free_port(), [])
-        try:
-            stack.gateway(**files)
-            stack.worker(**files)
-            found = Shared(stack, secrets, tenants_file)
-            with found.client("operator") as client:
-                until(lambda: not client.accepting(), "the gateway to accept new work")
-            yield found
-        finally:
-            stack.end()
+    with new_stack(postgres, folder) as stack:
+        stack.gateway(**files)
+        stack.worker(**files)
+        found = Shared(stack, secrets, tenants_file)
+        with found.client("operator") as client:
+            until(lambda: not client.accepting(), "the gateway to accept new work")
+        yield found
 
 
 @pytest.fixture(scope="module")

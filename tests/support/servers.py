@@ -205,3 +205,14 @@ class Stack:
             if server.process.poll() is None:
                 server.kill()
         assert not processes.end(processes.marked(Mark(self.folder)), 10, (signal.SIGKILL,))
+
+
+@contextmanager
+def new_stack(postgres: str, folder: Path) -> Iterator[Stack]:
+    """Yields a stack with a database of its own that has started nothing; ends whatever it then runs."""
+    with new_database(postgres) as url:
+        stack = Stack(url, folder, free_port(), [])
+        try:
+            yield stack
+        finally:
+            stack.end()

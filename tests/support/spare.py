@@ -8,8 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.batches import count
-from tests.support.ports import free_port
-from tests.support.servers import Stack, new_database
+from tests.support.servers import Stack, new_stack
 from tests.support.waiting import until
 from vllm_batch import CallError, Client
 
@@ -50,9 +49,7 @@ class Spare:
             self._cleanup.close()
 
     def _started(self) -> Stack:
-        url = self._cleanup.enter_context(new_database(self._postgres))
-        stack = Stack(url, self._folder(), free_port(), [])
-        self._cleanup.callback(stack.end)
+        stack = self._cleanup.enter_context(new_stack(self._postgres, self._folder()))
         stack.gateway()
         stack.worker()
         stack.wait_until_accepting()
