@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,12 @@ def main(conf: str) -> int:
                 print(f"start: waiting for {now_s - begin_s:.0f} s: {why.message.splitlines()[0][:200]}", flush=True)
                 said, said_at_s = kind, now_s
             time.sleep(0.5)
-        models = client.service_status().models if may_ask else [settings.model or "tiny"]
+    models: Iterable[str] = [settings.model or "tiny"]
+    if may_ask:
+        # The client above may still wait before it connects again: connections with TLS are not shared.
+        # The model is for the examples alone, so the start has succeeded without it.
+        with suppress(CallError), Client(gateway, patience_s=SILENT_S) as client:
+            models = client.service_status().models
     print(f"start: new work is accepted after {time.monotonic() - begin_s:.0f} s", flush=True)
     scheme = "https" if settings.server_cert else "http"
     openai = f"{scheme}://{settings.own_address(settings.http_port)}/v1"

@@ -1,11 +1,18 @@
 """When a start script that waits for the gateway gives up, and what it reports."""
 
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from scripts.wait_until_accepting import FAILING_S, SILENT_S, Patience, Refusal, last_words
+from scripts.wait_until_accepting import FAILING_S, SILENT_S, Patience, Refusal, last_words, main
+from vllm_batch.channel import BATCH_SERVICE
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import batch_service_pb2_grpc
 
 LOAD_S = 1800.0
 ALL = {"postgres": "RUNNING", "gateway": "RUNNING", "worker": "RUNNING", "watchdog": "RUNNING"}
@@ -92,3 +99,35 @@ def test_several_processes_of_a_program() -> None:
     assert ends_after_s([several], until_s=100) == 100
     assert ends_after_s([several], is_silent=True, until_s=100) <= SILENT_S + 2
     assert ends_after_s([several | {"gateway:gateway_1": "FATAL"}]) <= 35
+
+
+class _Gateway(batch_service_pb2_grpc.BatchServiceServicer):
+    """Says for two calls that it is away, as a channel does that waits before it connects again."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def GetServiceStatus(self, request: pb.GetServiceStatusRequest, context: Any) -> Any:
+        self.calls += 1
+        if self.calls <= 2:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Connection refused")
+        return pb.GetServiceStatusResponse(models=["served"])
+
+
+def test_the_status_after_the_health(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A start whose health says SERVING before GetServiceStatus gets through succeeds and names the model served."""
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    health_servicer = health.HealthServicer()
+    health_servicer.set(BATCH_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    gateway = _Gateway()
+    batch_service_pb2_grpc.add_BatchServiceServicer_to_server(gateway, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("BATCH_GATEWAY_PORT", str(port))
+    try:
+        assert main("supervisord.conf") == 0
+    finally:
+        server.stop(None).wait(5)
+    assert gateway.calls == 3
+    assert '"model": "served"' in capsys.readouterr().out
