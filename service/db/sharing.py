@@ -157,7 +157,8 @@ def give(db: peewee.PostgresqlDatabase, holder: Holder, parts: Sequence[Part]) -
             }
             row = db.execute_sql(DIVIDE, names).fetchone()
             given += row[0] if row else 0
-        tell_arrival(db)
         failpoints.hit("give.before_commit")
     failpoints.hit("give.after_commit")
+    if given:
+        tell_arrival(db)
     return given
