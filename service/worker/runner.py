@@ -16,7 +16,7 @@ from service.worker import counters
 from service.worker.engine.protocol import Engine, EngineDeadError
 from service.worker.held_chunks import HeldChunks
 from service.worker.result_writer import ResultWriter
-from service.worker.sharing import Sharing
+from service.worker.sharing import ASK_INTERVAL_S, Sharing, look_again_s
 from service.worker.starter import Starter
 from service.worker.suspects import Suspects
 from service.worker.wakeup import IDLE_S, Wakeup
@@ -24,8 +24,6 @@ from service.worker.window import Window
 
 # Between looks for work that notices cause: many batches may come at once.
 NOTICE_INTERVAL_S = 0.05
-# Between two wishes, unless something was claimed meanwhile: in a fleet all others hear each of them.
-ASK_INTERVAL_S = 0.2
 # An engine with requests that made no step for so long asks for no more.
 STILL_S = 2.0
 
@@ -214,7 +212,7 @@ class Runner:
                     self._has_arrival = self._is_noticed = False
                     claimed = await self._claim(wanted)
                     # What came meanwhile was perhaps not seen.
-                    wait_s = NOTICE_INTERVAL_S if self._is_noticed else IDLE_S
+                    wait_s = NOTICE_INTERVAL_S if self._is_noticed else look_again_s(self._looked_s, self._asked_s)
                     self._look_at_s = 0 if claimed else self._clock.monotonic() + wait_s
             if not claimed:
                 await self._wakeup.wait(wait_s)

@@ -6,11 +6,14 @@ from itertools import groupby
 
 from service.db.chunks import Request
 from service.db.sharing import Wish
+from service.worker.wakeup import IDLE_S
 
 # A worker that is still idle asks again every second.
 WISH_S = 2.0
 # For so long after there was too little for all a worker takes no more than it can begin at once.
 SCARCE_S = 1.0
+# Between two wishes, unless something was claimed meanwhile: in a fleet all others hear each of them.
+ASK_INTERVAL_S = 0.2
 
 
 @dataclass
@@ -70,6 +73,15 @@ class Sharing:
             taken = {(request.batch_id, request.index) for request in able}
             rest = [request for request in rest if (request.batch_id, request.index) not in taken]
         return parts + _by_chunk(rest)
+
+
+def look_again_s(looked_s: float, asked_s: float) -> float:
+    """After how many seconds to look again, when a look found nothing to claim and others were last asked at `asked_s`.
+
+    Another worker may have taken what was given for that wish, so one that came too early to ask again asks soon.
+    """
+    passed_s = looked_s - asked_s
+    return ASK_INTERVAL_S - passed_s if 0 < passed_s < ASK_INTERVAL_S else IDLE_S
 
 
 def _by_chunk(requests: Sequence[Request]) -> list[list[Request]]:

@@ -29,7 +29,7 @@ def guarded() -> Iterator[Fleet]:
 
 def works(made: Fleet, host: Host, incarnation: str) -> bool:
     """True once this life of the host's worker has taken new work."""
-    claimed = "SELECT FROM chunks WHERE state = 'leased' AND incarnation = %s::uuid"
+    claimed = "SELECT 1 FROM chunks WHERE state = 'leased' AND incarnation = %s::uuid"
     return bool(made.sql(claimed, incarnation))
 
 
@@ -50,7 +50,7 @@ def test_a_cut_costs_nothing(guarded: Fleet, what: str, healed_after_s: int) -> 
     time.sleep(healed_after_s)
     a.heal()
     began_s = time.monotonic()
-    seen = "SELECT FROM heartbeats WHERE incarnation = %s::uuid AND last_seen > clock_timestamp() - interval '2 s'"
+    seen = "SELECT 1 FROM heartbeats WHERE incarnation = %s::uuid AND last_seen > clock_timestamp() - interval '2 s'"
     until(lambda: guarded.sql(seen, life), "the host to beat again")
     beats_s = time.monotonic() - began_s
     until(lambda: works(guarded, a, life), "the host to work again")

@@ -6,8 +6,8 @@ from service.db.chunks import Chunk, Request
 from service.db.sharing import Arrival, Part, Wish, parse
 from service.db.work import Work
 from service.worker.held_chunks import HeldChunks
-from service.worker.sharing import SCARCE_S, WISH_S, Sharing
-from service.worker.wakeup import Wakeup
+from service.worker.sharing import ASK_INTERVAL_S, SCARCE_S, WISH_S, Sharing, look_again_s
+from service.worker.wakeup import IDLE_S, Wakeup
 from service.worker.window import Window
 from tests.support.engine_fakes import FakeEngine, Journal, request, work_of
 from tests.support.loops import in_loop
@@ -50,6 +50,14 @@ def test_what_waits_is_divided_equally_if_it_is_much() -> None:
     assert (len(sharing.batches(0)), sharing.wanted(41)) == (1, 20)
     sharing.wished(Wish("b", 2, frozenset({1})), 0)
     assert (len(sharing.batches(0)), sharing.wanted(30)) == (1, 30)
+
+
+def test_an_idle_worker_asks_again_soon() -> None:
+    """What was given for a wish may be gone: who looked too early to ask again does not wait for the next look."""
+    looked_s = 10.0
+    assert look_again_s(looked_s, looked_s) == look_again_s(looked_s, float("-inf")) == IDLE_S
+    again_s = look_again_s(looked_s, looked_s - ASK_INTERVAL_S / 4)
+    assert looked_s - ASK_INTERVAL_S / 4 < looked_s + again_s <= looked_s + ASK_INTERVAL_S
 
 
 def test_a_wish_ends_by_itself() -> None:
