@@ -285,7 +285,7 @@ FROM results r WHERE batch_id = %(batch)s AND {{column}} = %(position)s
 READ_ONE = f"""
 SELECT {FIELDS_LIMITED} FROM results r
 WHERE batch_id = %(batch)s AND index = (SELECT index FROM requests WHERE batch_id = %(batch)s AND custom_id = %(name)s)
-  AND (%(tenant)s::text IS NULL OR EXISTS (SELECT FROM batches WHERE id = %(batch)s AND {IN_SCOPE}))
+  AND EXISTS (SELECT FROM batches WHERE id = %(batch)s AND {IN_SCOPE})
 """
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -252,8 +253,18 @@ def test_retry_and_delete(serving: Stack, client: Client) -> None:
     assert client.retry(batch.id, request_id="again").id == again.id
     assert (finished(client, again.id).counts.total, again.id != batch.id) == (1, True)
     client.delete(batch.id)
-    assert refused(lambda: client.get(batch.id)).code is grpc.StatusCode.NOT_FOUND
-    assert refused(lambda: client.delete(batch.id)).code is grpc.StatusCode.NOT_FOUND
+    # At once, though its rows are removed later.
+    calls: list[Callable[[], object]] = [
+        lambda: client.result(batch.id, "c1"),
+        lambda: client.get(batch.id),
+        lambda: list(client.results(batch.id)),
+        lambda: client.errors(batch.id),
+        lambda: client.retry(batch.id),
+        lambda: client.wait(batch.id),
+        lambda: client.cancel(batch.id),
+        lambda: client.delete(batch.id),
+    ]
+    assert [refused(call).code for call in calls] == [grpc.StatusCode.NOT_FOUND] * len(calls)
     running = client.submit_lines(lines(2, vllm_xargs={"simulate": 600}))
     error = refused(lambda: client.delete(running.id))
     assert (error.code, error.metadata["state"]) == (grpc.StatusCode.FAILED_PRECONDITION, "in_progress")
