@@ -42,6 +42,8 @@ from vllm_batch import Client
 
 # As users have it, unlike the short interval of other tests' stacks.
 SETTINGS = {"heartbeat_interval_s": 5, "allow_insecure": "true"}
+# Twenty hosts start at once.
+MAX_CONNECTIONS = 300
 
 
 class Machine:
@@ -82,7 +84,7 @@ class PostgresMachine(Machine):
         ids = () if owner is None else (f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups")
         command = [*self.net.prefix(self.name), *(("setpriv", *ids) if ids else ())]
         command += embedded_postgres.command(self.home)
-        command += ["-c", "listen_addresses=*", "-p", str(self.port)]
+        command += ["-c", "listen_addresses=*", "-p", str(self.port), "-c", f"max_connections={MAX_CONNECTIONS}"]
         with (self.home / "postgres.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log)
         until(self._answers, "Postgres to answer")
