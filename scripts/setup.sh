@@ -42,6 +42,11 @@ step() {
   wait "$pid" || { tail -n 20 "$log" >&2; fail "setup: FAILED: $what (full log: $log)"; }
 }
 
+# As pip does, but on all cores. Some packages contain files for other versions of Python, which do not compile.
+compile() {
+  "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+}
+
 if "$python" -c '' 2>/dev/null; then
   found=$python
 elif ! found=$(find_python); then
@@ -74,16 +79,17 @@ fi
 
 # Exact versions with hashes: no dependency resolution, nothing that is not in the file.
 pip=("$python" -m pip --disable-pip-version-check --no-input)
-locked=("${pip[@]}" install --no-deps --only-binary :all: --requirement "conf/requirements-$engine.txt")
+locked=("${pip[@]}" install --no-compile --no-deps --only-binary :all: --requirement "conf/requirements-$engine.txt")
 if [[ $engine = cpu ]]; then
   step "installing the server's libraries and vLLM for CPU (3 GB, about 2 minutes on a fast connection)" "${locked[@]}"
   read -ra index <<<"$(torch_index)"
-  step "installing torch for CPU" "${pip[@]}" install --no-deps ${index[@]+"${index[@]}"} "torch==$(torch_version)+cpu"
+  step "installing torch for CPU" "${pip[@]}" install --no-compile --no-deps ${index[@]+"${index[@]}"} "torch==$(torch_version)+cpu"
   # Earlier versions of this script left CUDA builds that do not load beside the CPU build of torch.
   step "removing torchvision, torchaudio, torchcodec" "${pip[@]}" uninstall -y torchvision torchaudio torchcodec
 else
   step "installing the server's libraries and vLLM for CUDA" "${locked[@]}"
 fi
+step "compiling the libraries" compile
 step "installing this checkout" "${pip[@]}" install --no-deps --no-build-isolation --editable .
 # The CUDA build does not load without the driver, which a container gets from its host.
 [[ ${ENGINE:-} = cuda ]] || step "loading vLLM's extension" "$python" -m scripts.prerequisites --load
