@@ -104,6 +104,7 @@ def test_when_to_try_again() -> None:
         ),
         (Violation("line 6: url", "'/x' is not served"), "invalid_url", 6, "url"),
         (Violation("line 7: body.model", "'x' is not served"), "model_not_found", 7, "body.model"),
+        (Violation("line 7: body.model", "Expected `str | null`, got `int`"), "invalid_value", 7, "body.model"),
         (Violation("line 8: method", "must be 'POST'"), "invalid_method", 8, "method"),
         (Violation("line 9: custom_id", "must not be empty"), "invalid_value", 9, "custom_id"),
         (Violation("requests", "must contain at least one request"), "empty_file", None, "file"),
