@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import click
 from rich.table import Table
 
-from vllm_batch.cli.options import json_option
+from vllm_batch.cli.options import Number, json_option
 from vllm_batch.cli.terminal import EXIT_UNAVAILABLE, err, errors, out, print_json
 from vllm_batch.client import Client
 from vllm_batch.v1 import host_service_pb2 as pb
@@ -50,9 +50,7 @@ def hosts(context: click.Context, as_json: bool) -> None:
 @name_argument
 @click.option("--reason", default="", help="Why, for the audit log.")
 @click.option("--wait", "waits", is_flag=True, help="Return once its workers hold nothing.")
-@click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), help="Seconds to --wait.  [default: no limit]"
-)
+@click.option("--timeout", "timeout_s", type=Number(0, min_open=True), help="Seconds to --wait.  [default: no limit]")
 @click.pass_obj
 def drain(client: Client, name: str, reason: str, waits: bool, timeout_s: float | None) -> None:
     """Give a host no new work; its workers finish what is in their engines, and the rest runs elsewhere.

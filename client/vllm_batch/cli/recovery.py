@@ -7,7 +7,7 @@ from typing import Any
 import click
 from google.protobuf.duration_pb2 import Duration
 
-from vllm_batch.cli.options import json_option, watchdog_option
+from vllm_batch.cli.options import Number, json_option, watchdog_option
 from vllm_batch.cli.terminal import calls, errors, out, print_json
 from vllm_batch.output import json_line
 from vllm_batch.v1 import recovery_service_pb2 as pb
@@ -78,7 +78,7 @@ def events(target: str, worker: str, limit: int, as_json: bool) -> None:
 @click.argument("reason")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0, 1440, min_open=True),
+    type=Number(0, 1440, min_open=True),
     default=60,
     show_default=True,
     help="Length of the pause in minutes.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,23 @@ EXIT_INTERRUPTED = 130
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def restore_streams() -> None:
+    """Opens what was closed of stdin, stdout and stderr, so that no file or connection gets its number.
+
+    Otherwise gRPC would log into that file. Reading such a stdin and writing to such a stdout fails, rather than being
+    as good as an empty file and silence.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_WRONLY, "rb"),
+        ("stdout", os.O_RDONLY, "wb"),
+        ("stderr", os.O_WRONLY, "wb"),
+    ):
+        if getattr(sys, name) is None:
+            # Without buffers: nothing that could not be written is left for the interpreter's end.
+            raw = os.fdopen(os.open(os.devnull, flags), mode, buffering=0)
+            setattr(sys, name, io.TextIOWrapper(raw, write_through=True))
 
 
 @contextmanager
