@@ -100,7 +100,7 @@ def main(context: click.Context, /, target: str, patience: float | None, **secur
 
 
 def _print_retry(error: CallError, delay_s: float) -> None:
-    err.print(f"{error.message}; trying again in {delay_s:.0f} s", style="yellow", markup=False)
+    err.print(f"{error.message}; trying again in {delay_s:.0f} s", style="yellow")
 
 
 for command in (
