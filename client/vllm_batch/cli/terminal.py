@@ -43,8 +43,8 @@ class Terminal(Console):
     def __init__(self, **how: Any) -> None:
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **how)
 
-    @property
-    def size(self) -> ConsoleDimensions:  # type: ignore[misc]  # Nobody sets it.
+    @property  # type: ignore[misc]  # Nobody sets it.
+    def size(self) -> ConsoleDimensions:
         """Of what is no terminal the width is unlimited."""
         found = super().size
         return found if self.is_terminal else ConsoleDimensions(WIDE, found.height)
