@@ -10,6 +10,18 @@ fail() {
   exit 1
 }
 
+# Ends a script that takes no arguments if there are some: -h and --help print the comment it begins with, and whatever
+# else somebody meant must not start or stop anything.
+takes_none() {
+  (($#)) || return 0
+  if [[ $1 = -h || $1 = --help ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "scripts/${0##*/}"
+    exit 0
+  fi
+  printf '%s\n' "scripts/${0##*/} takes no arguments; settings are in .env and the environment: conf/example.env" >&2
+  exit 2
+}
+
 # Sets BATCH_HOME, from the environment or .env, and conf: the supervisord.conf that belongs to it.
 know_home() {
   local told

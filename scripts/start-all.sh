@@ -3,6 +3,7 @@
 # until its own programs work), and shows how to use it.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
+takes_none "$@"
 scripts/setup.sh
 know_settings
 if is_up; then

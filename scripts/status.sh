@@ -3,6 +3,7 @@
 # host without a gateway: what its watchdog says, unless BATCH_TARGET names another host's gateway.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
+takes_none "$@"
 [[ -x $python ]] || fail "not installed yet: run scripts/start-all.sh"
 know_home
 if is_up; then

@@ -87,7 +87,7 @@ class AsyncClient:
     async def submit(self, file: BinaryIO, **options: Unpack[SubmitOptions]) -> pb.Batch:
         """Upload a seekable JSONL file as one batch; exactly one, however often the upload is retried.
 
-        A thread reads the file.
+        What reading the file raises is raised here. A thread reads it.
         """
         upload = Upload(file, options)
 
@@ -99,7 +99,8 @@ class AsyncClient:
             finally:
                 sending.cancel()
 
-        return await self._retry(call)
+        with upload.reading():
+            return await self._retry(call)
 
     async def submit_lines(
         self, lines: Iterable[Line] | AsyncIterable[Line], **options: Unpack[SubmitOptions]

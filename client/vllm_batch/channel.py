@@ -91,10 +91,13 @@ def _secured(
     ca = _given(tls_ca, "BATCH_TLS_CA")
     certificate, key = _given(tls_cert, "BATCH_TLS_CERT"), _given(tls_key, "BATCH_TLS_KEY")
     server_name = _given(tls_server_name, "BATCH_TLS_SERVER_NAME")
-    secret = _given(token, "BATCH_TOKEN")
+    # As in a file, a line break may follow, which the kept secrets of other systems often end with.
+    secret = _given(token, "BATCH_TOKEN").strip()
     token_file = os.environ.get("BATCH_TOKEN_FILE", "")
     if token is None and not secret and token_file:
         secret = Path(token_file).read_text().strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise ValueError("the token has characters that no token has: it must be printable ASCII, in one line")
     if bool(certificate) != bool(key):
         raise ValueError("a client certificate and its key must both be set: BATCH_TLS_CERT, BATCH_TLS_KEY")
     if certificate and not ca:

@@ -79,9 +79,13 @@ class Client:
             return CallError(error).message
 
     def submit(self, file: BinaryIO, **options: Unpack[SubmitOptions]) -> pb.Batch:
-        """Upload a seekable JSONL file as one batch; exactly one, however often the upload is retried."""
+        """Upload a seekable JSONL file as one batch; exactly one, however often the upload is retried.
+
+        What reading the file raises is raised here.
+        """
         upload = Upload(file, options)
-        return self._retry(lambda: self._stub.UploadBatch(upload.messages(), timeout=UPLOAD_TIMEOUT_S).batch)
+        with upload.reading():
+            return self._retry(lambda: self._stub.UploadBatch(upload.messages(), timeout=UPLOAD_TIMEOUT_S).batch)
 
     def submit_lines(self, lines: Iterable[Line], **options: Unpack[SubmitOptions]) -> pb.Batch:
         """Upload requests as `submit` uploads a file. A temporary file keeps them for retries."""

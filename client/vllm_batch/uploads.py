@@ -6,8 +6,10 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict
 
+from vllm_batch.errors import CallError
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 PIECE_BYTES = 256 << 10
@@ -58,6 +60,17 @@ class Upload:
             self._options.completion_window.FromMilliseconds(round(window_s * 1000))
         self._lock = threading.Lock()
         self._attempt = 0
+        self._failure: Exception | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the call that sends it: what reading the file raised, not the UNKNOWN that gRPC makes of it."""
+        try:
+            yield
+        except CallError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
 
     def messages(self) -> Iterator[pb.UploadBatchRequest]:
         """The messages of one attempt. Stops short, without an end message, once the next attempt has begun."""
@@ -67,14 +80,18 @@ class Upload:
     def _messages(self, number: int) -> Iterator[pb.UploadBatchRequest]:
         yield pb.UploadBatchRequest(options=self._options)
         sent = 0
-        # A gRPC thread may still be reading for the previous attempt: it must not take bytes from this one.
-        while (piece := self._piece(number, sent)) is not None:
-            if not piece:
-                yield pb.UploadBatchRequest(end=pb.UploadEnd())
-                return
-            yield pb.UploadBatchRequest(data=piece)
-            sent += len(piece)
-            self._on_sent(sent)
+        try:
+            # A gRPC thread may still be reading for the previous attempt: it must not take bytes from this one.
+            while (piece := self._piece(number, sent)) is not None:
+                if not piece:
+                    yield pb.UploadBatchRequest(end=pb.UploadEnd())
+                    return
+                yield pb.UploadBatchRequest(data=piece)
+                sent += len(piece)
+                self._on_sent(sent)
+        except Exception as error:
+            self._failure = error
+            raise
 
     def _piece(self, number: int, sent: int) -> bytes | None:
         """The next bytes; b"" at the end of the file; None once another attempt has begun."""
@@ -83,7 +100,10 @@ class Upload:
                 return None
             if not sent:
                 self._file.seek(0)
-            return self._file.read(PIECE_BYTES)
+            piece = self._file.read(PIECE_BYTES)
+        if not isinstance(piece, bytes):
+            raise TypeError("the file must be opened in binary mode, as open(path, 'rb') does")
+        return piece
 
 
 def to_bytes(line: Line) -> bytes:

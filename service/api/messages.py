@@ -194,14 +194,20 @@ def wrong_metadata(metadata: Mapping[str, str], field: str) -> list[Violation]:
     if len(metadata) > MAX_METADATA:
         wrong.append(Violation(field, f"has {len(metadata)} pairs, at most {MAX_METADATA} are allowed"))
     for key, value in metadata.items():
-        if not 0 < len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE or "\0" in key + value:
+        if not 0 < len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE or _cannot_be_stored(key + value):
             wrong.append(
                 Violation(
                     f"{field}[{key[:MAX_METADATA_KEY]!r}]",
-                    f"key must have 1 to {MAX_METADATA_KEY} characters, value at most {MAX_METADATA_VALUE}; no NUL",
+                    f"key must have 1 to {MAX_METADATA_KEY} characters, value at most {MAX_METADATA_VALUE}; no NUL and"
+                    " no half of a character",
                 )
             )
     return wrong
+
+
+def _cannot_be_stored(text: str) -> bool:
+    """Whether Postgres cannot keep a text: NUL, or half of a surrogate pair, which JSON can have."""
+    return "\0" in text or any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def creation_error(error: DuplicateError | FullError) -> ApiError:

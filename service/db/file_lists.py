@@ -33,6 +33,17 @@ SELECT o.kind, o.batch_id, 'batch_' || o.batch_id || '_' || o.kind || '.jsonl', 
 FROM output_files o JOIN batches b ON b.id = o.batch_id
 WHERE {IN_SCOPE} AND NOT o.is_deleted AND o.lines > 0 AND (o.expire_time IS NULL OR o.expire_time > clock_timestamp())
 """
+# When a file was made, also of one that was deleted since, as those are that a client deletes while it lists them.
+MADE = f"""
+SELECT create_time FROM files WHERE 'input' = %(kind)s AND id = %(number)s AND {IN_SCOPE}
+UNION ALL
+SELECT o.create_time FROM output_files o JOIN batches b ON b.id = o.batch_id
+WHERE o.kind = %(kind)s AND o.batch_id = %(number)s AND {IN_SCOPE}
+"""
+# Of an input file of which nothing is left its id has the millisecond. Rather one file twice than one not at all.
+MADE_BY_ID = """
+SELECT timestamptz '2025-01-01 00:00+00' + ((%(number)s::bigint >> 20) + %(more)s) * interval '1 millisecond'
+"""
 
 
 def page(
@@ -43,17 +54,21 @@ def page(
     limit: int,
     order: Order,
 ) -> list[Entry] | None:
-    """Up to `limit` files of these kinds behind the one named `after`, by age. None: there is no such file.
+    """Up to `limit` files of these kinds behind the one named `after`, by age. None: there was no such file.
 
     `tenant` None, here and below: those of all tenants.
     """
     names: dict[str, object] = {"tenant": tenant, "kinds": list(kinds), "limit": limit}
     place = ""
     if after is not None:
-        found = one(db, tenant, *after)
+        kind, number = after
+        names |= {"kind": kind, "number": number, "more": 1 if order == "desc" else 0}
+        found = db.execute_sql(MADE, names).fetchone()
+        if found is None and kind == "input":
+            found = db.execute_sql(MADE_BY_ID, names).fetchone()
         if found is None:
             return None
-        names |= {"time": found.create_time, "kind": found.kind, "number": found.number}
+        names["time"] = found[0]
         sign = "<" if order == "desc" else ">"
         place = f"AND (create_time, kind, number) {sign} (%(time)s, %(kind)s, %(number)s)"
     direction = "DESC" if order == "desc" else "ASC"

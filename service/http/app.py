@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -77,8 +78,13 @@ def made(
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return door.of_validation(error.errors())
+        return door.of_validation(error.errors(), request.headers.get("content-type", ""))
 
     for kind in door.HANDLED:
         app.add_exception_handler(kind, door.on_error)
+    # The document is made before: HEAD is no operation of its own.
+    app.openapi()
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "GET" in route.methods and not route.path.startswith(door.PAGE):
+            route.methods.add("HEAD")
     return Door(app, app.routes, access, page.sessions, names, is_local)

@@ -21,7 +21,11 @@ def wrong_host(header: str, names: Set[str]) -> str:
         host = urlsplit(f"//{header}").hostname or ""
     except ValueError:
         host = ""
-    if host and (addresses.parsed(host) is not None or host == "localhost" or host in names):
+    if not host:
+        return "it names no server in the header Host"
+    # With a dot behind it, a name is the same, complete.
+    host = host.removesuffix(".")
+    if addresses.parsed(host) is not None or host == "localhost" or host in names:
         return ""
     return f"this server has no name {header[:100]!r}"
 

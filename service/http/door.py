@@ -20,7 +20,7 @@ from service.api import messages
 from service.auth.callers import NOBODY, Caller
 from service.db.availability import DatabaseAwayError, Meaning, first_line, meaning_of
 from service.db.limits import FullError
-from service.errors import ApiError, database_unavailable
+from service.errors import ApiError, Violation, database_unavailable, invalid
 from service.http import browsers, certified, errors
 from service.http.page.sessions import REQUEST_FOREIGN, Sessions
 from service.rpc import call_context
@@ -88,11 +88,8 @@ class Door:
             await self._app(scope, receive, send)
             return
         operation = self._operation(scope)
-        if operation is None:
-            await self._app(scope, receive, send)
-            return
         metadata = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-        call = call_context.begin(operation, metadata)
+        call = call_context.begin(operation or "", metadata)
         ending = _Ending()
         request_id = call.id.encode("latin-1", "replace")
 
@@ -102,6 +99,9 @@ class Door:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
             await send(message)
 
+        if operation is None:
+            await self._app(scope, receive, send_on)
+            return
         with contextlib.suppress(_EndedError):
             refusal: Exception | None = None
             try:
@@ -115,7 +115,10 @@ class Door:
                             log.warning("call_refused", method=operation, peer=_peer(scope), reason=refusal.reason)
                         raise refusal
                     self._access.count(operation, call.caller, _peer(scope))
-                    body = receive if operation in STREAMED else _limited(receive, dict(metadata))
+                    headers = dict(metadata)
+                    if scope["method"] not in browsers.SAFE:
+                        _check_coding(headers)
+                    body = receive if operation in STREAMED else _limited(receive, headers)
                     await self._app(scope, body, send_on)
                 except Exception as error:
                     if not ending.status and (error is refusal or isinstance(error, ApiError)):
@@ -160,6 +163,14 @@ class Door:
 def _method(name: str) -> str:
     """The operation of a route as roles know it."""
     return name if name.startswith("/") else f"/openai/{name}"
+
+
+def _check_coding(headers: Mapping[str, str]) -> None:
+    """Raises INVALID_ARGUMENT for a body that is compressed on its way, which would be stored as it arrives."""
+    coding = headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        what = f"is {coding[:20]}, and bodies are not decompressed here: send it as it is"
+        raise invalid([Violation("content-encoding", what)])
 
 
 def _limited(receive: Receive, headers: Mapping[str, str]) -> Receive:
@@ -213,12 +224,16 @@ async def on_error(request: Request, error: Exception) -> JSONResponse:
 
 def of_http(error: HTTPException, request: Request) -> JSONResponse:
     """The answer for a path or method that is not there, and for a body that cannot be read."""
-    status = error.status_code
-    if status not in (404, 405):
-        return JSONResponse(errors.body(error.detail, status), status)
-    message = f"Unknown request URL: {request.method} {request.url.path[:200]}"
-    allow = {"allow": ", ".join(_methods(request))} if status == 405 else None
-    return JSONResponse(errors.body(message, status, code="unknown_url"), status, allow)
+    status, asked = error.status_code, f"{request.method} {request.url.path[:200]}"
+    if status == 405:
+        allowed = ", ".join(_methods(request))
+        message = f"Not allowed: {asked}. This URL takes {allowed}"
+        return JSONResponse(errors.body(message, status, code="method_not_allowed"), status, {"allow": allowed})
+    if status == 404:
+        return JSONResponse(errors.body(f"Unknown request URL: {asked}", status, code="unknown_url"), status)
+    # All that Starlette and FastAPI raise besides is about a body that is no JSON; why is the cause.
+    why = f": {error.__cause__}" if isinstance(error.__cause__, ValueError) else ""
+    return JSONResponse(errors.body(f"body: is not JSON in UTF-8{why[:200]}", status, "body"), status)
 
 
 def _methods(request: Request) -> list[str]:
@@ -228,10 +243,31 @@ def _methods(request: Request) -> list[str]:
     return sorted({method for route in matching for method in route.methods or ()})
 
 
-def of_validation(found: Sequence[Any]) -> JSONResponse:
+def of_validation(found: Sequence[Any], content_type: str) -> JSONResponse:
     """The answer for parameters that are not as the document says; what was given is left out."""
     first = found[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(place) or None
-    message = f"{param}: {first['msg']}" if param else str(first["msg"])
-    return JSONResponse(errors.body(message, 400, param), 400)
+    loc, what = tuple(first["loc"]), first["msg"]
+    if loc[:1] == ("body",) and (first["type"] == "json_invalid" or len(loc) == 1):
+        param = "body"
+        if first["type"] == "json_invalid":
+            # The place is no field but a number of characters.
+            what = (
+                f"is not JSON at character {loc[1] if len(loc) > 1 else 0}: {first.get('ctx', {}).get('error', what)}"
+            )
+        elif first["type"] == "missing":
+            what = "is required: a JSON object"
+        elif not _is_json(content_type):
+            # curl says of what follows -d that it is a form.
+            param = "content-type"
+            what = f"must be application/json, not {content_type[:100]!r}"
+        else:
+            what = "must be a JSON object"
+        return JSONResponse(errors.body(f"{param}: {what}", 400, param), 400)
+    name = ".".join(str(part) for part in loc if part not in ("body", "query", "path")) or None
+    message = f"{name}: {what}" if name else str(what)
+    return JSONResponse(errors.body(message, 400, name), 400)
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))

@@ -127,6 +127,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
 
     @made.get("/{file_id}/content", name="GetFileContent", response_class=Response, responses={200: BYTES, 206: BYTES})
     async def read(
+        request: Request,
         file_id: str,
         range_: Annotated[str | None, Header(alias="range")] = None,
         if_range: Annotated[str | None, Header()] = None,
@@ -145,6 +146,9 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
         headers["content-length"] = str(end - first)
         if asked:
             headers["content-range"] = f"bytes {first}-{end - 1}/{found.bytes}"
+        if request.method == "HEAD":
+            # Nothing is read that nobody gets.
+            return Response(None, 206 if asked else 200, headers, "application/octet-stream")
         return StreamingResponse(
             _bytes(database, found, first, end), 206 if asked else 200, headers, "application/octet-stream"
         )
@@ -184,6 +188,8 @@ async def _receive(request: Request, writer: PartWriter) -> dict[str, str]:
             form[field.name] = form.get(field.name, "") + (data or b"").decode("utf-8", "replace")
             if len(form[field.name]) > MAX_FIELD_BYTES:
                 raise objects.wrong(field.name, "is too long")
+        elif field.name == "file":
+            raise objects.wrong("file", "must be a file: it has no filename")
         else:
             raise objects.wrong(field.name[:100] or "body", "is not a field of this form")
     if "file" not in form:

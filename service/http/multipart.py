@@ -1,8 +1,10 @@
 """Multipart forms, read as they arrive: fields come whole, files piece by piece."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 import grpc
 from python_multipart.exceptions import MultipartParseError
@@ -14,6 +16,8 @@ from service.errors import ApiError
 from service.http.objects import wrong
 
 MAX_HEADER_BYTES = 16 << 10
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_EXTENDED = re.compile(rb";\s*filename\*\s*=\s*(utf-8|iso-8859-1)'[^';]*'([^;\s]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,9 @@ class _Reader:
         self._header = (b"", b"")
 
     def _headers_end(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        filename = options.get(b"filename")
-        self._field = Field(
-            options.get(b"name", b"").decode("utf-8", "replace"),
-            None if filename is None else filename.decode("utf-8", "replace"),
-        )
+        disposition = self._headers.get(b"content-disposition", b"")
+        _, options = parse_options_header(disposition)
+        self._field = Field(options.get(b"name", b"").decode("utf-8", "replace"), filename_of(disposition, options))
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         self.found.append((self._field, data[start:end]))
@@ -91,6 +92,18 @@ class _Reader:
 
     def _complete(self) -> None:
         self.is_complete = True
+
+
+def filename_of(disposition: bytes, options: Mapping[bytes, bytes]) -> str | None:
+    """The name of a file, None if it has none: that of `filename*` (RFC 5987), if there is one, or of `filename`.
+
+    Some clients send the former alone for what is not ASCII; the parser leaves it out of `options`.
+    """
+    found = _EXTENDED.search(_QUOTED.sub(b"", disposition))
+    if found:
+        return unquote_to_bytes(found[2]).decode(found[1].decode(), "replace")
+    filename = options.get(b"filename")
+    return None if filename is None else filename.decode("utf-8", "replace")
 
 
 async def fields(request: Request) -> AsyncIterator[tuple[Field, bytes | None]]:

@@ -66,11 +66,13 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             raise not_found(f"pending upload {upload_id!r}")
         writer = PartWriter(database, part_id, MAX_PART_BYTES)
         try:
-            has_data = False
+            has_data = is_complete = False
             async for field, data in multipart.fields(request):
                 if field.name != "data":
                     raise objects.wrong(field.name[:100] or "body", "is not a field of this form")
-                has_data = True
+                if is_complete:
+                    raise objects.wrong("data", "is given twice")
+                has_data, is_complete = True, data is None
                 if data is not None:
                     await writer.add(data)
             if not has_data:

@@ -210,7 +210,13 @@ def inline_lines(request: pb.CreateBatchRequest) -> bytes:
         if item.HasField("body") == bool(item.body_json):
             violations.append(Violation(f"requests[{number}]: body", "give exactly one of `body` and `body_json`"))
             continue
-        body = json.dumps(_integers(MessageToDict(item.body))) if item.HasField("body") else item.body_json
+        try:
+            body = json.dumps(_integers(MessageToDict(item.body))) if item.HasField("body") else item.body_json
+        except ValueError:
+            # The only numbers that a Struct can have and JSON cannot.
+            what = "NaN and Infinity are no JSON numbers: use null, or leave the field out"
+            violations.append(Violation(f"requests[{number}]: body", what))
+            continue
         try:
             msgspec.json.decode(body, type=msgspec.Raw)
         except (msgspec.DecodeError, RecursionError) as error:

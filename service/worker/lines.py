@@ -24,11 +24,22 @@ _FORMATS = {
     b"BZh": "compressed with bzip2",
     b"PK\x03\x04": "a zip archive",
     b"PAR1": "a Parquet file",
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
+    # The same without a byte order mark.
+    b"{\0\0\0": "UTF-32",
+    b"\0\0\0{": "UTF-32",
+    b"{\0": "UTF-16",
+    b"\0{": "UTF-16",
 }
 _AT_BYTE = re.compile(r" \(byte (\d+)\)$")
 _NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)\b")
+# Escapes, each as a whole, so that no backslash is taken for the begin of one; named: a surrogate without the other.
+_ESCAPE = re.compile(
+    rb"\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|u)"
+)
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _MISSING = re.compile(r"missing required field `([^`]+)`")
 
@@ -101,8 +112,17 @@ def format_of(data: bytes) -> str | None:
 
 
 def not_json(data: bytes, error: Exception) -> str:
-    """Describes what is wrong with JSON text; NaN and Infinity, as Python writes them, are named."""
+    """Describes what is wrong with JSON text.
+
+    NaN and Infinity, as Python writes them, are named, and so are halves of characters, as JavaScript leaves them where
+    it cuts a text.
+    """
     text = str(error)
+    if any(word in text for word in ("surrogate", "hex escape", "truncated")):
+        half = next((found for found in _ESCAPE.finditer(data) if found["half"]), None)
+        if half:
+            what = f"{half[0].decode()} (byte {half.start()}) is half of a character, whose other half is missing"
+            return f"not JSON: {what}"
     place = _AT_BYTE.search(text)
     if place:
         at = int(place[1])

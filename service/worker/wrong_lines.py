@@ -47,4 +47,8 @@ def _entry(violation: Violation) -> Mapping[str, object]:
         code = "invalid_json_line"
     else:
         code = _CODES.get(field, "invalid_value")
-    return one(code, f"{field} {text}" if field else text, field, int(place[1]))
+        if code == "model_not_found" and "is not served" not in text:
+            code = "invalid_value"
+    # A sentence about the field, or one of its own.
+    between = ": " if text[:1].isupper() else " "
+    return one(code, f"{field}{between}{text}" if field else text, field, int(place[1]))

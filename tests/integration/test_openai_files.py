@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import openai
@@ -46,6 +47,24 @@ def test_pages_of_files(client: OpenAI) -> None:
     assert [file.id for file in client.files.list(limit=2, order="asc") if file.id in made] == made
     page = client.files.list(limit=1)
     assert (page.object, page.has_more) == ("list", True)
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_files_are_deleted_while_they_are_listed(client: OpenAI, door: Stack, order: Literal["asc", "desc"]) -> None:
+    """Who deletes each file that a list names gets through the list, also once nothing is left of the deleted ones."""
+    made = [client.files.create(file=(f"{i}.jsonl", b"{}"), purpose="batch").id for i in range(5)]
+    seen = []
+    for file in client.files.list(limit=2, purpose="batch", order=order):
+        seen.append(file.id)
+        if file.id in made:
+            client.files.delete(file.id)
+            if file.id == made[2]:
+                number = file.id.removeprefix("file-")
+                until(lambda number=number: not count(door, f"files WHERE id = {number}"), "the file to be removed")
+    assert [name for name in seen if name in made] == (made if order == "asc" else made[::-1])
+    assert len(seen) == len(set(seen))
+    with pytest.raises(openai.NotFoundError):
+        client.files.list(after="file-output-1")
 
 
 def test_file_that_is_deleted_is_gone(client: OpenAI, door: Stack) -> None:

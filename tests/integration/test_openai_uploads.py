@@ -133,9 +133,27 @@ def test_calls_made_up_from_the_document(client: OpenAI, door: Stack) -> None:
 
 def test_methods_that_are_not_there(door: Stack) -> None:
     """Who uses a method that a path does not have is told all that it has."""
-    for path, allowed in (("files", "GET, POST"), ("files/file-1", "DELETE, GET"), ("batches/batch_1/cancel", "POST")):
+    for path, allowed in (
+        ("files", "GET, HEAD, POST"),
+        ("files/file-1", "DELETE, GET, HEAD"),
+        ("batches/batch_1/cancel", "POST"),
+    ):
         answer = httpx.put(f"{door.base_url}/{path}")
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+        assert answer.headers["x-request-id"]
+
+
+def test_head_is_get_without_the_body(client: OpenAI, door: Stack) -> None:
+    """HEAD, as download tools and load balancers send it, has the status and headers of GET, ranges included."""
+    file = client.files.create(file=("in.jsonl", line("a")), purpose="batch")
+    base = door.base_url.removesuffix("/v1")
+    for path in (f"/v1/files/{file.id}", f"/v1/files/{file.id}/content", "/v1/files/file-1", "/v1/models", "/healthz"):
+        for headers in ({}, {"range": "bytes=0-3"}, {"range": "bytes=9999-"}):
+            head, get = (call(base + path, headers=headers) for call in (httpx.head, httpx.get))
+            assert (head.status_code, head.content) == (get.status_code, b"")
+            for name in ("content-length", "content-type", "content-range", "etag", "accept-ranges"):
+                assert head.headers.get(name) == get.headers.get(name)
 
 
 def test_bodies_are_limited(door: Stack) -> None:
@@ -151,6 +169,22 @@ def test_bodies_are_limited(door: Stack) -> None:
     surrogate = b'{"input_file_id": "\\ud800", "endpoint": "e", "completion_window": "24h"}'
     for body in (b'{"input_file_id": 1}', b"[]", b"", surrogate):
         assert httpx.post(f"{door.base_url}/batches", content=body, headers=headers).status_code in (400, 404)
+
+
+def test_compressed_bodies_are_refused(door: Stack) -> None:
+    """A body that is compressed on its way is refused by name, rather than stored as it arrives."""
+    form = {"file": ("a.jsonl", line("a")), "purpose": (None, "batch")}
+    for path, how in (("files", {"files": form}), ("batches", {"json": {}})):
+        answer = httpx.post(f"{door.base_url}/{path}", headers={"content-encoding": "gzip"}, **how)  # type: ignore[arg-type]
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "content-encoding")
+
+
+def test_a_part_has_one_file(client: OpenAI, door: Stack) -> None:
+    """Two files in one part are refused, rather than stored as one."""
+    upload = client.uploads.create(bytes=6, filename="a", mime_type="text/plain", purpose="batch")
+    twice = [("data", ("a", b"123")), ("data", ("b", b"456"))]
+    answer = httpx.post(f"{door.base_url}/uploads/{upload.id}/parts", files=twice)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "data: is given twice")
 
 
 def token(folder: Path, name: str, role: str, capsys: pytest.CaptureFixture[str]) -> str:

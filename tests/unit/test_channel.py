@@ -120,3 +120,23 @@ def test_loopback_is_called_without_a_proxy(variable: str, host: str, monkeypatc
             grpc.channel_ready_future(ours).result(timeout=20)
     finally:
         server.stop(None)
+
+
+@pytest.mark.parametrize("around", ["%s", " %s", "%s\n", "%s\r\n"])
+def test_blanks_around_a_token_are_left_out(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line break behind a token, as secrets of other systems have, is no part of it, wherever the token is from."""
+    monkeypatch.setenv("BATCH_TOKEN", around % "t")
+    open_channel("127.0.0.1:1").close()
+    open_channel("127.0.0.1:1", token=around % "t").close()
+
+
+@pytest.mark.parametrize("token", ["a\nb", "é", "a\tb", "a\0b", "“t”"])
+def test_what_is_no_token(token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that no header can have is refused at once and not shown, instead of failing in each call."""
+    with pytest.raises(ValueError, match="printable ASCII") as raised:
+        open_channel("127.0.0.1:1", token=token)
+    assert token not in str(raised.value)
+    (tmp_path / "token").write_text(token)
+    monkeypatch.setenv("BATCH_TOKEN_FILE", str(tmp_path / "token"))
+    with pytest.raises(ValueError, match="printable ASCII"):
+        open_channel("127.0.0.1:1")

@@ -1,6 +1,7 @@
 """What both clients share: their methods, when they retry, and what each attempt sends."""
 
 import asyncio
+import contextlib
 import inspect
 import io
 import subprocess
@@ -118,6 +119,28 @@ def test_each_try_sends_the_same() -> None:
     assert b"".join(message.data for message in second) == file.getvalue()
     assert second[-1] == pb.UploadBatchRequest(end=pb.UploadEnd())
     assert list(first) == []
+
+
+class Broken(io.BytesIO):
+    """A file on a disk that fails after the first piece."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell():
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [(Broken(b"x" * (1 << 20)), OSError), (io.StringIO("{}\n"), TypeError), (io.BytesIO(), CallError)]
+)
+def test_what_reading_a_file_raises_is_raised(file: io.BytesIO, kind: type[Exception]) -> None:
+    """A file that cannot be read, or is open as text, is the caller's error and not an UNKNOWN of gRPC's."""
+    upload = Upload(file, {})
+    with contextlib.suppress(OSError, TypeError):
+        list(upload.messages())
+    with pytest.raises(kind), upload.reading():
+        # What gRPC makes of an iterator that fails, and what any other failure of the call looks like.
+        raise CallError(Failure(grpc.StatusCode.UNKNOWN))
 
 
 def test_lines() -> None:

@@ -1,10 +1,14 @@
 """What the HTTP door decides: ranges, statuses of errors, codes of wrong lines, ids, windows, names in certificates."""
 
+import json
+
 import grpc
 import pytest
+from python_multipart.multipart import parse_options_header
 
+from service.api import messages
 from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
-from service.http import certified, errors, objects, ranges
+from service.http import certified, door, errors, multipart, objects, ranges
 from service.worker import wrong_lines
 
 SIZE = 1000
@@ -104,6 +108,7 @@ def test_when_to_try_again() -> None:
         ),
         (Violation("line 6: url", "'/x' is not served"), "invalid_url", 6, "url"),
         (Violation("line 7: body.model", "'x' is not served"), "model_not_found", 7, "body.model"),
+        (Violation("line 7: body.model", "Expected `str | null`, got `int`"), "invalid_value", 7, "body.model"),
         (Violation("line 8: method", "must be 'POST'"), "invalid_method", 8, "method"),
         (Violation("line 9: custom_id", "must not be empty"), "invalid_value", 9, "custom_id"),
         (Violation("requests", "must contain at least one request"), "empty_file", None, "file"),
@@ -165,3 +170,61 @@ SUBJECT = ((("organizationName", "Example"),), (("commonName", "ci"),))
 def test_identities_in_a_certificate(peer: dict[str, object], found: tuple[bytes, ...]) -> None:
     """As gRPC has them: the alternative names, and the common name only if there are none."""
     assert certified.identities(peer) == found
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        ("form-data; name=file", None),
+        ('form-data; name="file"; filename=""', ""),
+        ('form-data; name="file"; filename="a b.jsonl"', "a b.jsonl"),
+        ('form-data; name="file"; filename="été.jsonl"', "été.jsonl"),
+        ("form-data; name=file; filename*=UTF-8''%e2%82%ac%20rates.jsonl", "€ rates.jsonl"),
+        ("form-data; name=file; filename=\"EURO\"; filename*=utf-8'en'%E2%82%AC", "€"),
+        ("form-data; name=file; filename*=UTF-8''%E2%82%AC; filename=EURO", "€"),
+        ("form-data; name=file; FileName* = iso-8859-1''%A3", "£"),
+        ("form-data; name=file; filename*=UTF-8''%FF", "\N{REPLACEMENT CHARACTER}"),
+        ("form-data; name=file; filename=x; filename*=koi8-r''%C1", "x"),
+        ('form-data; name="file"; filename="; filename*=UTF-8\'\'x"', "; filename*=UTF-8''x"),
+        ('form-data; name="file"; filename="a\\"; filename*=UTF-8\'\'x"', "a\"; filename*=UTF-8''x"),
+    ],
+)
+def test_names_of_files(disposition: str, name: str | None) -> None:
+    """A file's name is read in both forms that clients send it in."""
+    given = disposition.encode()
+    assert multipart.filename_of(given, parse_options_header(given)[1]) == name
+
+
+@pytest.mark.parametrize(
+    ("error", "content_type", "param", "message"),
+    [
+        ({"type": "json_invalid", "loc": ("body", 101), "msg": "JSON decode error"}, "application/json", "body", "101"),
+        ({"type": "missing", "loc": ("body",), "msg": "Field required"}, "application/json", "body", "is required"),
+        (
+            {"type": "model_attributes_type", "loc": ("body",), "msg": "?"},
+            "application/x-www-form-urlencoded",
+            "content-type",
+            "application/json",
+        ),
+        ({"type": "model_attributes_type", "loc": ("body",), "msg": "?"}, "", "content-type", "application/json"),
+        ({"type": "model_attributes_type", "loc": ("body",), "msg": "?"}, "Application/JSON; a=b", "body", "object"),
+        ({"type": "model_attributes_type", "loc": ("body",), "msg": "?"}, "application/a+json", "body", "object"),
+        ({"type": "missing", "loc": ("body", "endpoint"), "msg": "Field required"}, "", "endpoint", "Field required"),
+        ({"type": "int_parsing", "loc": ("query", "limit"), "msg": "no integer"}, "", "limit", "no integer"),
+    ],
+)
+def test_what_is_wrong_with_a_body(error: dict[str, object], content_type: str, param: str, message: str) -> None:
+    """A body that is no JSON object, or is sent as something else, is told so; never a number for a field's name."""
+    found = json.loads(door.of_validation([error], content_type).body)["error"]
+    assert found["param"] == param
+    assert found["message"].startswith(f"{param}: ")
+    assert message in found["message"]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\0"])
+def test_metadata_that_cannot_be_stored(text: str) -> None:
+    """NUL and half of a character are refused by their name, in keys and values, not by Postgres."""
+    for metadata in ({"k": text}, {text: "v"}):
+        [violation] = messages.wrong_metadata(metadata, "metadata")
+        assert violation.field.startswith("metadata[")
+    assert not messages.wrong_metadata({"k": "😀 é"}, "metadata")

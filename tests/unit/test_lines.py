@@ -130,6 +130,29 @@ def test_what_only_looks_alike_is_not_called_so(text: bytes) -> None:
     assert description.startswith("not JSON: ")
 
 
+@pytest.mark.parametrize("half", [r"\ud83d", r"\uDBFF", r"\udc00", r"\uDFFF", r"\ud83d\ud83d"])
+@pytest.mark.parametrize(
+    "around", ["%s", "x%s", r"\\%s", r"\ud83d\ude00%s", "%s and more text behind it", r"%s\u0041", r"\n%s\n"]
+)
+@pytest.mark.parametrize("place", ["body", "key", "custom_id"])
+def test_half_a_character_is_called_so(half: str, around: str, place: str) -> None:
+    """A surrogate without its other half, as a cut text has it, is named with its byte wherever it stands."""
+    text = around % half
+    body = {"body": f'{{"a": "{text}"}}', "key": f'{{"{text}": 1}}'}.get(place, "{}")
+    custom_id = text if place == "custom_id" else "a"
+    line = f'{{"custom_id": "{custom_id}", "url": "/v1/chat/completions", "body": {body}}}'.encode()
+    at = line.index(text.encode()) + around.index("%s")
+    what = f"not JSON: {half[:6]} (byte {at}) is half of a character, whose other half is missing"
+    assert refused(line) == [("line 7", what)]
+
+
+@pytest.mark.parametrize("text", [b'"abc', b'"\\\\ud83d', b'"\\ud83d\\ude00', b'"\\ud8', b'"\\u', b'"\\', b"["])
+def test_a_line_that_ends_early_has_no_half_characters(text: bytes) -> None:
+    """A truncated line is called truncated, also where text in it only looks like half a character."""
+    [(_, description)] = refused(changed(body=...)[:-1] + b',"body":{"a":' + text)
+    assert "truncated" in description
+
+
 @pytest.mark.parametrize("model", [None, ""])
 def test_a_model_that_is_nothing_is_missing(model: str | None) -> None:
     """A null or empty model counts as absent, as in vLLM and its run_batch, and the body is unchanged."""
@@ -149,6 +172,9 @@ def test_a_model_that_is_nothing_is_missing(model: str | None) -> None:
         (b"PAR1", "a Parquet file"),
         ("{}".encode("utf-16"), "UTF-16"),
         (b"\xfe\xff\0{", "UTF-16"),
+        *(("{}\n".encode(f"utf-16-{order}"), "UTF-16") for order in ("le", "be")),
+        *(("{}\n".encode(f"utf-32{order}"), "UTF-32") for order in ("", "-le", "-be")),
+        (b"\0\0\xfe\xff\0\0\0{", "UTF-32"),
         (b"{", None),
         (b"", None),
         (b" \n{", None),

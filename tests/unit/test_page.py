@@ -11,7 +11,17 @@ NAMES = {"gpu-box"}
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1:50054", "127.0.0.1", "[::1]:50054", "192.0.2.7:80", "localhost:1", "gpu-box:50054", "GPU-BOX"]
+    "host",
+    [
+        "127.0.0.1:50054",
+        "127.0.0.1",
+        "[::1]:50054",
+        "192.0.2.7:80",
+        "localhost:1",
+        "gpu-box:50054",
+        "GPU-BOX",
+        "localhost.:1",
+    ],
 )
 def test_host_of_this_machine(host: str) -> None:
     """Addresses and the machine's own names are taken."""

@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import ApiError
-from service.worker.intake import Rows, Sizes
+from service.worker.intake import Rows, Sizes, inline_lines
 from service.worker.offer import Offer
+from vllm_batch.v1 import batch_service_pb2
 
 URL = "/v1/chat/completions"
 ANY = Sizes(1_000_000, 1 << 20, 1 << 30)
@@ -131,3 +133,18 @@ def test_what_is_no_number(text: str) -> None:
         [violation] = caught.value.violations
         assert violation.field == "line 1"
         assert violation.description.startswith("not JSON")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_number_that_json_lacks_in_a_structure_is_the_requests_fault(number: float, nested: bool) -> None:
+    """NaN and Infinity, which a body given as a structure can have, make the request invalid and are named."""
+    asked = batch_service_pb2.CreateBatchRequest()
+    asked.requests.add(custom_id="a", url=URL).body["temperature"] = 1.0
+    asked.requests.add(custom_id="b", url=URL).body["temperature"] = {"inner": [number]} if nested else number
+    with pytest.raises(ApiError) as raised:
+        inline_lines(asked)
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    [violation] = raised.value.violations
+    assert violation.field == "requests[1]: body"
+    assert "NaN and Infinity" in violation.description

@@ -1,9 +1,15 @@
 """Batches as `get`, `list` and `status` print them."""
 
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from vllm_batch.cli import tables
 from vllm_batch.cli.batch_errors import title
+from vllm_batch.cli.terminal import Terminal, printable
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 
@@ -59,3 +65,42 @@ def test_a_kind_of_failure_has_a_name() -> None:
     """The code of an error; of a response its status, with the type if it has one."""
     kinds = [pb.ErrorKind(code="batch_expired"), pb.ErrorKind(status_code=400, type="T"), pb.ErrorKind(status_code=500)]
     assert [title(kind) for kind in kinds] == ["batch_expired", "HTTP 400 T", "HTTP 500"]
+
+
+@pytest.mark.parametrize("columns", ["", "0", "1", "40", "1000"])
+def test_a_pipe_gets_whole_names(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no terminal gets one whole line per row, whatever width the environment names."""
+    monkeypatch.setenv("COLUMNS", columns)
+    found = batch()
+    found.id = "batch_" + "9" * 18
+    found.tenant = "a" * 60
+    others = [pb.Batch(id="batch_2", tenant="b", create_time=found.create_time)]
+    file = io.StringIO()
+    Terminal(file=file).print(tables.table([found, *others]))
+    _, line, _ = file.getvalue().splitlines()
+    assert line.split()[:3] == [found.id, found.tenant, "in_progress"]
+
+
+@pytest.mark.parametrize("text", ["[red]x[/red]", "[/x]", "a:smile:b", "[ssl: failed]", "\\[bold]", "é 漢字 😀 \u2028"])
+def test_texts_are_printed_as_they_are(text: str) -> None:
+    """Nothing in metadata or a message is taken for a style or the name of a picture."""
+    found = batch()
+    found.metadata["note"] = text
+    file = io.StringIO()
+    console = Terminal(file=file)
+    console.print(tables.details(found))
+    console.print(text)
+    assert file.getvalue().count(text) == 2
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_no_text_takes_over_the_terminal(text: str) -> None:
+    """No control character of a text reaches the terminal, in a table or outside of one."""
+    found = batch()
+    found.metadata["note"] = text
+    file = io.StringIO()
+    console = Terminal(file=file, width=1000)
+    console.print(tables.details(found))
+    console.print(text)
+    assert not any((ord(each) < 32 and each not in "\n\t") or 127 <= ord(each) < 160 for each in file.getvalue())
+    assert printable("\x1b]0;x\x07\x9b\t\n") == "\\x1b]0;x\\x07\\x9b\t\n"

@@ -23,7 +23,8 @@ from vllm_batch.cli import (
     watch,
     webhooks,
 )
-from vllm_batch.cli.terminal import err, file_errors
+from vllm_batch.cli.options import Number
+from vllm_batch.cli.terminal import err, file_errors, restore_streams
 from vllm_batch.client import Client
 from vllm_batch.errors import CallError
 from vllm_batch.retries import PATIENCE_S
@@ -53,11 +54,12 @@ FILE = click.Path(exists=True, dir_okay=False)
 
 
 class _Commands(click.Group):
-    """Turns the file errors of any command into one line."""
+    """Turns the file errors of any command into one line, also where the shell has closed a standard stream."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        restore_streams()
         with file_errors():
-            return super().invoke(ctx)
+            return super().main(*args, **kwargs)
 
 
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +68,7 @@ class _Commands(click.Group):
 )
 @click.option(
     "--patience",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Seconds to retry while the service is unavailable.  "
     f"[default: {PATIENCE_S:.0f} for {', '.join(PATIENT)}; else {INTERACTIVE_PATIENCE_S:.0f}]",
 )
@@ -98,7 +100,7 @@ def main(context: click.Context, /, target: str, patience: float | None, **secur
 
 
 def _print_retry(error: CallError, delay_s: float) -> None:
-    err.print(f"{error.message}; trying again in {delay_s:.0f} s", style="yellow", markup=False)
+    err.print(f"{error.message}; trying again in {delay_s:.0f} s", style="yellow")
 
 
 for command in (

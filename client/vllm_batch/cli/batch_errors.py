@@ -30,11 +30,11 @@ def errors_(client: Client, batch: str, as_json: bool) -> None:
         print_json(found)
         return
     for kind in found.kinds:
-        out.print(f"{kind.count:>8}  {title(kind)}", markup=False)
-        out.print(f"          {kind.message}", markup=False)
-        out.print(f"          e.g. {kind.example_custom_id}: {kind.example_message}", markup=False)
+        out.print(f"{kind.count:>8}  {title(kind)}")
+        out.print(f"          {kind.message}")
+        out.print(f"          e.g. {kind.example_custom_id}: {kind.example_message}")
     if found.other_count:
-        out.print(f"{found.other_count:>8}  of other kinds", markup=False)
+        out.print(f"{found.other_count:>8}  of other kinds")
     if not found.kinds:
         err.print("no failures")
     if found.is_partial:

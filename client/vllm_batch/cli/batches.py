@@ -36,7 +36,7 @@ def list_(client: Client, state: tuple[str, ...], limit: int, tenant: str, as_js
     elif batches:
         out.print(table(batches))
         for line in notes(batches):
-            out.print(line, markup=False)
+            out.print(line)
     else:
         err.print("no batches")
 
@@ -57,7 +57,7 @@ def get(client: Client, batch: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        out.print(details(found), markup=False)
+        out.print(details(found))
 
 
 @click.command()

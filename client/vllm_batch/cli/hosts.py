@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import click
 from rich.table import Table
+from rich.text import Text
 
-from vllm_batch.cli.options import json_option
+from vllm_batch.cli.options import Number, json_option
 from vllm_batch.cli.terminal import EXIT_UNAVAILABLE, err, errors, out, print_json
 from vllm_batch.client import Client
 from vllm_batch.v1 import host_service_pb2 as pb
@@ -43,16 +44,14 @@ def hosts(context: click.Context, as_json: bool) -> None:
     out.print(table(found) if found else "hosts: none")
     for host in found:
         for note in host.notes:
-            out.print(f"{host.name}: {note}", style="yellow", markup=False)
+            out.print(f"{host.name}: {note}", style="yellow")
 
 
 @hosts.command()
 @name_argument
 @click.option("--reason", default="", help="Why, for the audit log.")
 @click.option("--wait", "waits", is_flag=True, help="Return once its workers hold nothing.")
-@click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), help="Seconds to --wait.  [default: no limit]"
-)
+@click.option("--timeout", "timeout_s", type=Number(0, min_open=True), help="Seconds to --wait.  [default: no limit]")
 @click.pass_obj
 def drain(client: Client, name: str, reason: str, waits: bool, timeout_s: float | None) -> None:
     """Give a host no new work; its workers finish what is in their engines, and the rest runs elsewhere.
@@ -77,10 +76,10 @@ def drain(client: Client, name: str, reason: str, waits: bool, timeout_s: float 
             if not host.HasField("drain"):
                 raise click.ClickException(f"somebody gave {name} work again")
             if (text := _left(host)) != said:
-                err.print(text, markup=False)
+                err.print(text)
                 said = text
             if deadline_s is not None and time.monotonic() > deadline_s:
-                err.print(f"{name} is not drained after {timeout_s:.0f} s; the order holds", style="red", markup=False)
+                err.print(f"{name} is not drained after {timeout_s:.0f} s; the order holds", style="red")
                 raise SystemExit(EXIT_UNAVAILABLE)
             time.sleep(POLL_S)
 
@@ -122,7 +121,7 @@ def table(found: Iterable[pb.Host]) -> Table:
         models = sorted({model for worker in host.workers for model in worker.models})
         made.add_row(
             host.name,
-            f"[{COLOURS.get(host.state, 'yellow')}]{_state(host)}[/]",
+            Text(_state(host), COLOURS.get(host.state, "yellow")),
             f"{host.age.ToMilliseconds() / 1000:.0f} s ago",
             ", ".join(program.name for program in host.programs),
             ", ".join(sorted({program.version for program in host.programs if program.version})),

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ class _OutputFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         output: Path = super().convert(value, param, ctx)  # type: ignore[assignment]  # path_type
+        if not value:
+            # As with `-o "$UNSET"`: for click it names the working directory.
+            self.fail("must not be empty", param, ctx)
         try:
             part = part_of(output)
             if part is None:
@@ -31,6 +35,16 @@ class _OutputFile(click.Path):
         except OSError as error:
             self.fail(f"{str(output)!r} cannot be written: {error.strerror}", param, ctx)
         return output
+
+
+class Number(click.FloatRange):
+    """A number within a range. NaN is in none, although no comparison says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
 
 
 OUTPUT_FILE = _OutputFile(dir_okay=False, path_type=Path)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from google.protobuf.duration_pb2 import Duration
 
-from vllm_batch.cli.options import json_option, watchdog_option
+from vllm_batch.cli.options import Number, json_option, watchdog_option
 from vllm_batch.cli.terminal import calls, errors, out, print_json
 from vllm_batch.output import json_line
 from vllm_batch.v1 import recovery_service_pb2 as pb
@@ -43,11 +43,11 @@ def status(target: str, as_json: bool) -> None:
             print_json(worker)
             continue
         print_worker(worker)
-        out.print(f"          {_name(pb.Action, worker.action).lower()}: {worker.reason}", markup=False)
+        out.print(f"          {_name(pb.Action, worker.action).lower()}: {worker.reason}")
         if worker.HasField("intent"):
-            out.print(f"          restart under way: {event_line(worker.intent)}", markup=False)
+            out.print(f"          restart under way: {event_line(worker.intent)}")
         if worker.pause_reason:
-            out.print(f"          paused until {_time(worker.pause_end_time)}: {worker.pause_reason}", markup=False)
+            out.print(f"          paused until {_time(worker.pause_end_time)}: {worker.pause_reason}")
         if worker.gave_up:
             out.print("          gave up: find the cause, then `vllm-batch recovery reset REASON`", style="red")
 
@@ -71,14 +71,14 @@ def events(target: str, worker: str, limit: int, as_json: bool) -> None:
         if as_json:
             print_json(event)
         else:
-            out.print(f"{event.id:>6}  {event_line(event)}", markup=False)
+            out.print(f"{event.id:>6}  {event_line(event)}")
 
 
 @recovery.command()
 @click.argument("reason")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0, 1440, min_open=True),
+    type=Number(0, 1440, min_open=True),
     default=60,
     show_default=True,
     help="Length of the pause in minutes.",
@@ -135,14 +135,16 @@ def print_worker(worker: pb.WorkerStatus) -> None:
     verdict = _name(pb.Verdict, worker.verdict)
     colour = "green" if worker.verdict == pb.VERDICT_HEALTHY else "yellow"
     beat = f"{_seconds(worker.heartbeat_age):.1f} s ago" if worker.HasField("heartbeat_age") else "none"
+    out.print(f"worker    {worker.worker_id}  ", end="")
+    out.print(verdict, style=colour, end="")
     out.print(
-        f"worker    {worker.worker_id}  [{colour}]{verdict}[/{colour}]  {worker.process_state or 'supervisord away'}"
+        f"  {worker.process_state or 'supervisord away'}"
         f" pid {worker.pid}  health {worker.health or '-'}  heartbeat {beat}  phase {worker.phase or '-'}"
         f"  budget {worker.budget_left}/{worker.budget_limit}"
     )
     for name, text in (("cause", worker.cause), ("advice", worker.advice)):
         if text:
-            out.print(f"{name:<10}{text}", style="yellow", markup=False)
+            out.print(f"{name:<10}{text}", style="yellow")
 
 
 def event_line(event: pb.RecoveryEvent) -> str:

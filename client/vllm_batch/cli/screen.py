@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_batch.cli.overview import RUNNING, Gateway, Watchdog
+from vllm_batch.cli.terminal import printable
 from vllm_batch.output import state_name
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
@@ -101,7 +102,8 @@ def render(state: State, now: datetime, height: int) -> RenderableType:
 
 
 def _line(*parts: str | tuple[str, str]) -> Text:
-    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+    shown = (printable(part) if isinstance(part, str) else (printable(part[0]), part[1]) for part in parts)
+    return Text.assemble(*shown, no_wrap=True, overflow="ellipsis")
 
 
 def _gateway(state: State) -> list[RenderableType]:

@@ -46,7 +46,7 @@ def status(client: Client, watchdog_target: str, as_json: bool) -> None:
             if not gateway.failure:
                 out.print(table(gateway.batches) if gateway.batches else "batches: none")
                 for line in notes(gateway.batches):
-                    out.print(line, markup=False)
+                    out.print(line)
     sys.exit(EXIT_UNAVAILABLE if gateway.failure else 0)
 
 
@@ -63,20 +63,20 @@ def _json(gateway: Gateway, watchdog: Watchdog) -> dict[str, Any]:
 
 
 def _print_gateway(target: str, gateway: Gateway) -> None:
-    out.print(f"gateway   {target}  ", end="", markup=False)
+    out.print(f"gateway   {target}  ", end="")
     if gateway.failure:
-        out.print(gateway.failure, style="red", markup=False)
+        out.print(gateway.failure, style="red")
     elif gateway.refusal:
-        out.print(gateway.refusal, style="yellow", markup=False)
+        out.print(gateway.refusal, style="yellow")
     else:
         out.print("accepts new work", style="green")
 
 
 def _print_watchdog(target: str, watchdog: Watchdog) -> None:
     if watchdog.failure:
-        out.print(f"watchdog  {target}  ", end="", markup=False)
-        out.print(watchdog.failure, style="red", markup=False)
+        out.print(f"watchdog  {target}  ", end="")
+        out.print(watchdog.failure, style="red")
         return
     for worker in watchdog.workers:
         print_worker(worker)
-    out.print(f"recovery  {event_line(watchdog.restarts[0]) if watchdog.restarts else 'none yet'}", markup=False)
+    out.print(f"recovery  {event_line(watchdog.restarts[0]) if watchdog.restarts else 'none yet'}")

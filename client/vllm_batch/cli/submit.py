@@ -14,11 +14,14 @@ from typing import BinaryIO, Literal
 import click
 from rich.progress import DownloadColumn
 
-from vllm_batch.cli.options import OUTPUT_FILE, json_option
-from vllm_batch.cli.terminal import EXIT_FAILED, errors, print_batch, print_json, progress_bar
+from vllm_batch.cli.options import OUTPUT_FILE, Number, json_option
+from vllm_batch.cli.terminal import EXIT_FAILED, errors, file_errors, print_batch, print_json, progress_bar
 from vllm_batch.cli.watch import is_success, wait_for
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
+
+# The most that the server takes.
+MAX_WINDOW_S = 366 * 86_400.0
 
 
 def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -38,7 +41,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
 )
 @click.option("--priority", type=click.IntRange(-100, 100), default=0, show_default=True, help="Higher runs first.")
 @click.option(
-    "--window", type=click.FloatRange(min=0, min_open=True), help="Seconds until the batch expires. Default: never."
+    "--window", type=Number(0, MAX_WINDOW_S, min_open=True), help="Seconds until the batch expires. Default: never."
 )
 @click.option(
     "--order",
@@ -83,7 +86,8 @@ def submit(
     for file in files:
         with errors(interrupted="interrupted; `vllm-batch list` shows whether the batch was stored"):
             stored.append(_upload(client, file, request_id, metadata, priority, window, order, webhook, require_live))
-        print_batch(stored[-1], stored[-1].id, as_json)
+        with file_errors(f"; the batch is stored: {stored[-1].id}"):
+            print_batch(stored[-1], stored[-1].id, as_json)
     if wait:
         # Waits for all, also after one has failed.
         ended = [_wait(client, batch.id, output, as_json) for batch in stored]

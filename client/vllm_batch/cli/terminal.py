@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +12,9 @@ from typing import Any
 import click
 import grpc
 from google.protobuf.message import Message
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from vllm_batch.channel import check_target, open_channel
 from vllm_batch.errors import CallError
@@ -24,8 +27,57 @@ EXIT_UNAVAILABLE = 4
 EXIT_OUTPUT = 5
 EXIT_INTERRUPTED = 130
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Wider than any table.
+WIDE = 10_000
+# All control characters but the line break and the tab.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+class Terminal(Console):
+    """A console that prints text as it is: people's texts, and those of models, may be anything.
+
+    Control characters, with which a text could take over the terminal, are escaped. A pipe gets whole ids and names,
+    whatever COLUMNS says.
+    """
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **how)
+
+    @property  # type: ignore[misc]  # Nobody sets it.
+    def size(self) -> ConsoleDimensions:
+        """Of what is no terminal the width is unlimited."""
+        found = super().size
+        return found if self.is_terminal else ConsoleDimensions(WIDE, found.height)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Text of a string, in a cell of a table too."""
+        return super().render_str(printable(text), **how)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped, except line breaks and tabs."""
+    return text.translate(_CONTROLS)
+
+
+out = Terminal()
+err = Terminal(stderr=True)
+
+
+def restore_streams() -> None:
+    """Opens what was closed of stdin, stdout and stderr, so that no file or connection gets its number.
+
+    Otherwise gRPC would log into that file. Reading such a stdin and writing to such a stdout fails, rather than being
+    as good as an empty file and silence.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_WRONLY, "rb"),
+        ("stdout", os.O_RDONLY, "wb"),
+        ("stderr", os.O_WRONLY, "wb"),
+    ):
+        if getattr(sys, name) is None:
+            # Without buffers: nothing that could not be written is left for the interpreter's end.
+            raw = os.fdopen(os.open(os.devnull, flags), mode, buffering=0)
+            setattr(sys, name, io.TextIOWrapper(raw, write_through=True))
 
 
 @contextmanager
@@ -39,10 +91,10 @@ def errors(batch_id: str = "", *, interrupted: str = "") -> Iterator[None]:
     except CallError as error:
         unavailable = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
         for field, description in error.violations:
-            err.print(f"{field}: {description}", style="red", markup=False)
+            err.print(f"{field}: {description}", style="red")
         if not error.violations:
             reason = f" ({error.reason})" if error.reason else ""
-            err.print(f"{error.code.name}{reason}: {error.message}", style="red", markup=False)
+            err.print(f"{error.code.name}{reason}: {error.message}", style="red")
         if unavailable and not error.reason:
             err.print("no answer from the server: is it running, and is --target its address?")
         sys.exit(EXIT_UNAVAILABLE if unavailable else EXIT_REFUSED)
@@ -62,7 +114,7 @@ def file_errors(hint: str = "") -> Iterator[None]:
         raise
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        err.print(f"{name}{error.strerror or error}{hint}", style="red", markup=False)
+        err.print(f"{name}{error.strerror or error}{hint}", style="red")
         sys.exit(EXIT_OUTPUT)
 
 

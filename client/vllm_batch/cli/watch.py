@@ -71,7 +71,7 @@ def _follow(client: Client, batch_id: str, on_progress: OnProgress | None) -> pb
             if batch.wait.reason != reason:
                 reason = batch.wait.reason
                 text = notes([batch])[0] if reason else f"{batch_id} goes on"
-                err.print(text, style="yellow", markup=False)
+                err.print(text, style="yellow")
             tenth = 10 * done // max(1, total)
             if not err.is_terminal and tenth != shown:
                 shown = tenth

@@ -61,7 +61,7 @@ def test(client: Client, target: str, as_json: bool) -> None:
         print_json(answer)
     else:
         told = answer.error or f"answered {answer.status}"
-        out.print(f"{answer.url}: {told} ({answer.duration.ToMilliseconds() / 1000:.1f} s)", markup=False)
+        out.print(f"{answer.url}: {told} ({answer.duration.ToMilliseconds() / 1000:.1f} s)")
     sys.exit(EXIT_FAILED if answer.error else 0)
 
 

@@ -1,0 +1,76 @@
+"""The command's own part: what it refuses before any call, and the standard streams that a shell has closed."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vllm_batch.cli import main
+
+CLI = Path(sys.executable).parent / "vllm-batch"
+
+
+def closed(*numbers: int) -> Callable[[], None]:
+    """What closes these descriptors in the child, as `>&-` in a shell does."""
+
+    def close() -> None:
+        for number in numbers:
+            os.close(number)
+
+    return close
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "batch.jsonl"
+    path.write_text("{}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("number", ["nan", "-nan", "inf", "-1", "1e300", "0"])
+@pytest.mark.parametrize("option", ["--window", "--patience"])
+def test_what_is_no_number_of_seconds(file: str, option: str, number: str) -> None:
+    """NaN and numbers out of range are usage errors, whatever they are compared with."""
+    command = {"--window": ["submit", file, option, number], "--patience": [option, number, "submit", "--help"]}[option]
+    is_refused = option == "--window" or number in ("nan", "-nan", "-1")
+    assert CliRunner().invoke(main, command).exit_code == (2 if is_refused else 0)
+
+
+@pytest.mark.parametrize("command", [["submit", "FILE", "--wait"], ["results", "batch_1"]])
+def test_an_output_without_a_name(file: str, command: list[str]) -> None:
+    """An empty name, as of a variable that is not set, is a usage error and not the working directory."""
+    given = [file if argument == "FILE" else argument for argument in command]
+    found = CliRunner().invoke(main, [*given, "-o", ""])
+    assert (found.exit_code, "must not be empty" in found.output) == (2, True)
+
+
+@pytest.mark.parametrize("others", [(), (0,), (2,), (0, 2)])
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_a_closed_stdout_is_an_error(argument: str, others: tuple[int, ...]) -> None:
+    """Without a stdout a command that prints there ends with 5 and one line: not with 0, nor with a traceback."""
+    done = subprocess.run([CLI, argument], preexec_fn=closed(1, *others), stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 5
+    assert done.stderr == (b"" if 2 in others else b"Bad file descriptor\n")
+
+
+def test_a_full_stdout_is_an_error_of_help_too() -> None:
+    """What is printed before any command runs may fail like the rest."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([CLI, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (5, b"No space left on device\n")
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1,), (2,), (0, 1, 2)])
+def test_nothing_takes_the_place_of_a_closed_stream(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    """A file that is opened later does not get the number of a stream that was closed, to which libraries write."""
+    program = (
+        "import sys; from vllm_batch.cli.terminal import restore_streams; restore_streams(); "
+        "file = open(sys.argv[1], 'w'); file.write(str(file.fileno()))"
+    )
+    made = tmp_path / "number"
+    subprocess.run([sys.executable, "-c", program, made], preexec_fn=closed(*numbers), check=True, timeout=60)
+    assert int(made.read_text()) > 2

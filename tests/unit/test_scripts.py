@@ -1,0 +1,41 @@
+"""The scripts' arguments: asking for help or a typing error starts and stops nothing."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Those that take no arguments.
+NAMES = ("start-all", "stop-all", "status", "demo", "screenshots")
+
+
+def run(name: str, argument: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    env = {"PATH": os.environ["PATH"], "BATCH_HOME": str(home), "BATCH_ENV_FILE": "/dev/null"}
+    command = [ROOT / f"scripts/{name}.sh", argument]
+    return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_all_that_help_does(name: str, argument: str, tmp_path: Path) -> None:
+    """Help is the comment that a script begins with, and the script does nothing else."""
+    done = run(name, argument, tmp_path / "home")
+    said = [line.removeprefix("# ") for line in (ROOT / f"scripts/{name}.sh").read_text().splitlines()[1:]]
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert lines
+    assert lines == said[: len(lines)]
+    assert said[len(lines)].startswith("set -")
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("argument", ["extra", "--hlep", ""])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_script_does_not_know_is_refused(name: str, argument: str, tmp_path: Path) -> None:
+    """An argument that is not expected is a usage error, and the script does nothing."""
+    done = run(name, argument, tmp_path / "home")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "takes no arguments" in done.stderr
+    assert not (tmp_path / "home").exists()
