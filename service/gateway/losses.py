@@ -10,6 +10,7 @@ from service.db import losses
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog
 from service.db.chunks import host_of
 from service.db.connection import Database
+from service.db.heartbeats import SeenBeat
 from service.insight.presence import LOOK_INTERVAL_S
 from service.insight.routing import Freshness, LinkState
 from service.telemetry import logs
@@ -68,10 +69,22 @@ class LossReports:
             is_ours = host_of(seen.beat.worker_id) == self.host
             if not is_missing or is_ours or life not in self._reached:
                 continue
+            cause = known.contact(seen).cause
+            if successor := _at_its_address(known, seen):
+                health, cause = LinkState.UNREACHABLE, f"its address is that of {successor} now"
             if health is LinkState.UNREACHABLE and life not in self._unreachable:
                 self._unreachable.add(life)
-                log.warning(
-                    "worker_lost", worker_id=seen.beat.worker_id, life=str(life), cause=known.contact(seen).cause
-                )
+                log.warning("worker_lost", worker_id=seen.beat.worker_id, life=str(life), cause=cause)
             if health is not LinkState.UNKNOWN:
                 yield life, health is not LinkState.UNREACHABLE
+
+
+def _at_its_address(known: Freshness, gone: SeenBeat) -> str:
+    """The worker of another name that began later at the same address, as pods of one node do; "" if there is none.
+
+    The link to that address reaches it, and not the one that is gone.
+    """
+    for seen in known.beats:
+        if seen.beat.address == gone.beat.address and seen.life_s < gone.life_s:
+            return seen.beat.worker_id
+    return ""

@@ -12,7 +12,8 @@ from tests.support.fleet import Fleet, Host, fleet
 from tests.support.waiting import until
 
 KILLS = int(os.environ.get("FLEET_KILLS", 20))
-REQUESTS = 1500 * KILLS
+# Three hosts run 48 requests a second, and a kill may take a minute.
+REQUESTS = 2_800 * KILLS
 
 
 def in_hand(made: Fleet, incarnation: str) -> set[tuple[int, int]]:

@@ -17,6 +17,7 @@ class Watcher:
 
     def __init__(self, reached: tuple[UUID, ...] = (A, B, OURS)) -> None:
         self.now_s, self.ages, self.failure = 0.0, dict.fromkeys(LIVES, 1.0), ""
+        self.addresses = {life: f"{life}" for life in LIVES}
         self.links = {life: LinkState.SERVING if life in reached else LinkState.UNKNOWN for life in LIVES}
         database: Any = None
         self.reports = LossReports(database, self, "c", self.known)
@@ -28,7 +29,11 @@ class Watcher:
 
     def known(self) -> Freshness:
         beats = [
-            SeenBeat(Beat(LIVES[life], life, f"{life}", Phase.READY, 1, detail={"interval_s": 5}), age_s)
+            SeenBeat(
+                Beat(LIVES[life], life, self.addresses[life], Phase.READY, 1, detail={"interval_s": 5}),
+                age_s,
+                life_s=100 - life.int,
+            )
             for life, age_s in self.ages.items()
         ]
         contacts = {f"{life}": Contact(link, 0, "") for life, link in self.links.items()}
@@ -47,6 +52,18 @@ def test_only_missing_workers_of_other_hosts_are_reported() -> None:
     assert watcher.said() == {A: False, B: True}
     watcher.links[B] = LinkState.NOT_SERVING
     assert watcher.said() == {A: False, B: True}
+
+
+def test_a_worker_whose_address_another_has_now() -> None:
+    """A worker that is gone is not reached because a later one of another name answers at its address."""
+    watcher = Watcher()
+    watcher.addresses[B] = watcher.addresses[A]
+    assert watcher.said() == {}
+    watcher.ages[A] = 10.1
+    assert watcher.said() == {A: False}
+    # The first is not at the address of the later one.
+    watcher.ages = {A: 1, B: 10.1, OURS: 1}
+    assert watcher.said() == {B: True}
 
 
 def test_a_link_that_never_was_there_has_not_broken() -> None:
