@@ -4,6 +4,7 @@ Around the application, so that a request that is refused is not even read.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -35,6 +36,8 @@ PAGE = "/page/"
 SIGN_IN = "/page/SignIn"
 # What operations raise, beside what Starlette has answers for.
 HANDLED = (ApiError, FullError, ClientDisconnect, DatabaseAwayError, psycopg2.Error, peewee.PeeweeException, Exception)
+
+_SLASHES = re.compile("/+")
 
 log = logs.get("http")
 
@@ -87,6 +90,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": plain_path(scope["path"])}
         operation = self._operation(scope)
         metadata = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         call = call_context.begin(operation or "", metadata)
@@ -158,6 +162,14 @@ class Door:
                 # Health, the document and the files of the page are for everybody.
                 return None if route.name.islower() else _method(route.name)
         return None
+
+
+def plain_path(path: str) -> str:
+    """A path without doubled slashes and the one at its end, which a base of URLs that ends with one leads to.
+
+    A redirect would go to http where a proxy has ended TLS, and curl sends no form again.
+    """
+    return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 
 def _method(name: str) -> str:
@@ -264,6 +276,8 @@ def of_validation(found: Sequence[Any], content_type: str) -> JSONResponse:
             what = "must be a JSON object"
         return JSONResponse(errors.body(f"{param}: {what}", 400, param), 400)
     name = ".".join(str(part) for part in loc if part not in ("body", "query", "path")) or None
+    if first["type"] == "extra_forbidden":
+        return JSONResponse(errors.body(f"Unknown parameter: '{name}'.", 400, name, "unknown_parameter"), 400)
     message = f"{name}: {what}" if name else str(what)
     return JSONResponse(errors.body(message, 400, name), 400)
 
