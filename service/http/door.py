@@ -22,7 +22,7 @@ from service.auth.callers import NOBODY, Caller
 from service.db.availability import DatabaseAwayError, Meaning, first_line, meaning_of
 from service.db.limits import FullError
 from service.errors import ApiError, Violation, database_unavailable, invalid
-from service.http import browsers, certified, errors
+from service.http import browsers, certified, errors, multipart
 from service.http.page.sessions import REQUEST_FOREIGN, Sessions
 from service.rpc import call_context
 from service.rpc.access import Access
@@ -186,14 +186,22 @@ def _check_coding(headers: Mapping[str, str]) -> None:
 
 
 def _limited(receive: Receive, headers: Mapping[str, str]) -> Receive:
-    """The body of a request, which ends the request once it is too large. Raises RESOURCE_EXHAUSTED."""
-    announced, size = headers.get("content-length", ""), 0
+    """The body of a request, which ends the request once it is too large or stops arriving.
+
+    Raises RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED.
+    """
+    announced, size, is_complete = headers.get("content-length", ""), 0, False
     if announced.isascii() and announced.isdigit() and int(announced[:18]) > MAX_BODY_BYTES:
         raise messages.too_large("bytes of the body", MAX_BODY_BYTES, int(announced[:18]))
 
     async def counted() -> Message:
-        nonlocal size
-        message = await receive()
+        nonlocal size, is_complete
+        if is_complete:
+            # For as long as the answer takes: what comes now is that the client has gone.
+            return await receive()
+        async with multipart.timely_piece():
+            message = await receive()
+        is_complete = not message.get("more_body", False)
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
             raise messages.too_large("bytes of the body", MAX_BODY_BYTES, size)
@@ -243,7 +251,9 @@ def of_http(error: HTTPException, request: Request) -> JSONResponse:
         return JSONResponse(errors.body(message, status, code="method_not_allowed"), status, {"allow": allowed})
     if status == 404:
         return JSONResponse(errors.body(f"Unknown request URL: {asked}", status, code="unknown_url"), status)
-    # All that Starlette and FastAPI raise besides is about a body that is no JSON; why is the cause.
+    # All that Starlette and FastAPI raise besides is about a body that cannot be read; why is the cause.
+    if isinstance(error.__cause__, ApiError):
+        return response(error.__cause__)
     why = f": {error.__cause__}" if isinstance(error.__cause__, ValueError) else ""
     return JSONResponse(errors.body(f"body: is not JSON in UTF-8{why[:200]}", status, "body"), status)
 
