@@ -1,5 +1,7 @@
 # Sourced by the other scripts: paths, messages, and the supervisord.conf of this BATCH_HOME.
 
+# The script itself, which may have been called over a link and from any folder.
+self=$(readlink -f "$0")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 python=$root/.venv/bin/python
@@ -15,10 +17,10 @@ fail() {
 takes_none() {
   (($#)) || return 0
   if [[ $1 = -h || $1 = --help ]]; then
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "scripts/${0##*/}"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$self"
     exit 0
   fi
-  printf '%s\n' "scripts/${0##*/} takes no arguments; settings are in .env and the environment: conf/example.env" >&2
+  printf '%s\n' "${self##*/} takes no arguments; settings are in .env and the environment: conf/example.env" >&2
   exit 2
 }
 

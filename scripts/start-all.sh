@@ -2,7 +2,7 @@
 # Starts whatever of BATCH_PROGRAMS is not running, waits until new work is accepted (on a host without gateway or worker:
 # until its own programs work), and shows how to use it.
 set -euo pipefail
-source "$(dirname "$0")/lib.sh"
+source "$(dirname "$(readlink -f "$0")")/lib.sh"
 takes_none "$@"
 scripts/setup.sh
 know_settings

@@ -2,7 +2,7 @@
 # Shows processes, verdict, heartbeat, last recovery and batches of this BATCH_HOME. Exits with 0 if it can be used. On a
 # host without a gateway: what its watchdog says, unless BATCH_TARGET names another host's gateway.
 set -euo pipefail
-source "$(dirname "$0")/lib.sh"
+source "$(dirname "$(readlink -f "$0")")/lib.sh"
 takes_none "$@"
 [[ -x $python ]] || fail "not installed yet: run scripts/start-all.sh"
 know_home

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stops everything of this BATCH_HOME, engine processes included. The worker first finishes the requests in its engine.
 set -euo pipefail
-source "$(dirname "$0")/lib.sh"
+source "$(dirname "$(readlink -f "$0")")/lib.sh"
 takes_none "$@"
 [[ -x $python ]] || exit 0
 know_home

@@ -107,6 +107,7 @@ def _secured(
         if secret and not is_allowed and not _is_local(target):
             raise ValueError(f"a token would be sent to {target} in plain text: set BATCH_TLS_CA")
         return None, secret, options
+    _check_files(ca, certificate, key)
     credentials = grpc.ssl_channel_credentials(
         Path(ca).read_bytes(),
         Path(key).read_bytes() if key else None,
@@ -115,6 +116,27 @@ def _secured(
     if server_name:
         options = (*options, ("grpc.ssl_target_name_override", server_name))
     return credentials, secret, options
+
+
+def _check_files(ca: str, certificate: str, key: str) -> None:
+    """Raises ValueError for files that gRPC cannot use, with which it would only fail to connect, again and again."""
+    # Not needed without TLS.
+    import ssl
+
+    def password() -> str:
+        raise ValueError(f"BATCH_TLS_KEY: {key} is encrypted, which gRPC cannot read")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(ca)
+    except ssl.SSLError:
+        raise ValueError(f"BATCH_TLS_CA: {ca} has no certificate in PEM form") from None
+    if certificate:
+        try:
+            context.load_cert_chain(certificate, key, password)
+        except ssl.SSLError:
+            what = f"{certificate} and {key} are not a certificate and its key in PEM form"
+            raise ValueError(f"BATCH_TLS_CERT, BATCH_TLS_KEY: {what}") from None
 
 
 def check_target(target: str) -> None:

@@ -22,7 +22,7 @@ from vllm_batch.retries import (
     OnRetry,
     retry_rules,
 )
-from vllm_batch.uploads import Line, SubmitOptions, Upload, to_bytes
+from vllm_batch.uploads import Line, SubmitOptions, Upload, check_lines, to_bytes
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import batch_service_pb2_grpc, host_service_pb2_grpc, webhook_service_pb2_grpc
 from vllm_batch.v1 import host_service_pb2 as hpb
@@ -89,6 +89,7 @@ class Client:
 
     def submit_lines(self, lines: Iterable[Line], **options: Unpack[SubmitOptions]) -> pb.Batch:
         """Upload requests as `submit` uploads a file. A temporary file keeps them for retries."""
+        check_lines(lines)
         with tempfile.TemporaryFile() as file:
             file.writelines(map(to_bytes, lines))
             return self.submit(file, **options)

@@ -18,6 +18,9 @@ PIECE_BYTES = 256 << 10
 Line: TypeAlias = bytes | str | Mapping[str, Any]
 
 
+_ORDERS = {"prefix": pb.RUN_ORDER_UNSPECIFIED, "input": pb.RUN_ORDER_INPUT}
+
+
 class SubmitOptions(TypedDict, total=False):
     """Options of a new batch."""
 
@@ -44,6 +47,15 @@ class Upload:
     """One submission of a seekable JSONL file: the same batch, however many attempts it takes."""
 
     def __init__(self, file: BinaryIO, options: SubmitOptions) -> None:
+        # Without a type checker nobody else says so, and without its request_id a batch would be made twice.
+        unknown = sorted(set(options) - set(SubmitOptions.__annotations__))
+        if unknown:
+            raise TypeError(f"submit has no option {unknown[0]!r}; it has {', '.join(SubmitOptions.__annotations__)}")
+        order = options.get("order", "prefix")
+        if order not in _ORDERS:
+            raise ValueError(f"order is {order!r}, and must be one of {', '.join(map(repr, _ORDERS))}")
+        if not hasattr(file, "seek"):
+            raise TypeError(f"give a file that is open in binary mode, not {type(file).__name__}")
         self._file = file
         self._on_sent: Callable[[int], None] = options.get("on_sent", lambda sent: None)
         self._options = pb.BatchOptions(
@@ -51,7 +63,7 @@ class Upload:
             request_id=options.get("request_id") or str(uuid.uuid4()),
             metadata=dict(options.get("metadata") or {}),
             priority=options.get("priority", 0),
-            order=pb.RUN_ORDER_INPUT if options.get("order") == "input" else pb.RUN_ORDER_UNSPECIFIED,
+            order=_ORDERS[order],
             webhook=options.get("webhook", ""),
             require_live=options.get("require_live", False),
         )
@@ -104,6 +116,12 @@ class Upload:
         if not isinstance(piece, bytes):
             raise TypeError("the file must be opened in binary mode, as open(path, 'rb') does")
         return piece
+
+
+def check_lines(lines: object) -> None:
+    """Raises TypeError for one text, whose characters would be taken for lines."""
+    if isinstance(lines, str | bytes | Mapping):
+        raise TypeError(f"give the lines as a list, not as one {type(lines).__name__}")
 
 
 def to_bytes(line: Line) -> bytes:

@@ -124,5 +124,8 @@ def identify_certificate(
 
 
 def _missing() -> ApiError:
-    message = "a token is required: metadata `authorization: Bearer TOKEN`; vllm-batch reads it from BATCH_TOKEN"
+    message = (
+        "a token is required, as the header or metadata `authorization: Bearer TOKEN`: vllm-batch reads it from"
+        " BATCH_TOKEN, OpenAI's clients have it as their API key"
+    )
     return ApiError(grpc.StatusCode.UNAUTHENTICATED, message, TOKEN_MISSING)

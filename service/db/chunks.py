@@ -1,6 +1,6 @@
 """Chunks: leased to a worker, renewed while it works on them, released when it is gone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -242,18 +242,26 @@ def release_where(db: peewee.PostgresqlDatabase, which: str, params: Mapping[str
     return int(row[0])
 
 
-def drop_cancelled(db: peewee.PostgresqlDatabase, holder: Holder, ids: Sequence[int]) -> int:
-    """Deletes those of the chunks that are held and whose batch was cancelled. Returns how many.
+def drop_cancelled(db: peewee.PostgresqlDatabase, holder: Holder, ids: Collection[int]) -> set[int]:
+    """Deletes those of the chunks that are held and whose batch was cancelled.
 
-    Leaves out those that are locked, as `renew` does.
+    Leaves out those that are locked, as `renew` does. Returns them: they are to be deleted later, or the batch would
+    wait for their leases to run out.
     """
-    cursor = db.execute_sql(
+    rows = db.execute_sql(
         """
-        DELETE FROM chunks WHERE id IN (
+        WITH ours AS MATERIALIZED (
             SELECT c.id FROM chunks c JOIN batches b ON b.id = c.batch_id AND b.state = 'cancelling'
             WHERE c.id = ANY(%(ids)s) AND c.incarnation = %(incarnation)s::uuid
-            ORDER BY c.id FOR UPDATE OF c SKIP LOCKED)
+        ), free AS MATERIALIZED (
+            SELECT id FROM chunks
+            WHERE id IN (SELECT id FROM ours) AND incarnation = %(incarnation)s::uuid
+            ORDER BY id FOR UPDATE SKIP LOCKED
+        ), dropped AS (
+            DELETE FROM chunks WHERE id IN (SELECT id FROM free)
+        )
+        SELECT id FROM ours WHERE id NOT IN (SELECT id FROM free)
         """,
         {"ids": list(ids), "incarnation": str(holder.incarnation)},
     )
-    return int(cursor.rowcount)
+    return {row[0] for row in rows.fetchall()}

@@ -46,6 +46,7 @@ def made(
         # They are made of scripts of other hosts.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         responses=ERRORS,
         generate_unique_id_function=lambda route: route.name,
     )

@@ -4,6 +4,7 @@ Around the application, so that a request that is refused is not even read.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -21,7 +22,7 @@ from service.auth.callers import NOBODY, Caller
 from service.db.availability import DatabaseAwayError, Meaning, first_line, meaning_of
 from service.db.limits import FullError
 from service.errors import ApiError, Violation, database_unavailable, invalid
-from service.http import browsers, certified, errors
+from service.http import browsers, certified, errors, multipart
 from service.http.page.sessions import REQUEST_FOREIGN, Sessions
 from service.rpc import call_context
 from service.rpc.access import Access
@@ -35,6 +36,8 @@ PAGE = "/page/"
 SIGN_IN = "/page/SignIn"
 # What operations raise, beside what Starlette has answers for.
 HANDLED = (ApiError, FullError, ClientDisconnect, DatabaseAwayError, psycopg2.Error, peewee.PeeweeException, Exception)
+
+_SLASHES = re.compile("/+")
 
 log = logs.get("http")
 
@@ -87,6 +90,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": plain_path(scope["path"])}
         operation = self._operation(scope)
         metadata = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         call = call_context.begin(operation or "", metadata)
@@ -160,6 +164,14 @@ class Door:
         return None
 
 
+def plain_path(path: str) -> str:
+    """A path without doubled slashes and the one at its end, which a base of URLs that ends with one leads to.
+
+    A redirect would go to http where a proxy has ended TLS, and curl sends no form again.
+    """
+    return _SLASHES.sub("/", path).rstrip("/") or "/"
+
+
 def _method(name: str) -> str:
     """The operation of a route as roles know it."""
     return name if name.startswith("/") else f"/openai/{name}"
@@ -174,14 +186,22 @@ def _check_coding(headers: Mapping[str, str]) -> None:
 
 
 def _limited(receive: Receive, headers: Mapping[str, str]) -> Receive:
-    """The body of a request, which ends the request once it is too large. Raises RESOURCE_EXHAUSTED."""
-    announced, size = headers.get("content-length", ""), 0
+    """The body of a request, which ends the request once it is too large or stops arriving.
+
+    Raises RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED.
+    """
+    announced, size, is_complete = headers.get("content-length", ""), 0, False
     if announced.isascii() and announced.isdigit() and int(announced[:18]) > MAX_BODY_BYTES:
         raise messages.too_large("bytes of the body", MAX_BODY_BYTES, int(announced[:18]))
 
     async def counted() -> Message:
-        nonlocal size
-        message = await receive()
+        nonlocal size, is_complete
+        if is_complete:
+            # For as long as the answer takes: what comes now is that the client has gone.
+            return await receive()
+        async with multipart.timely_piece():
+            message = await receive()
+        is_complete = not message.get("more_body", False)
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
             raise messages.too_large("bytes of the body", MAX_BODY_BYTES, size)
@@ -231,7 +251,9 @@ def of_http(error: HTTPException, request: Request) -> JSONResponse:
         return JSONResponse(errors.body(message, status, code="method_not_allowed"), status, {"allow": allowed})
     if status == 404:
         return JSONResponse(errors.body(f"Unknown request URL: {asked}", status, code="unknown_url"), status)
-    # All that Starlette and FastAPI raise besides is about a body that is no JSON; why is the cause.
+    # All that Starlette and FastAPI raise besides is about a body that cannot be read; why is the cause.
+    if isinstance(error.__cause__, ApiError):
+        return response(error.__cause__)
     why = f": {error.__cause__}" if isinstance(error.__cause__, ValueError) else ""
     return JSONResponse(errors.body(f"body: is not JSON in UTF-8{why[:200]}", status, "body"), status)
 
@@ -264,6 +286,8 @@ def of_validation(found: Sequence[Any], content_type: str) -> JSONResponse:
             what = "must be a JSON object"
         return JSONResponse(errors.body(f"{param}: {what}", 400, param), 400)
     name = ".".join(str(part) for part in loc if part not in ("body", "query", "path")) or None
+    if first["type"] == "extra_forbidden":
+        return JSONResponse(errors.body(f"Unknown parameter: '{name}'.", 400, name, "unknown_parameter"), 400)
     message = f"{name}: {what}" if name else str(what)
     return JSONResponse(errors.body(message, 400, name), 400)
 

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
@@ -126,15 +127,22 @@ async def fields(request: Request) -> AsyncIterator[tuple[Field, bytes | None]]:
         raise wrong("body", "is not complete: the last boundary is missing")
 
 
+@asynccontextmanager
+async def timely_piece() -> AsyncIterator[None]:
+    """Around the wait for the next piece of a body. Raises DEADLINE_EXCEEDED after PIECE_TIMEOUT_S."""
+    try:
+        async with asyncio.timeout(PIECE_TIMEOUT_S):
+            yield
+    except TimeoutError as error:
+        why = f"upload stopped: no data arrived for {PIECE_TIMEOUT_S:.0f} s"
+        raise ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, why) from error
+
+
 async def timely(stream: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
     """The body of a request. Raises DEADLINE_EXCEEDED if no data arrives for PIECE_TIMEOUT_S."""
     while True:
-        try:
-            async with asyncio.timeout(PIECE_TIMEOUT_S):
-                data = await anext(stream, None)
-        except TimeoutError as error:
-            why = f"upload stopped: no data arrived for {PIECE_TIMEOUT_S:.0f} s"
-            raise ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, why) from error
+        async with timely_piece():
+            data = await anext(stream, None)
         if data is None:
             return
         yield data

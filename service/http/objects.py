@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.api import messages
 from service.db import files
@@ -25,7 +25,13 @@ _WINDOW = re.compile(r"(\d{1,4})([hd])", re.ASCII)
 _PREFIXES: dict[Kind, str] = {"output": "file-output-", "error": "file-error-", "input": "file-"}
 
 
-class ExpiresAfter(BaseModel):
+class Asked(BaseModel):
+    """A body of a request. As with OpenAI, a parameter that is not known is refused: it may be a misspelt one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ExpiresAfter(Asked):
     """When a file expires."""
 
     anchor: Literal["created_at"]
@@ -54,7 +60,7 @@ class DeletedFile(BaseModel):
     deleted: bool = True
 
 
-class CreateUpload(BaseModel):
+class CreateUpload(Asked):
     """What is going to be uploaded in parts."""
 
     bytes: int = Field(ge=0, strict=True)
@@ -64,7 +70,7 @@ class CreateUpload(BaseModel):
     expires_after: ExpiresAfter | None = None
 
 
-class CompleteUpload(BaseModel):
+class CompleteUpload(Asked):
     """The parts of an upload in their order."""
 
     part_ids: list[str] = Field(max_length=100_000)
@@ -94,7 +100,7 @@ class PartObject(BaseModel):
     upload_id: str
 
 
-class CreateBatch(BaseModel):
+class CreateBatch(Asked):
     """A batch to be made from a file."""
 
     input_file_id: str

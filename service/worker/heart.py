@@ -71,6 +71,8 @@ class Heart:
     _refusal: str | None = None
     _is_steady: bool = False
     _said: str = ""
+    # Chunks of cancelled batches that could not be deleted yet.
+    _undropped: set[int] = field(default_factory=set)
     _availability: AvailabilityLog = field(default_factory=lambda: AvailabilityLog(log))
     _ear: Ear = field(default_factory=Ear)
     _is_ending: bool = False
@@ -164,6 +166,11 @@ class Heart:
                     self._lose(error)
                     break
 
+    def _drop(self) -> None:
+        """Deletes what was lost because its batch was cancelled; with the next beat what is locked now."""
+        if self._undropped:
+            self._undropped = chunks.drop_cancelled(self.connection, self.holder, self._undropped)
+
     def _once(self, what: Callable[[], None]) -> None:
         with metrics.database_call("beat", DatabaseAwayError), database_away():
             if self.connection.is_closed():
@@ -193,7 +200,8 @@ class Heart:
             lost = [chunk for chunk in held if chunk not in renewed]
             if lost:
                 self.on_leases_lost(lost)
-                chunks.drop_cancelled(self.connection, self.holder, lost)
+                self._undropped.update(lost)
+        self._drop()
         endings.settle_cancelled(self.connection)
         self._is_steady = self._clock.is_steady(chunks.time_s(self.connection), time.monotonic())
         if self._is_steady:

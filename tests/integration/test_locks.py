@@ -59,6 +59,22 @@ def test_the_heart_waits_for_no_result(database_url: str, table: str) -> None:
     heart.close()
 
 
+def test_a_lease_of_a_cancelled_batch_is_not_waited_for(database_url: str) -> None:
+    """A chunk whose result is written just when it would be deleted is deleted later, not when its lease runs out."""
+    database = Database(database_url, "test", SHORT_S)
+    batch = stored(database, 200)
+    mine = holder()
+    ids = [chunk.id for chunk in database.call(chunks.claim, mine, ["tiny"], 2)]
+    database.call(endings.cancel, batch.id)
+    assert database.call(chunks.renew, mine, ids) == set()
+    with locked(database_url, "chunks", ids[0]):
+        assert database.call(chunks.drop_cancelled, mine, ids) == {ids[0]}
+    assert database.call(endings.settle_cancelled) == 0
+    assert database.call(chunks.drop_cancelled, mine, {ids[0]}) == set()
+    assert database.call(endings.settle_cancelled) == 1
+    database.close()
+
+
 def test_a_batch_is_cancelled_once_its_result_is_written(database_url: str) -> None:
     """Cancelled while a result of it is written: nobody waits for that, and after it the batch ends."""
     database = Database(database_url, "test", SHORT_S)
@@ -69,7 +85,7 @@ def test_a_batch_is_cancelled_once_its_result_is_written(database_url: str) -> N
     set_lease(database, -1)
     with locked(database_url, "chunks", busy.id):
         assert database.call(chunks.renew, mine, [busy.id, other.id]) == {busy.id}
-        assert database.call(chunks.drop_cancelled, mine, [busy.id, other.id]) == 1
+        assert database.call(chunks.drop_cancelled, mine, [busy.id, other.id]) == {busy.id}
         assert database.call(endings.settle_cancelled) == 0
     assert database.call(chunks.renew, mine, [busy.id]) == set()
     assert database.call(endings.settle_cancelled) == 1

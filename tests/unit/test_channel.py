@@ -5,6 +5,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from tests.support.certificates import Authority
 from vllm_batch.channel import check_target, open_channel
@@ -140,3 +141,27 @@ def test_what_is_no_token(token: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("BATCH_TOKEN_FILE", str(tmp_path / "token"))
     with pytest.raises(ValueError, match="printable ASCII"):
         open_channel("127.0.0.1:1")
+
+
+def test_files_that_are_no_certificates(tmp_path: Path) -> None:
+    """Files that gRPC cannot use for TLS are refused by name at once, instead of a connection that never comes."""
+    ours, other = Authority(tmp_path, "ca"), Authority(tmp_path, "other")
+    ca, (certificate, key) = str(ours.file), map(str, ours.issue())
+    foreign_key = str(other.issue("other")[1])
+    text, encrypted = tmp_path / "text", tmp_path / "encrypted"
+    text.write_text("no certificate")
+    loaded = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    form, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    encrypted.write_bytes(loaded.private_bytes(form, kind, serialization.BestAvailableEncryption(b"secret")))
+    open_channel("127.0.0.1:1", tls_ca=ca, tls_cert=certificate, tls_key=key).close()
+    for files, why in (
+        ((str(text), certificate, key), "BATCH_TLS_CA: .*text has no certificate"),
+        ((key, certificate, key), "BATCH_TLS_CA: "),
+        ((ca, str(text), key), "BATCH_TLS_CERT, BATCH_TLS_KEY: "),
+        ((ca, certificate, str(text)), "BATCH_TLS_CERT, BATCH_TLS_KEY: "),
+        ((ca, key, certificate), "BATCH_TLS_CERT, BATCH_TLS_KEY: "),
+        ((ca, certificate, foreign_key), "BATCH_TLS_CERT, BATCH_TLS_KEY: "),
+        ((ca, certificate, str(encrypted)), "is encrypted"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            open_channel("127.0.0.1:1", **dict(zip(("tls_ca", "tls_cert", "tls_key"), files, strict=True)))

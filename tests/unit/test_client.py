@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import grpc
 import pytest
@@ -141,6 +142,42 @@ def test_what_reading_a_file_raises_is_raised(file: io.BytesIO, kind: type[Excep
     with pytest.raises(kind), upload.reading():
         # What gRPC makes of an iterator that fails, and what any other failure of the call looks like.
         raise CallError(Failure(grpc.StatusCode.UNKNOWN))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "why"),
+    [
+        ({"requestid": "nightly"}, TypeError, "no option 'requestid'; it has request_id"),
+        ({"metdata": {}}, TypeError, "no option 'metdata'"),
+        ({"order": "fifo"}, ValueError, "one of 'prefix', 'input'"),
+        ({"order": None}, ValueError, "order is None"),
+    ],
+)
+def test_options_that_submit_does_not_have(options: dict[str, object], kind: type[Exception], why: str) -> None:
+    """A misspelt option is an error, never a batch without it."""
+    with pytest.raises(kind, match=why):
+        Upload(io.BytesIO(), options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["/path", b"{}", None, Path("/path")])
+def test_what_is_no_file(given: object) -> None:
+    """A path or content in place of a file is told as that."""
+    with pytest.raises(TypeError, match="open in binary mode"):
+        Upload(given, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["{}\n{}", b"{}", {"custom_id": "a"}])
+def test_one_text_is_no_list_of_lines(given: object) -> None:
+    """One text, or one request, is not taken for as many lines as it has characters or fields."""
+    with Client("127.0.0.1:1", patience_s=0) as client, pytest.raises(TypeError, match="as a list"):
+        client.submit_lines(given)  # type: ignore[arg-type]
+
+    async def aio() -> None:
+        async with AsyncClient("127.0.0.1:1", patience_s=0) as client:
+            await client.submit_lines(given)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="as a list"):
+        asyncio.run(aio())
 
 
 def test_lines() -> None:

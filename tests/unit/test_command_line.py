@@ -48,6 +48,22 @@ def test_an_output_without_a_name(file: str, command: list[str]) -> None:
     assert (found.exit_code, "must not be empty" in found.output) == (2, True)
 
 
+@pytest.mark.parametrize("kind", ["same", "symlink", "link", "stdin"])
+def test_an_output_is_not_the_input(file: str, tmp_path: Path, kind: str) -> None:
+    """Results never replace the requests that they are for, under whichever name."""
+    other = tmp_path / "other"
+    if kind == "symlink":
+        other.symlink_to(file)
+    elif kind == "link":
+        other.hardlink_to(file)
+    output = str(other) if kind.endswith("link") else file
+    with open(file, "rb") as stdin:
+        command = [CLI, "submit", "-" if kind == "stdin" else file, "--wait", "-o", output]
+        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "is the file that is submitted" in done.stderr) == (2, True)
+    assert Path(file).read_text() == "{}\n"
+
+
 @pytest.mark.parametrize("others", [(), (0,), (2,), (0, 2)])
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_a_closed_stdout_is_an_error(argument: str, others: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ import json
 
 import grpc
 import pytest
+from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 
 from service.api import messages
@@ -219,6 +220,49 @@ def test_what_is_wrong_with_a_body(error: dict[str, object], content_type: str, 
     assert found["param"] == param
     assert found["message"].startswith(f"{param}: ")
     assert message in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "param"),
+    [
+        (objects.CreateBatch, {"input_file_id": "f", "endpoint": "e", "completion_window": "24h"}, "metdata"),
+        (objects.CreateUpload, {"bytes": 1, "filename": "f", "mime_type": "m", "purpose": "batch"}, "mime"),
+        (objects.CompleteUpload, {"part_ids": []}, "md6"),
+        (objects.ExpiresAfter, {"anchor": "created_at", "seconds": 3600}, "second"),
+    ],
+)
+def test_unknown_parameters(kind: type[BaseModel], given: dict[str, object], param: str) -> None:
+    """A parameter that is not known, such as a misspelt one, is refused by its name, never left out silently."""
+    kind.model_validate(given)
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate(given | {param: "x"})
+    found = json.loads(door.of_validation(raised.value.errors(), "application/json").body)["error"]
+    assert found == {
+        "message": f"Unknown parameter: '{param}'.",
+        "type": "invalid_request_error",
+        "param": param,
+        "code": "unknown_parameter",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "plain"),
+    [
+        ("/v1/files", "/v1/files"),
+        ("/v1/files/", "/v1/files"),
+        ("//v1/files", "/v1/files"),
+        ("/v1//files//file-1///content//", "/v1/files/file-1/content"),
+        ("/v1/", "/v1"),
+        ("/", "/"),
+        ("//", "/"),
+        ("", "/"),
+        ("/healthz/", "/healthz"),
+        ("//page//api/session", "/page/api/session"),
+    ],
+)
+def test_slashes_in_paths(path: str, plain: str) -> None:
+    """Doubled slashes and one at the end make no difference, and nothing else is changed."""
+    assert door.plain_path(path) == plain
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\0"])

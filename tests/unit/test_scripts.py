@@ -31,6 +31,17 @@ def test_help_is_all_that_help_does(name: str, argument: str, tmp_path: Path) ->
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_is_found_over_a_link(name: str, tmp_path: Path) -> None:
+    """A link to a script, such as in a folder of the PATH, does what the script does, by its relative path too."""
+    (tmp_path / "link").symlink_to(ROOT / f"scripts/{name}.sh")
+    env = {"PATH": os.environ["PATH"], "BATCH_HOME": str(tmp_path / "home"), "BATCH_ENV_FILE": "/dev/null"}
+    command = ["./link", "--help"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run(name, "--help", tmp_path / "home").stdout
+
+
 @pytest.mark.parametrize("argument", ["extra", "--hlep", ""])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_script_does_not_know_is_refused(name: str, argument: str, tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def submit(
         raise click.UsageError("--output needs --wait; to get results later: vllm-batch results BATCH -o FILE")
     if len(files) > 1 and (output is not None or request_id):
         raise click.UsageError("--output and --request-id allow only one FILE")
+    if output is not None and _is_one_of(output, files):
+        raise click.UsageError(f"--output is the file that is submitted, and would replace it: {output}")
     stored = []
     for file in files:
         with errors(interrupted="interrupted; `vllm-batch list` shows whether the batch was stored"):
@@ -92,6 +94,15 @@ def submit(
         # Waits for all, also after one has failed.
         ended = [_wait(client, batch.id, output, as_json) for batch in stored]
         sys.exit(0 if all(map(is_success, ended)) else EXIT_FAILED)
+
+
+def _is_one_of(output: Path, files: tuple[BinaryIO, ...]) -> bool:
+    """Whether an output is a file that is read, by whichever name."""
+    if not output.is_file():
+        # A terminal or a pipe may be both.
+        return False
+    found = output.stat()
+    return any(os.path.samestat(found, os.fstat(file.fileno())) for file in files)
 
 
 def _upload(

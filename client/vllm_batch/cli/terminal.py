@@ -97,6 +97,8 @@ def errors(batch_id: str = "", *, interrupted: str = "") -> Iterator[None]:
             err.print(f"{error.code.name}{reason}: {error.message}", style="red")
         if unavailable and not error.reason:
             err.print("no answer from the server: is it running, and is --target its address?")
+        if error.code is grpc.StatusCode.UNIMPLEMENTED:
+            err.print("the server there has no such call: is --target the address of a gateway, and of this version?")
         sys.exit(EXIT_UNAVAILABLE if unavailable else EXIT_REFUSED)
     except KeyboardInterrupt:
         if batch_id:

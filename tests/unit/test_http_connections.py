@@ -1,0 +1,103 @@
+"""Connections to OpenAI's door: what stays silent is ended, wherever in a request it does."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from service.errors import ApiError
+from service.http import certified, door, multipart
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+class Transport(asyncio.Transport):
+    """A connection of which only the end is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aborted = asyncio.Event()
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def write(self, data: object) -> None:
+        """Goes nowhere."""
+
+    def close(self) -> None:
+        """Of no interest."""
+
+    def pause_reading(self) -> None:
+        """All is there already."""
+
+    def resume_reading(self) -> None:
+        """The same."""
+
+    def is_closing(self) -> bool:
+        return self.aborted.is_set()
+
+
+async def answer(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def connected() -> tuple[certified.Protocol, Transport]:
+    config = uvicorn.Config(answer, lifespan="off", log_config=None)
+    config.load()
+    protocol, transport = certified.Protocol(config=config, server_state=ServerState(), app_state={}), Transport()
+    protocol.connection_made(transport)
+    return protocol, transport
+
+
+@pytest.mark.parametrize("sent", [b"", b"G", REQUEST[:-1], REQUEST + b"G", REQUEST * 2 + REQUEST[:20]])
+def test_a_connection_that_sends_no_whole_headers_is_ended(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers have a time limit, from the connection and from their first byte on: nobody can hold connections."""
+    monkeypatch.setattr(certified, "HEADERS_TIMEOUT_S", 0.01)
+
+    async def run() -> None:
+        protocol, transport = connected()
+        protocol.data_received(sent)
+        await asyncio.wait_for(transport.aborted.wait(), 30)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("sent", [REQUEST, b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n"])
+def test_a_connection_with_whole_headers_is_left_alone(sent: bytes) -> None:
+    """While a body arrives or an answer is made, and between requests, other limits apply."""
+
+    async def run() -> None:
+        protocol, transport = connected()
+        assert protocol._silence
+        protocol.data_received(sent)
+        assert protocol._silence is None
+        protocol.connection_lost(None)
+        assert not transport.aborted.is_set()
+
+    asyncio.run(run())
+
+
+def test_a_body_that_stops_arriving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that is read as a whole has the limit of an upload's pieces; once it is complete there is none."""
+    monkeypatch.setattr(multipart, "PIECE_TIMEOUT_S", 0.01)
+
+    async def silent() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def run() -> None:
+        with pytest.raises(ApiError) as raised:
+            await door._limited(silent, {})()
+        assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        gone: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        gone.put_nowait({"type": "http.request", "body": b"{}", "more_body": False})
+        limited = door._limited(gone.get, {})
+        await limited()
+        asyncio.get_running_loop().call_later(0.1, gone.put_nowait, {"type": "http.disconnect"})
+        assert await limited() == {"type": "http.disconnect"}
+
+    asyncio.run(run())
