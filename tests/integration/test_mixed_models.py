@@ -27,6 +27,7 @@ from tests.support.waiting import until
 from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 MODELS = ("alpha", "beta", None)
 
 
@@ -160,9 +161,10 @@ def test_a_file_of_two_hosts_models(stack: Stack, client: Client) -> None:
     beta.kill()
     until(lambda: client.get(held.id).wait.message.endswith("the requests that are left are for beta"), "its reason")
     assert client.get(held.id).counts.completed >= 20
-    # The others of a new batch run, too.
-    later = client.submit_lines(mixed)
-    until(lambda: client.get(later.id).counts.completed == 20, "what alpha serves")
+    # The others of a new batch run, too, whichever come first.
+    later = [client.submit_lines(mixed), client.submit_lines(mixed[::-1])]
+    for one in later:
+        until(lambda one=one: client.get(one.id).counts.completed == 20, "what alpha serves")
     until(
         lambda: count(stack, f"heartbeats h WHERE worker_id LIKE '%:b' AND {IS_MISSING}"), "its heartbeats to be missed"
     )
@@ -171,8 +173,24 @@ def test_a_file_of_two_hosts_models(stack: Stack, client: Client) -> None:
     wrong = refused(lambda: client.submit_lines([mixed[0], line("x", model="gamma")]))
     assert wrong.code is grpc.StatusCode.INVALID_ARGUMENT
     assert "line 2: body.model: 'gamma' is not served; available: alpha, beta" in str(wrong)
-    beta.start()
-    for waiting in (held, later):
+    # What nobody can begin is refused, by the gateway or, if that does not see all of it, by the worker; the door keeps
+    # it.
+    for long in (1, 400_000):
+        alone = [line(f"c{i}", model="beta", user="x" * long) for i in range(2)]
+        away = refused(lambda alone=alone, long=long: client.submit_lines(alone, request_id=f"alone-{long}"))
+        assert (away.code, away.reason, away.metadata["models"]) == (UNAVAILABLE, "WORKER_OFFLINE", "beta")
+    with OpenAI(base_url=stack.base_url, api_key="none", max_retries=0) as door:
+        made = {}
+        for name, lines in {"alone": alone, "mixed": mixed[::-1]}.items():
+            file = door.files.create(file=(f"{name}.jsonl", b"".join(lines)), purpose="batch")
+            made[name] = door.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+        until(lambda: door.batches.retrieve(made["mixed"].id).status == "in_progress", "the door's mixed batch")
+        until(lambda: count(stack, "file_batches WHERE away = '{beta}'"), "the other to be found to wait")
+        assert door.batches.retrieve(made["alone"].id).status == "validating"
+        beta.start()
+        for one in made.values():
+            until(lambda one=one: door.batches.retrieve(one.id).status == "completed", "the door's batches")
+    for waiting, order in ((held, models), (later[0], models), (later[1], models[::-1])):
         done = finished(client, waiting.id)
         assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, 40)
-        assert answered_by(client, waiting.id) == models
+        assert answered_by(client, waiting.id) == order
