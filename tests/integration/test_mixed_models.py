@@ -1,13 +1,13 @@
 """A batch that names several models: each worker runs the requests of its own, and the rest waits for others."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import grpc
 import pytest
 from openai import OpenAI
 
-from service.db import chunks, creation, results, sharing, suspects, turns, unserved
+from service.db import chunks, creation, results, sharing, standings, suspects, turns, unserved
 from service.db.batches import Batch
 from service.db.chunks import Chunk
 from service.db.connection import Database
@@ -100,6 +100,49 @@ def test_all_ways_of_a_chunk(database: Database) -> None:
     database.call(chunks.release_others, mine, [])
     assert in_flight(database) == {0}
     assert [one.batches for one in database.call(unserved.find, lambda models: models == {"beta"})] == [(batch.id,)]
+
+
+def waiting_models(database: Database, batch: Batch) -> Set[frozenset[str]]:
+    asked = {batch.id: frozenset(batch.models)}
+    return database.call(standings.read, asked, [])[1][batch.id].waiting_models
+
+
+def test_which_models_the_rest_waits_for(database: Database) -> None:
+    """What waits of a batch are the models of its pending chunks and suspects, and of no others."""
+    batch = stored(database, ["alpha"] * 3 + ["beta"] * 3)
+    alpha, beta = frozenset({"alpha"}), frozenset({"beta"})
+    assert waiting_models(database, batch) == {alpha, beta}
+    mine, other = holder("a"), holder("b")
+    [chunk] = claim(database, mine, 9, ["alpha"])
+    answer(database, mine, chunk, 5, indexes(database, chunk))
+    assert waiting_models(database, batch) == {beta}
+    [chunk] = claim(database, other, 9, ["beta"])
+    database.call(chunks.begin, other, {chunk.id: 5})
+    database.call(suspects.bury, other.worker_id)
+    assert database.call(suspects.waiting, ["beta"]) == (3, 0)
+    assert waiting_models(database, batch) == {beta}
+
+
+@pytest.mark.parametrize("query", [standings.PENDING, unserved.WANTED, turns.UNNOTICED], ids=["rest", "wanted", "mend"])
+def test_the_number_of_chunks_that_wait_costs_nothing(database: Database, query: str) -> None:
+    """What a batch waits for is read by the heads of indexes: as many pages for 20,000 chunks as for 20."""
+    batch = stored(database, ["alpha", "beta"])
+    in_flight(database)
+    explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)"
+
+    def pages() -> int:
+        asked = {"ids": [batch.id]}
+        [[[plan]]] = database.call(lambda db: db.execute_sql(f"{explain} {query}", asked).fetchall())
+        return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
+
+    more = (
+        "INSERT INTO chunks (batch_id, first_index, count, unfinished, priority, models)"
+        f" SELECT {batch.id}, 2, 1, 1, 0, ARRAY['beta'] FROM generate_series(1, %s)"
+    )
+    sql(database, f"{more} RETURNING id", 20)
+    few = pages()
+    sql(database, f"{more} RETURNING id", 20_000)
+    assert pages() <= few + 10
 
 
 def test_a_retry_waits_for_the_models_that_failed(database: Database) -> None:
