@@ -1,5 +1,6 @@
 """A batch that names several models: each worker runs the requests of its own, and the rest waits for others."""
 
+import hashlib
 import json
 from collections.abc import Sequence, Set
 
@@ -143,6 +144,19 @@ def test_the_number_of_chunks_that_wait_costs_nothing(database: Database, query:
     few = pages()
     sql(database, f"{more} RETURNING id", 20_000)
     assert pages() <= few + 10
+
+
+def test_a_worker_of_very_many_models(database: Database) -> None:
+    """A worker with a thousand adapters of long names, which no row of a B-tree holds, claims as any other does."""
+    adapters = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(1000)]
+    batch_id = database.call(creation.reserve)
+    rows = Rows(batch_id, Offer(set(adapters), {URL}), SIZES)
+    copied = rows.feed(b"".join(line(f"c{i}", model=model) for i, model in enumerate(adapters[:20]))) + rows.end()
+    mine = holder()
+    assert claim(database, mine, 1, adapters) == []
+    database.call(creation.create, batch_id, Options(), rows.content, copied, False, 60, None)
+    assert len(claim(database, mine, 30, adapters)) == 20
+    assert sql(database, "SELECT count(*) FROM pools") == [(1,)]
 
 
 def test_a_retry_waits_for_the_models_that_failed(database: Database) -> None:
