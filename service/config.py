@@ -164,6 +164,8 @@ class Settings(BaseSettings):
     simulated_request_s: Annotated[float, Field(ge=0)] = 0.02
     simulated_load_s: Annotated[float, Field(ge=0)] = 0.1
     simulated_window: Annotated[int, Field(ge=1)] = 64
+    # Serves so many models more, as vLLM serves LoRA adapters.
+    simulated_adapters: Annotated[int, Field(ge=0)] = 0
     # Fails its start with this text.
     simulated_load_failure: str = ""
 

@@ -4,6 +4,11 @@ from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 
 HOUR_S = 3600.0
+# How our programs end when they refuse their settings, which they do before they can report anything; how to see why.
+EXIT_WRONG_SETTINGS = 2
+CHECK = "`scripts/doctor.sh`"
+# Instead of a fingerprint: any settings that can be read are others.
+WRONG_SETTINGS = "wrong"
 
 # Phases as written in workers' heartbeats.
 LOADING_PHASES = frozenset({"starting", "loading"})
@@ -80,13 +85,15 @@ class Action(StrEnum):
 class Process:
     """A process as supervisord reports it. `pid` is 0 if there is none; `age_s` is the time since it started.
 
-    `cause` says why supervisord could not start it, if it could not.
+    `cause` says why supervisord could not start it, if it could not; `exit_status` how the last one ended, -1 by a
+    signal.
     """
 
     state: State
     pid: int = 0
     age_s: float = 0.0
     cause: str = ""
+    exit_status: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class FailedStart:
     """An incarnation that ended, or lost its engine, before its settings had ever served.
 
     `settings` is the fingerprint of its settings. `cause` and `advice` are for people; failures of the same kind have
-    the same `key`.
+    the same `key`. `recurs`: every start with these settings fails so.
     """
 
     incarnation: str
@@ -117,6 +124,7 @@ class FailedStart:
     cause: str
     advice: str
     key: str
+    recurs: bool = False
 
     def is_like(self, other: "FailedStart") -> bool:
         """True when both failed the same way with the same settings."""
@@ -150,7 +158,9 @@ class Evidence:
     beats: bool = True
     # The last incarnation, if it failed to start.
     failed_start: FailedStart | None = None
-    # Fingerprint of the settings that a worker started now would get; "" if they cannot be read.
+    # The settings of the last incarnation have served, in its life or an earlier one.
+    has_served: bool = False
+    # Fingerprint of the settings that a worker started now would get; "" if they are wrong or cannot be read.
     settings: str = ""
     # When the watchdog itself, perhaps with the whole machine, was last held up.
     stalled_until_s: float = 0.0
@@ -304,7 +314,8 @@ def decide(evidence: Evidence, memory: Memory, limits: Limits) -> tuple[Decision
     finding = _judge(evidence, memory, limits)
     memory = _note_health(finding.verdict, evidence.time_s, memory, limits)
     if finding.verdict is Verdict.START_FAILED:
-        settings = memory.gave_up_settings or evidence.settings or memory.failed_starts[-1].settings
+        last = memory.failed_starts[-1].settings if memory.failed_starts else WRONG_SETTINGS
+        settings = memory.gave_up_settings or evidence.settings or last
         memory = replace(memory, gave_up=True, gave_up_settings=settings, suspicion=None)
         return Decision(finding.verdict, Action.GIVE_UP, finding.reason, limits.check_interval_s), memory
     if finding.patience_s is None:
@@ -335,8 +346,10 @@ def _judge(evidence: Evidence, memory: Memory, limits: Limits) -> _Finding:
             return _Finding(Verdict.INTERRUPTED, "stopped in the middle of a restart by the watchdog", patience_s=0)
         return _Finding(Verdict.OPERATOR_STOP, "stopped by an operator", check_in_s=limits.check_interval_s)
     if process.state is State.FATAL or (process.state is State.EXITED and evidence.beats):
-        if (pointless := _pointless_start(memory, limits)) is not None:
+        if (pointless := _pointless_start(evidence, memory, limits)) is not None:
             return pointless
+        if process.exit_status == EXIT_WRONG_SETTINGS and not evidence.settings:
+            return _Finding(Verdict.START_FAILED, f"its settings are wrong: its log has what, and so does {CHECK}")
         reason = f"the process is gone: supervisord reports {_state(process)}"
         if evidence.failed_start is not None:
             reason = f"{reason}; the start failed: {evidence.failed_start.cause}"
@@ -360,13 +373,16 @@ def _state(process: Process) -> str:
     return f"{process.state} ({process.cause})" if process.cause else str(process.state)
 
 
-def _pointless_start(memory: Memory, limits: Limits) -> _Finding | None:
-    """Returns START_FAILED once enough starts in a row have failed the same way."""
-    count = len(memory.failed_starts)
+def _pointless_start(evidence: Evidence, memory: Memory, limits: Limits) -> _Finding | None:
+    """Returns START_FAILED once enough starts in a row have failed the same way, or one in a way that recurs."""
+    if not memory.failed_starts:
+        return None
+    last, count = memory.failed_starts[-1], len(memory.failed_starts)
+    advice = f" {last.advice}" if last.advice else ""
+    if last.recurs and evidence.settings in ("", last.settings):
+        return _Finding(Verdict.START_FAILED, f"no start with these settings can succeed: {last.cause}.{advice}")
     if count < limits.max_alike_failures:
         return None
-    last = memory.failed_starts[-1]
-    advice = f" {last.advice}" if last.advice else ""
     return _Finding(Verdict.START_FAILED, f"the start failed {count} times in the same way: {last.cause}.{advice}")
 
 
@@ -424,7 +440,7 @@ def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits:
             Verdict.ENGINE_STALLED, "the worker reports that its engine makes no progress", patience_s=limits.confirm_s
         )
     if health is ProbeAnswer.NOT_SERVING and phase == "engine_dead":
-        if (pointless := _pointless_start(memory, limits)) is not None:
+        if (pointless := _pointless_start(evidence, memory, limits)) is not None:
             return pointless
         cause = f": {evidence.heartbeat.cause}" if evidence.heartbeat and evidence.heartbeat.cause else ""
         return _Finding(
@@ -481,7 +497,7 @@ def _until_stale(evidence: Evidence, limits: Limits) -> float:
 
 
 def _remember_starts(evidence: Evidence, memory: Memory) -> Memory:
-    """Counts each failed start once; starts over when the settings change or the worker serves."""
+    """Counts each failed start once; starts over when the settings change or the worker serves or has served."""
     has_changed = bool(evidence.settings) and evidence.settings != memory.gave_up_settings
     heartbeat = evidence.heartbeat
     serves = (
@@ -490,7 +506,7 @@ def _remember_starts(evidence: Evidence, memory: Memory) -> Memory:
         and heartbeat.is_current
         and heartbeat.phase == "ready"
     )
-    if serves or (memory.gave_up_settings and has_changed):
+    if serves or evidence.has_served or (memory.gave_up_settings and has_changed):
         return memory.with_fresh_starts() if memory.gave_up_settings else replace(memory, failed_starts=())
     failed = evidence.failed_start
     if failed is None or failed.incarnation == memory.forgiven:

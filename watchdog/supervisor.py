@@ -22,11 +22,15 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A process as supervisord reports it. `pid` is 0 if there is none; `cause` says why the last start failed."""
+    """A process as supervisord reports it. `pid` is 0 if there is none; `cause` says why the last start failed.
+
+    `exit_status`: how the last process ended, -1 by a signal.
+    """
 
     state: State
     pid: int
     cause: str = ""
+    exit_status: int = 0
 
 
 class Supervisor:
@@ -57,7 +61,7 @@ class Supervisor:
         info = self._call("getProcessInfo", name)
         state = info["statename"]
         known = State(state) if state in State.__members__ else State.UNKNOWN
-        return ProcessInfo(known, info["pid"], info["spawnerr"])
+        return ProcessInfo(known, info["pid"], info["spawnerr"], info["exitstatus"])
 
     def start(self, name: str) -> None:
         """Orders a start; fine if already started. Raises SupervisorAwayError, RefusedError."""

@@ -1,5 +1,8 @@
 """The models that a new batch names, as far as they can be known without reading all of it. Pure."""
 
+from collections.abc import Set
+from dataclasses import dataclass
+
 import msgspec
 
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -17,7 +20,19 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_line = msgspec.json.Decoder(_Line).decode
 
 
-def of_inline(request: pb.CreateBatchRequest) -> frozenset[str]:
+@dataclass(frozen=True)
+class Named:
+    """Models that requests of a batch name. `are_all`: each of its requests names one of them."""
+
+    models: Set[str] = frozenset()
+    are_all: bool = False
+
+
+# Nothing is known of the batch.
+ANY = Named()
+
+
+def of_inline(request: pb.CreateBatchRequest) -> Named:
     """All models that inline requests name. An invalid body names none: the worker reports what is wrong with it."""
     names: set[str | None] = set()
     for item in request.requests:
@@ -27,14 +42,13 @@ def of_inline(request: pb.CreateBatchRequest) -> frozenset[str]:
         try:
             names.add(_decode_body(item.body_json.encode()).model)
         except (msgspec.DecodeError, RecursionError):
-            continue
-    return frozenset(name for name in names if name)
+            names.add(None)
+    return Named(frozenset(name for name in names if name), all(names))
 
 
-def of_line(line: bytes) -> frozenset[str]:
-    """The model that one line of a file names; none if the line is invalid."""
+def of_line(line: bytes) -> str:
+    """The model that one line of a file names; "" if it names none or is invalid."""
     try:
-        model = _decode_line(line).body.model
+        return _decode_line(line).body.model or ""
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return frozenset()
-    return frozenset({model} if model else ())
+        return ""

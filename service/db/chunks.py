@@ -10,6 +10,14 @@ from service import failpoints
 
 # The entry `q` of the queue that a chunk belongs to.
 ENTRY = "coalesce(q.of_batch, q.batch_id) = {chunk}.batch_id AND q.models = {chunk}.models"
+# That entry `q` has a chunk which waits. Read by the head of the index `chunks_pending`, however many there are: from
+# an EXISTS, Postgres may make a hash of all chunks that wait, and with equalities it may take another index.
+HAS_PENDING = """
+(SELECT c.id FROM chunks c
+ WHERE (c.batch_id, c.models) >= (coalesce(q.of_batch, q.batch_id), q.models) AND c.state = 'pending'
+   AND (c.batch_id, c.models) <= (coalesce(q.of_batch, q.batch_id), q.models) AND c.deaths = 0
+ ORDER BY c.batch_id, c.models, c.id LIMIT 1) IS NOT NULL
+"""
 # The requests of the chunk `c`, in the order in which they run.
 INDEXES = """
 unnest(coalesce(c.indexes, ARRAY(SELECT generate_series(c.first_index, c.first_index + c.count - 1))))

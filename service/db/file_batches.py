@@ -16,6 +16,7 @@ from service.db.chunks import Holder
 from service.db.connection import allow
 from service.db.creation import Content
 from service.db.limits import Limits, New
+from service.db.losses import IS_MISSING
 from service.db.standby import acknowledged
 
 # The same create within this time is a repetition whose answer was lost.
@@ -24,6 +25,8 @@ REPEAT_S = 900.0
 MAX_ATTEMPTS = 5
 # A worker that was not seen for this long is not waited for, even if only that one served the models.
 FORGOTTEN_S = 86_400.0
+# Of a heartbeat `h`: its worker takes new work.
+IS_LIVE = f"h.phase = 'ready' AND h.detail->>'drain' IS NULL AND NOT {IS_MISSING}"
 
 
 @dataclass(frozen=True)
@@ -199,12 +202,13 @@ def list_page(
 def claim(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str]) -> Claim | None:
     """Takes the oldest batch that is to be checked, under a lease. None: there is none for this worker.
 
-    A batch waits for a worker that serves its models, unless none does or may soon: then any worker says so. What an
-    earlier life of this worker held is free.
+    A worker that serves what the first line names comes first, and any other if no such worker is there. A batch whose
+    models were all found to be away waits for a worker that serves one, unless none may any more: then any worker says
+    so. What an earlier life of this worker held is free.
     """
     failpoints.hit("check.before_claim")
     row = db.execute_sql(
-        """
+        f"""
         UPDATE file_batches f SET worker_id = %(worker_id)s, incarnation = %(incarnation)s::uuid,
                lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s), attempts = attempts + 1
         FROM batches b WHERE b.id = f.batch_id AND f.batch_id = (
@@ -212,10 +216,13 @@ def claim(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str]) 
             WHERE v.state = 'validating'
               AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp()
                    OR g.worker_id = %(worker_id)s AND g.incarnation <> %(incarnation)s::uuid)
-              AND (v.models <@ %(models)s::text[] OR NOT EXISTS (
-                   SELECT FROM heartbeats h
-                   WHERE h.last_seen > clock_timestamp() - make_interval(secs => %(forgotten)s)
-                     AND (v.models <@ h.models OR h.models = '{}' AND h.phase IN ('starting', 'loading'))))
+              AND CASE WHEN g.away IS NULL THEN v.models <@ %(models)s::text[] OR NOT EXISTS (
+                       SELECT FROM heartbeats h WHERE v.models <@ h.models AND {IS_LIVE})
+                  ELSE g.away && %(models)s::text[] OR NOT EXISTS (
+                       SELECT FROM heartbeats h
+                       WHERE h.last_seen > clock_timestamp() - make_interval(secs => %(forgotten)s)
+                         AND (g.away && h.models OR h.models = '{{}}' AND h.phase IN ('starting', 'loading')))
+                  END
             ORDER BY v.id LIMIT 1 FOR UPDATE OF g SKIP LOCKED)
         RETURNING f.batch_id, f.file_id, f.endpoint, f.create_digest, f.attempts, f.call_id, b.traceparent
         """,
@@ -247,15 +254,20 @@ def renew(db: peewee.PostgresqlDatabase, holder: Holder, batch_id: int) -> bool:
     return bool(cursor.rowcount)
 
 
-def release(db: peewee.PostgresqlDatabase, holder: Holder, batch_id: int, wait_s: float) -> None:
-    """Gives the batch back, to be taken by anybody after `wait_s`. What was done does not count as an attempt."""
+def release(
+    db: peewee.PostgresqlDatabase, holder: Holder, batch_id: int, wait_s: float, away: Sequence[str] | None = None
+) -> None:
+    """Gives the batch back, to be taken by anybody after `wait_s`. What was done does not count as an attempt.
+
+    `away`: it waits for a worker that serves one of these models.
+    """
     db.execute_sql(
         """
-        UPDATE file_batches SET worker_id = NULL, incarnation = NULL, attempts = attempts - 1,
+        UPDATE file_batches SET worker_id = NULL, incarnation = NULL, attempts = attempts - 1, away = %s::text[],
                lease_until = clock_timestamp() + make_interval(secs => %s)
         WHERE batch_id = %s AND incarnation = %s::uuid
         """,
-        (wait_s, batch_id, str(holder.incarnation)),
+        (None if away is None else list(away), wait_s, batch_id, str(holder.incarnation)),
     )
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import peewee
 
 from service.db import unserved
-from service.db.file_batches import FORGOTTEN_S
-from service.db.losses import IS_MISSING
+from service.db.file_batches import FORGOTTEN_S, IS_LIVE
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def read(db: peewee.PostgresqlDatabase) -> Served:
     """What is known of all workers whose heartbeats are stored."""
     rows = db.execute_sql(
         f"""
-        SELECT model, bool_or(phase = 'ready' AND detail->>'drain' IS NULL AND NOT {IS_MISSING}),
+        SELECT model, bool_or({IS_LIVE}),
                array(SELECT DISTINCT jsonb_array_elements_text(urls) FROM unnest(array_agg(h.detail->'urls')) AS urls)
         FROM heartbeats h CROSS JOIN unnest(models) AS model GROUP BY model
         """

@@ -10,6 +10,8 @@ from datetime import datetime
 
 import peewee
 
+from service.db.chunks import HAS_PENDING
+
 # The youngest mark but the last result itself; each further one is twice as far back.
 NEAREST_MARK = 16
 # Batches that are running beside those asked for, whose speed is that of the workers.
@@ -45,7 +47,13 @@ FROM queue q LEFT JOIN (
 WHERE coalesce(q.of_batch, q.batch_id) = ANY(%(ids)s) GROUP BY 1
 """
 # Only for batches that name several models: otherwise those of the batch.
-PENDING = "SELECT DISTINCT batch_id, models FROM chunks WHERE batch_id = ANY(%s) AND state = 'pending'"
+PENDING = f"""
+SELECT coalesce(q.of_batch, q.batch_id), q.models FROM queue q
+WHERE coalesce(q.of_batch, q.batch_id) = ANY(%(ids)s) AND {HAS_PENDING}
+UNION
+SELECT batch_id, models FROM chunks
+WHERE batch_id = ANY(%(ids)s) AND state = 'pending' AND state <> 'done' AND deaths > 0
+"""
 # The requests that are left of a batch count as much as the others did, or else as estimated.
 UNFINISHED = """
 SELECT priority, sum(total - completed - failed)::bigint,
@@ -146,7 +154,7 @@ def read(
     costs = {row[0]: Cost(*row[1:]) for row in db.execute_sql(COSTS, {"ids": list(models)}).fetchall()}
     pending: dict[int, set[frozenset[str]]] = {}
     if several := [batch_id for batch_id in waiting if len(models[batch_id]) > 1]:
-        for batch_id, names in db.execute_sql(PENDING, (several,)).fetchall():
+        for batch_id, names in db.execute_sql(PENDING, {"ids": several}).fetchall():
             pending.setdefault(batch_id, set()).add(frozenset(names))
     unfinished = {}
     if waiting:

@@ -10,7 +10,7 @@ import peewee
 from psycopg2.extras import execute_values
 
 from service import turns
-from service.db.chunks import ENTRY
+from service.db.chunks import HAS_PENDING
 from service.turns import Expiring
 
 # A pool that nobody has claimed from for so long has no workers.
@@ -25,6 +25,13 @@ WHERE id = %(id)s AND cardinality(models) < 2
 UNION ALL
 SELECT c.models, sum(c.count), sum(c.estimated_tokens) FROM batches b JOIN chunks c ON c.batch_id = b.id
 WHERE b.id = %(id)s AND cardinality(b.models) > 1 GROUP BY c.models
+"""
+
+# Entries of the queue that have chunks which wait, of which it does not know.
+UNNOTICED = f"""
+SELECT pool_id, batch_id, tenant, true FROM queue q
+WHERE NOT waits AND {HAS_PENDING}
+  AND NOT EXISTS (SELECT FROM queue_changes c WHERE c.batch_id = q.batch_id AND c.has_pending)
 """
 
 
@@ -82,15 +89,7 @@ def mend(db: peewee.PostgresqlDatabase) -> None:
         WHERE b.id IS NULL AND NOT EXISTS (SELECT FROM queue_changes c WHERE c.batch_id = q.batch_id AND c.is_over)
         """
     )
-    db.execute_sql(
-        f"""
-        INSERT INTO queue_changes (pool_id, batch_id, tenant, has_pending)
-        SELECT pool_id, batch_id, tenant, true FROM queue q
-        WHERE NOT waits
-          AND EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state = 'pending' AND c.deaths = 0)
-          AND NOT EXISTS (SELECT FROM queue_changes c WHERE c.batch_id = q.batch_id AND c.has_pending)
-        """
-    )
+    db.execute_sql(f"INSERT INTO queue_changes (pool_id, batch_id, tenant, has_pending) {UNNOTICED}")
     for (batch_id,) in db.execute_sql(
         "SELECT id FROM batches b WHERE state = 'in_progress'"
         " AND NOT EXISTS (SELECT FROM queue q WHERE q.batch_id = b.id) ORDER BY id"

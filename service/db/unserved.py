@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import peewee
 
-from service.db.chunks import ENTRY
+from service.db.chunks import ENTRY, HAS_PENDING
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ SELECT models, array_agg(id ORDER BY id) AS ids FROM (
     UNION ALL
     SELECT b.id, q.models FROM batches b JOIN queue q ON coalesce(q.of_batch, q.batch_id) = b.id
     WHERE b.state = 'in_progress' AND cardinality(b.models) > 1 AND (
-        EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state = 'pending' AND c.deaths = 0)
+        {HAS_PENDING}
         OR EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state = 'leased')
         OR EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state <> 'done' AND c.deaths > 0))
 ) wanted GROUP BY models ORDER BY min(id)

@@ -8,6 +8,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from service.api import messages, named_models
+from service.api.named_models import Named
 from service.auth.tokens import CALLER_HEADER
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
@@ -67,7 +68,7 @@ class GatewayServicer(ExplainedServicer):
     ) -> pb.GetServiceStatusResponse:
         """Answers from what is known about the workers, without a call or a query."""
         try:
-            workers = self._presence.live(frozenset())
+            workers = self._presence.live()
         except ApiError as refusal:
             return messages.not_accepting(refusal)
         return messages.accepting(model for seen in workers for model in seen.beat.models)
@@ -75,9 +76,9 @@ class GatewayServicer(ExplainedServicer):
     async def CreateBatch(self, request: pb.CreateBatchRequest, context: Context) -> pb.CreateBatchResponse:
         """Forwards to a live worker that serves the models named, and to the next one if that worker is lost."""
         self._check_webhook(request.options)
-        models = named_models.of_inline(request)
+        named = named_models.of_inline(request)
         # Refuse before doing any work.
-        self._presence.live(models)
+        self._presence.live(named)
         request.options.request_id = request.options.request_id or str(uuid.uuid4())
 
         async def create(seen: SeenBeat) -> pb.CreateBatchResponse:
@@ -86,18 +87,19 @@ class GatewayServicer(ExplainedServicer):
             call = stub.CreateBatch(request, timeout=timeout_s, metadata=_metadata(context))
             return await self._presence.call(seen, call)
 
-        return await self._forward(context, request.options.request_id, models, create, lambda: True)
+        return await self._forward(context, request.options.request_id, named, create, lambda: True)
 
     async def UploadBatch(
         self, request_iterator: AsyncIterator[pb.UploadBatchRequest], context: Context
     ) -> pb.UploadBatchResponse:
-        """Forwards to a live worker that serves the model of the first line, message by message.
+        """Forwards to a live worker, best one that serves the model of the first line, message by message.
 
+        While the first lines name models that no worker serves now, it reads on to see whether all of them do.
         Reads from the client only as fast as the worker takes it. Tries another worker only while everything read is
         still kept (KEPT_BYTES). If the worker hangs, the call ends when that worker is restarted.
         """
         # Refuse at once, not after the first line.
-        self._presence.live(frozenset())
+        self._presence.live()
         uploaded = Upload(aiter(request_iterator), str(uuid.uuid4()))
 
         async def send(seen: SeenBeat) -> pb.UploadBatchResponse:
@@ -105,9 +107,9 @@ class GatewayServicer(ExplainedServicer):
             return await upload.send(stub, uploaded, _timeout_s(context, UPLOAD_TIMEOUT_S), _metadata(context))
 
         try:
-            models = await uploaded.models()
+            named = await uploaded.models(self._presence.serves)
             self._check_webhook(uploaded.options)
-            return await self._forward(context, uploaded.request_id, models, send, lambda: uploaded.is_repeatable)
+            return await self._forward(context, uploaded.request_id, named, send, lambda: uploaded.is_repeatable)
         finally:
             await uploaded.close()
 
@@ -124,11 +126,11 @@ class GatewayServicer(ExplainedServicer):
         self,
         context: Context,
         request_id: str,
-        models: frozenset[str],
+        named: Named,
         call: Callable[[SeenBeat], Awaitable[T]],
         is_repeatable: Callable[[], bool],
     ) -> T:
-        for seen in self._presence.live(models):
+        for seen in self._presence.live(named):
             try:
                 with self._presence.forwarding(seen):
                     answer = await call(seen)
@@ -141,7 +143,7 @@ class GatewayServicer(ExplainedServicer):
             log.warning("worker_unavailable", worker_id=seen.beat.worker_id, cause=_cause(failure))
             if not is_repeatable():
                 break
-        if isinstance(failure, grpc.RpcError) and (failure.code() is not UNAVAILABLE or _reason(failure)):
+        if isinstance(failure, grpc.RpcError) and (failure.code() is not UNAVAILABLE or _info(failure).reason):
             await _pass_on(context, failure)
         raise self._presence.unreachable(seen, _cause(failure), request_id)
 
@@ -150,23 +152,25 @@ def _is_for_another(failure: LostError | grpc.RpcError) -> bool:
     """True if another worker may accept what this one did not."""
     if isinstance(failure, LostError):
         return True
-    return failure.code() is UNAVAILABLE and _reason(failure) in ("", *_ITS_OWN)
+    # Which models are away, all workers know alike.
+    info = _info(failure)
+    return failure.code() is UNAVAILABLE and info.reason in ("", *_ITS_OWN) and "models" not in info.metadata
 
 
 def _cause(failure: LostError | grpc.RpcError) -> str:
     return str(failure) if isinstance(failure, LostError) else failure.details() or ""
 
 
-def _reason(error: grpc.RpcError) -> str:
-    """The reason that a worker gave; empty if the error does not come from a worker."""
+def _info(error: grpc.RpcError) -> error_details_pb2.ErrorInfo:
+    """The reason that a worker gave, with its metadata; empty if the error does not come from a worker."""
     info = error_details_pb2.ErrorInfo()
     trailers: Any = error.trailing_metadata() or ()
     for key, value in trailers:
         if key == "grpc-status-details-bin":
             for detail in status_pb2.Status.FromString(value).details:
                 if detail.Unpack(info):
-                    return str(info.reason)
-    return ""
+                    return info
+    return info
 
 
 async def _pass_on(context: Context, error: grpc.RpcError) -> NoReturn:

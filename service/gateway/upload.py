@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
 import grpc
 
 from service.api import named_models
+from service.api.named_models import Named
 from service.api.uploads import BOM, PIECE_TIMEOUT_S
 from service.errors import ApiError
 from service.gateway.thread_stream import FromThread
@@ -17,7 +18,7 @@ from service.rpc.call_context import Metadata
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1.batch_service_pb2_grpc import BatchServiceStub
 
-# How much of an upload is kept. The first line fits unless it is very long.
+# How much of an upload is kept, and read ahead at most. The first line fits unless it is very long.
 KEPT_BYTES = 256 << 10
 # The overhead of a message: its data may be tiny.
 MESSAGE_BYTES = 500
@@ -41,19 +42,37 @@ class Upload:
         """True while everything read is still kept."""
         return self._kept_bytes <= KEPT_BYTES
 
-    async def models(self) -> frozenset[str]:
-        """The model that the first line names. Raises DEADLINE_EXCEEDED if the client does not send it in time."""
-        head = b""
+    async def models(self, is_enough: Callable[[str], bool]) -> Named:
+        """The models that its lines name, read until `is_enough` of one, or a line names none.
+
+        Reads no further than what is kept. Raises DEADLINE_EXCEEDED if the client does not send the first line in time.
+        """
+        names: set[str] = set()
+        rest = b""
         try:
             async with asyncio.timeout(PIECE_TIMEOUT_S):
                 async for message in self.messages():
-                    head = (head + message.data).lstrip()
-                    if b"\n" in head or not self.is_repeatable:
+                    is_end = message.WhichOneof("piece") == "end"
+                    *lines, rest = (rest + message.data).split(b"\n")
+                    for line in (*lines, rest) if is_end else lines:
+                        line = line.strip().removeprefix(BOM)
+                        if not line:
+                            continue
+                        model = named_models.of_line(line)
+                        if not model:
+                            return Named(frozenset(names))
+                        names.add(model)
+                        if is_enough(model):
+                            return Named(frozenset(names))
+                    if is_end:
+                        return Named(frozenset(names), are_all=True)
+                    if not self.is_repeatable:
                         break
         except TimeoutError as error:
-            why = f"upload stopped: the first line did not arrive within {PIECE_TIMEOUT_S:.0f} s"
-            raise ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, why) from error
-        return named_models.of_line(head.removeprefix(BOM).partition(b"\n")[0])
+            if not names:
+                why = f"upload stopped: the first line did not arrive within {PIECE_TIMEOUT_S:.0f} s"
+                raise ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, why) from error
+        return Named(frozenset(names))
 
     async def messages(self) -> AsyncIterator[pb.UploadBatchRequest]:
         """All messages from the first. Can be repeated only while `is_repeatable`."""

@@ -46,7 +46,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         head = await database.run(files.read_piece, file_id, 0)
         named = named_models.of_line(head.removeprefix(BOM).lstrip().partition(b"\n")[0])
         # What Postgres cannot keep no model is called: the check says so.
-        models = sorted(model for model in named if "\0" not in model)
+        models = [named] if named and "\0" not in named else []
         spec = Spec(
             call.caller.tenant,
             call.caller.scope,

@@ -12,6 +12,7 @@ import peewee
 
 from service import announce
 from service.announce import AddressError
+from service.api.named_models import ANY, Named
 from service.clock import Clock
 from service.db import heartbeats, recoveries, standby, unserved
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseAwayError, DatabaseUnfitError, first_line
@@ -46,9 +47,9 @@ log = logs.get("presence")
 
 @dataclass(frozen=True)
 class _Refused:
-    """The error that refused a batch naming `models`, reused until `until_s`."""
+    """The error that refused a batch naming these models, reused until `until_s`."""
 
-    models: Set[str]
+    named: Named
     until_s: float
     error: ApiError
 
@@ -88,26 +89,33 @@ class Presence:
     def __post_init__(self) -> None:
         self._links = Links(self.channels, self.clock, self._contact_changed)
 
-    def live(self, models: Set[str]) -> Sequence[SeenBeat]:
-        """The workers for a batch naming `models`, best first. Raises UNAVAILABLE with the reason."""
+    def live(self, named: Named = ANY) -> Sequence[SeenBeat]:
+        """The workers for a batch naming these models, best first. Raises UNAVAILABLE with the reason."""
         now_s = self.clock.monotonic()
         refused = self._refused
-        if refused is not None and refused.models == models and now_s < refused.until_s:
+        if refused is not None and refused.named == named and now_s < refused.until_s:
             raise refused.error.with_traceback(None)
         try:
             now = self.now()
-            return spread(live(now, now_s, self.timeout_s, models), now, now_s, self._loads, self.draw)
+            able = live(now, now_s, self.timeout_s, named.models, named.are_all)
+            return spread(able, now, now_s, self._loads, self.draw, named.models)
         except ApiError as error:
-            self._refused = _Refused(models, now_s + REFUSAL_S, error)
+            self._refused = _Refused(named, now_s + REFUSAL_S, error)
             raise
 
     def refusal(self) -> ApiError | None:
         """Why new work is refused now, whatever models it names; None if it is accepted."""
         try:
-            self.live(frozenset())
+            self.live()
         except ApiError as error:
             return error
         return None
+
+    def serves(self, model: str) -> bool:
+        """True if a live worker serves the model."""
+        with contextlib.suppress(ApiError):
+            return any(model in seen.beat.models for seen in self.live())
+        return False
 
     def unreachable(self, seen: SeenBeat, cause: str, request_id: str) -> ApiError:
         """UNAVAILABLE for a chosen worker that does not answer."""

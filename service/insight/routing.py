@@ -111,29 +111,31 @@ def spread(
     now_s: float,
     loads: Mapping[str, Load],
     draw: Callable[[], float],
+    models: Set[str] = frozenset(),
 ) -> Sequence[SeenBeat]:
     """The workers in the order in which to try them.
 
     First the one with the fewest calls of this gateway under way, of several the one that had none for longest, and
     among equals by chance: gateways do not know of each other, and all begin alike. Queues do not count: what is
     stored is claimed by whoever has room, and heartbeats tell their length too late. Workers whose heartbeats are
-    missing come last.
+    missing come last. Before all that counts how many of the models it serves: all, some or none.
     """
 
-    def place(seen: SeenBeat) -> tuple[bool, int, float, float]:
+    def place(seen: SeenBeat) -> tuple[int, bool, int, float, float]:
         load = loads.get(seen.beat.worker_id, Load())
-        return freshness.is_missed(seen, now_s), load.in_flight, load.last_s, draw()
+        return _misfit(seen, models), freshness.is_missed(seen, now_s), load.in_flight, load.last_s, draw()
 
     return sorted(workers, key=place)
 
 
-def live(freshness: Freshness, now_s: float, timeout_s: float, models: Set[str] = frozenset()) -> Sequence[SeenBeat]:
-    """The workers that may take a batch naming `models`.
+def live(
+    freshness: Freshness, now_s: float, timeout_s: float, models: Set[str] = frozenset(), are_all: bool = False
+) -> Sequence[SeenBeat]:
+    """The workers that may take a batch naming `models`, those that serve most of them first.
 
-    A worker is live if its heartbeat is fresh and its link is SERVING. Those that serve all the models are best; one
-    that serves some of them will do: it knows of the others. If no live worker serves any but an absent one may, or
-    batches in progress wait for them, the client has to retry. If not, any live worker will do: it refuses the batch,
-    naming the line and what is served. Raises UNAVAILABLE with the reason and when to retry.
+    A worker is live if its heartbeat is fresh and its link is SERVING. Any of them will do: it checks all lines, and
+    knows of the models of others. If these are all the models that the batch names, no live worker serves one, and each
+    may come back, then the client has to retry. Raises UNAVAILABLE with the reason and when to retry.
     """
     if freshness.failure:
         raise database_unavailable(freshness.failure)
@@ -142,15 +144,14 @@ def live(freshness: Freshness, now_s: float, timeout_s: float, models: Set[str] 
     for seen in freshness.beats:
         is_live = freshness.age_s(seen, now_s) <= timeout_s and freshness.contact(seen).health is LinkState.SERVING
         (serving if is_live and not seen.is_drained else away).append(seen)
-    able = [seen for seen in serving if models <= set(seen.beat.models)]
-    able = able or [seen for seen in serving if models & set(seen.beat.models)]
     if not serving:
         raise _best_refusal(freshness, away, now_s, timeout_s)
-    if not able and (hoped_for := [seen for seen in away if _may_serve(freshness, seen, now_s, models)]):
-        raise _best_refusal(freshness, hoped_for, now_s, timeout_s)
-    if not able and models <= freshness.awaited:
-        raise _nobody_serves(models)
-    return able or serving
+    if are_all and models and not any(models & set(seen.beat.models) for seen in serving):
+        hopes = {model: [seen for seen in away if _may_serve(freshness, seen, now_s, model)] for model in models}
+        if all(hopes[model] or model in freshness.awaited for model in models):
+            hoped_for = [seen for found in hopes.values() for seen in found]
+            raise _nobody_serves(freshness, models, hoped_for, now_s, timeout_s)
+    return sorted(serving, key=lambda seen: _misfit(seen, models))
 
 
 def unreachable(seen: SeenBeat, freshness: Freshness, now_s: float, cause: str, request_id: str) -> ApiError:
@@ -160,18 +161,30 @@ def unreachable(seen: SeenBeat, freshness: Freshness, now_s: float, cause: str, 
     return _lost(freshness, seen, now_s, 0.0, {"cause": cause, "request_id": request_id})
 
 
-def _may_serve(freshness: Freshness, seen: SeenBeat, now_s: float, models: Set[str]) -> bool:
-    """True if the worker may serve `models` once it is back. It reports its models only after loading them."""
+def _misfit(seen: SeenBeat, models: Set[str]) -> int:
+    """0 if the worker serves all the models, 1 if some, 2 if none."""
+    served = models & set(seen.beat.models)
+    return 0 if served == models else 1 if served else 2
+
+
+def _may_serve(freshness: Freshness, seen: SeenBeat, now_s: float, model: str) -> bool:
+    """True if the worker may serve the model once it is back. It reports its models only after loading them."""
     if seen.beat.models:
-        return models <= set(seen.beat.models)
+        return model in seen.beat.models
     return seen.beat.phase in _LOADING and freshness.age_s(seen, now_s) <= FORGOTTEN_S
 
 
-def _nobody_serves(models: Set[str]) -> ApiError:
-    """The refusal of a batch for models that no worker is known to serve, and that others wait for, too."""
+def _nobody_serves(
+    freshness: Freshness, models: Set[str], hoped_for: Sequence[SeenBeat], now_s: float, timeout_s: float
+) -> ApiError:
+    """The refusal of a batch for models that only workers which are away serve, or that others wait for, too."""
     names = ", ".join(sorted(models))
-    message = f"no worker serves {names} now, and batches in progress wait for one that does"
-    return _refusal(WORKER_OFFLINE, message, {"models": names}, RECOVERY_S)
+    if not hoped_for:
+        message = f"no worker serves {names} now, and batches in progress wait for one that does"
+        return _refusal(WORKER_OFFLINE, message, {"models": names}, RECOVERY_S)
+    best = _best_refusal(freshness, hoped_for, now_s, timeout_s)
+    message = f"no worker serves {names} now: {best.message}"
+    return _refusal(best.reason, message, {**best.metadata, "models": names}, best.retry_delay_s or RECOVERY_S)
 
 
 def _best_refusal(freshness: Freshness, beats: Sequence[SeenBeat], now_s: float, timeout_s: float) -> ApiError:

@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import grpc
 import structlog
 
 from service.api import messages
@@ -22,6 +21,7 @@ from service.errors import ApiError
 from service.telemetry import logs
 from service.worker import wrong_lines
 from service.worker.intake import CREATE_TIMEOUT_S, Intake, Rows, file_place, fill
+from service.worker.offer import AwayError
 from service.worker.state import WorkerState
 
 LOOK_INTERVAL_S = 1.0
@@ -119,10 +119,10 @@ class Checking:
         destination = _Claimed(self.database, self.holder, claim.batch_id, self.intake.limits)
         try:
             batch = await fill(rows, self._pieces(claim.file_id), destination)
+        except AwayError as error:
+            log.info("check_waits_for_model", cause=error.message)
+            return await self._release(claim, AGAIN_S, sorted(error.models))
         except ApiError as error:
-            if error.code is grpc.StatusCode.UNAVAILABLE:
-                log.info("check_waits_for_model", cause=error.message)
-                return await self._release(claim, AGAIN_S)
             return await self._fail(claim, wrong_lines.errors_of(error))
         except FullError as error:
             if not error.may_pass:
@@ -161,9 +161,9 @@ class Checking:
         await self.database.run(file_batches.fail, self.holder, claim.batch_id, errors)
         log.info("batch_failed", errors=len(errors))
 
-    async def _release(self, claim: Claim, wait_s: float) -> None:
+    async def _release(self, claim: Claim, wait_s: float, away: Sequence[str] | None = None) -> None:
         with contextlib.suppress(*DATABASE_ERRORS):
-            await self.database.run(file_batches.release, self.holder, claim.batch_id, wait_s)
+            await self.database.run(file_batches.release, self.holder, claim.batch_id, wait_s, away)
 
     async def _renew(self, claim: Claim) -> None:
         while True:

@@ -69,8 +69,8 @@ class Rows:
     """Turns the pieces of a file into rows for COPY, checking each line.
 
     `feed` and `end` raise ApiError for invalid lines: for all of them together, up to a number, or for a model that is
-    away. There are no more rows once a line is invalid. `run_order` is the client's: with `prefix` the rows have the
-    keys of their prompts.
+    away; `end` also if all models are. There are no more rows once a line is invalid. `run_order` is the client's: with
+    `prefix` the rows have the keys of their prompts.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class Rows:
         self._run_order = run_order
         self._survey = Survey()
         self._models: set[str] = set()
+        # Some request names no model: any worker runs it.
+        self._is_for_any = False
         self._batch_id = str(batch_id).encode()
         self._offer = offer
         self._sizes = sizes
@@ -132,6 +134,8 @@ class Rows:
             raise invalid(self._violations)
         if self.total == 0:
             raise invalid([Violation("requests", "must contain at least one request")])
+        if not self._is_for_any:
+            self._offer.check_some_live(self._models)
         return rows
 
     def _rows(self, lines: list[bytes]) -> bytes:
@@ -165,7 +169,9 @@ class Rows:
             if len(self._names) < REMEMBERED:
                 self._names.add(parsed.custom_id)
             fields = (parsed.custom_id.encode(), parsed.url.encode(), parsed.body)
-            if parsed.model is not None and parsed.model not in self._models:
+            if parsed.model is None:
+                self._is_for_any = True
+            elif parsed.model not in self._models:
                 self._offer.check_live(parsed.model, place)
                 self._models.add(parsed.model)
             key = b"\\\\x" + parsed.prefix.hex().encode() if parsed.prefix else b"\\N"

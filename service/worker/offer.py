@@ -13,6 +13,15 @@ AWAY_S = 15.0
 LOADING_S = 5.0
 
 
+class AwayError(ApiError):
+    """UNAVAILABLE: new work has to wait until somebody serves one of `models`."""
+
+    def __init__(self, reason: str, message: str, models: Set[str], retry_delay_s: float) -> None:
+        names = {"models": ", ".join(sorted(models))}
+        super().__init__(grpc.StatusCode.UNAVAILABLE, message, reason, names, retry_delay_s)
+        self.models = models
+
+
 @dataclass(frozen=True)
 class Offer:
     """What this worker serves, and what is known of others. `require_live`: a model that is away is refused for now."""
@@ -45,20 +54,20 @@ class Offer:
     def check_live(self, model: str, place: str) -> None:
         """Raises UNAVAILABLE for a known model that nobody serves now, if that is required."""
         if self.require_live and model not in self.models | self.others.live:
-            raise _away(f"{place}: no worker serves {model} now, and require_live is set", model)
+            message = f"{place}: no worker serves {model} now, and require_live is set"
+            raise AwayError(WORKER_OFFLINE, message, {model}, AWAY_S)
+
+    def check_some_live(self, models: Set[str]) -> None:
+        """Raises UNAVAILABLE if nobody serves any of the models, all of which are known, now."""
+        if not models & (self.models | self.others.live):
+            message = f"no worker serves {', '.join(sorted(models))} now"
+            raise AwayError(WORKER_OFFLINE, message, models, AWAY_S)
 
     def check_coming(self, model: str, place: str) -> None:
         """Raises UNAVAILABLE for an unknown model that somebody may serve soon, or that batches wait for."""
         if self.others.is_loading:
             message = f"{place}: no worker is known to serve {model}, but one that is loading may"
-            raise _unavailable(WORKER_LOADING, message, model, LOADING_S)
+            raise AwayError(WORKER_LOADING, message, {model}, LOADING_S)
         if model in self.others.awaited:
-            raise _away(f"{place}: no worker serves {model} now, and batches in progress wait for one that does", model)
-
-
-def _away(message: str, model: str) -> ApiError:
-    return _unavailable(WORKER_OFFLINE, message, model, AWAY_S)
-
-
-def _unavailable(reason: str, message: str, model: str, retry_delay_s: float) -> ApiError:
-    return ApiError(grpc.StatusCode.UNAVAILABLE, message, reason, {"models": model}, retry_delay_s)
+            message = f"{place}: no worker serves {model} now, and batches in progress wait for one that does"
+            raise AwayError(WORKER_OFFLINE, message, {model}, AWAY_S)

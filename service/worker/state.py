@@ -47,6 +47,8 @@ class WorkerState:
     def failed(self, cause: Cause) -> None:
         """Reports the cause in the heartbeat, from the next beat on."""
         self.failure = {"cause": cause.text, "advice": cause.advice, "cause_key": cause.key}
+        if cause.recurs:
+            self.failure["cause_recurs"] = "true"
 
     def failed_before(self, failure: Mapping[str, str]) -> None:
         """Reports in the heartbeat why the previous incarnation failed, until this one is ready."""

@@ -106,6 +106,8 @@ class Case:
     prepare: str = ""
     spoil: str = ""
     in_ci: bool = False
+    # Nothing but other settings, or another vLLM, can help.
+    recurs: bool = False
 
 
 CASES = (
@@ -114,18 +116,21 @@ CASES = (
         "BATCH_ENGINE_ARGS: unrecognized arguments: --max-model-length 1024",
         "Did you mean --max-model-len?",
         {"BATCH_ENGINE_ARGS": "--max-model-length 1024"},
+        recurs=True,
     ),
     Case(
         "ray_without_gpus",
         "this build of vLLM cannot use Ray: it is for cpu",
         "Remove --distributed-executor-backend ray",
         {"BATCH_ENGINE_ARGS": "--distributed-executor-backend ray"},
+        recurs=True,
     ),
     Case(
         "data_parallel_ray_without_gpus",
         "this build of vLLM cannot use Ray: it is for cpu",
         "and --data-parallel-backend ray",
         {"BATCH_ENGINE_ARGS": "--data-parallel-size 2 --data-parallel-backend ray"},
+        recurs=True,
     ),
     Case(
         "no_such_folder", "'/nonexistent/model'", "BATCH_MODEL must be a folder", {"BATCH_MODEL": "/nonexistent/model"}
@@ -148,6 +153,7 @@ CASES = (
         "User-specified max_model_len (100000) is greater than the derived max_model_len",
         "The model supports at most 2048 tokens",
         {"BATCH_ENGINE_ARGS": "--max-model-len 100000"},
+        recurs=True,
     ),
     Case(
         "cache_over_memory",
@@ -174,6 +180,7 @@ CASES = (
         "Model architectures ['Qwen99ForCausalLM'] are not supported",
         "supported_models",
         spoil="sed -i s/Qwen3ForCausalLM/Qwen99ForCausalLM/ config.json",
+        recurs=True,
     ),
     Case(
         "no_library",
@@ -237,7 +244,7 @@ def machine() -> Iterator[Machine]:
             server.stop()
 
 
-def check_reported(machine: Machine, worker: str, log: str, cause: str, advice: str) -> None:
+def check_reported(machine: Machine, worker: str, log: str, cause: str, advice: str, recurs: bool = False) -> None:
     """Checks that log and last heartbeat have the cause, and that the worker itself prints no traceback."""
     events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     (event,) = [event for event in events if event.get("event") == "start_failed"]
@@ -247,6 +254,7 @@ def check_reported(machine: Machine, worker: str, log: str, cause: str, advice: 
     assert beat.phase == "stopping"
     assert (beat.detail["cause"], beat.detail["advice"]) == (event["cause"], event["advice"])
     assert beat.detail["cause_key"]
+    assert ("cause_recurs" in beat.detail) is recurs
     engines = ("(EngineCore", "(Worker")
     own = [line for line in log.splitlines() if not line.startswith(engines)]
     # multiprocessing prints a process's traceback once more, without a mark.
@@ -270,7 +278,7 @@ def test_failed_start_says_why(machine: Machine, case: Case, tmp_path: Path) -> 
     process = machine.start(case.name, env, case.prepare.format(folder=tmp_path))
     log, _ = process.communicate(timeout=500)
     assert process.returncode == 1, log[-3000:]
-    check_reported(machine, case.name, log, case.cause, case.advice)
+    check_reported(machine, case.name, log, case.cause, case.advice, case.recurs)
 
 
 # Cases that start-all.sh does not detect by itself before it starts anything.
@@ -285,6 +293,7 @@ def test_every_screen_says_why(case: Case) -> None:
         started = stack.script("start-all.sh", 500)
         assert started.returncode == 1
         told = {"the end of start-all.sh": started.stderr.strip().splitlines()[-1], **screens(stack)}
+        assert len(stack.restarts()) == (0 if case.recurs else 2)
     for name, shown in told.items():
         assert case.cause in shown, (name, shown)
         assert case.advice in shown, (name, shown)

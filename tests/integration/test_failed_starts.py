@@ -2,13 +2,18 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from tests.support.stacks import ROOT, FullStack, full_stack
+from tests.support.waiting import until
+from vllm_batch.v1 import recovery_service_pb2 as rpb
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -51,6 +56,33 @@ def test_supervisord_that_is_away() -> None:
         ended = wait(stack)
     assert ended.returncode == 1
     assert "supervisord did not start" in ended.stderr
+
+
+@pytest.mark.thorough
+def test_settings_that_became_wrong() -> None:
+    """A worker that refuses its settings is not started again until they can be read, and then serves."""
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".env") as file,
+        full_stack(BATCH_ENGINE="simulated", BATCH_ENV_FILE=file.name, BATCH_RESTART_BACKOFF_MAX_S="1") as stack,
+    ):
+        assert stack.script("start-all.sh").returncode == 0
+        Path(file.name).write_text("BATCH_CHECK_INTERVAL_S=never\n")
+        os.kill(stack.pid("worker"), signal.SIGKILL)
+        gave_up = until(lambda: [event for event in stack.audit() if event.kind == "gave_up"], "the give-up")
+        assert (len(stack.restarts()), gave_up[0].verdict) == (1, rpb.VERDICT_START_FAILED)
+        Path(file.name).write_text("BATCH_CHECK_INTERVAL_S=20\n")
+        until(lambda: [event.outcome for event in stack.restarts()][1:] == ["recovered"], "the restart")
+
+
+@pytest.mark.thorough
+def test_a_failure_that_recurs_spends_nothing() -> None:
+    """A worker whose model this engine cannot run is given up at its first failure, with the budget untouched."""
+    failure = "Model architectures ['X'] are not supported for now"
+    with full_stack(BATCH_ENGINE="simulated", BATCH_SIMULATED_LOAD_FAILURE=failure) as stack:
+        started = stack.script("start-all.sh")
+        assert failure in started.stderr.splitlines()[-1]
+        events = [event for event in stack.audit() if event.kind != "verdict"]
+        assert [(event.kind, event.verdict) for event in events] == [("gave_up", rpb.VERDICT_START_FAILED)]
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts need root")

@@ -1,13 +1,14 @@
 """A batch that names several models: each worker runs the requests of its own, and the rest waits for others."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import grpc
 import pytest
 from openai import OpenAI
 
-from service.db import chunks, creation, results, sharing, suspects, turns, unserved
+from service.db import chunks, creation, results, sharing, standings, suspects, turns, unserved
 from service.db.batches import Batch
 from service.db.chunks import Chunk
 from service.db.connection import Database
@@ -27,6 +28,7 @@ from tests.support.waiting import until
 from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 MODELS = ("alpha", "beta", None)
 
 
@@ -101,6 +103,62 @@ def test_all_ways_of_a_chunk(database: Database) -> None:
     assert [one.batches for one in database.call(unserved.find, lambda models: models == {"beta"})] == [(batch.id,)]
 
 
+def waiting_models(database: Database, batch: Batch) -> Set[frozenset[str]]:
+    asked = {batch.id: frozenset(batch.models)}
+    return database.call(standings.read, asked, [])[1][batch.id].waiting_models
+
+
+def test_which_models_the_rest_waits_for(database: Database) -> None:
+    """What waits of a batch are the models of its pending chunks and suspects, and of no others."""
+    batch = stored(database, ["alpha"] * 3 + ["beta"] * 3)
+    alpha, beta = frozenset({"alpha"}), frozenset({"beta"})
+    assert waiting_models(database, batch) == {alpha, beta}
+    mine, other = holder("a"), holder("b")
+    [chunk] = claim(database, mine, 9, ["alpha"])
+    answer(database, mine, chunk, 5, indexes(database, chunk))
+    assert waiting_models(database, batch) == {beta}
+    [chunk] = claim(database, other, 9, ["beta"])
+    database.call(chunks.begin, other, {chunk.id: 5})
+    database.call(suspects.bury, other.worker_id)
+    assert database.call(suspects.waiting, ["beta"]) == (3, 0)
+    assert waiting_models(database, batch) == {beta}
+
+
+@pytest.mark.parametrize("query", [standings.PENDING, unserved.WANTED, turns.UNNOTICED], ids=["rest", "wanted", "mend"])
+def test_the_number_of_chunks_that_wait_costs_nothing(database: Database, query: str) -> None:
+    """What a batch waits for is read by the heads of indexes: as many pages for 20,000 chunks as for 20."""
+    batch = stored(database, ["alpha", "beta"])
+    in_flight(database)
+    explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)"
+
+    def pages() -> int:
+        asked = {"ids": [batch.id]}
+        [[[plan]]] = database.call(lambda db: db.execute_sql(f"{explain} {query}", asked).fetchall())
+        return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
+
+    more = (
+        "INSERT INTO chunks (batch_id, first_index, count, unfinished, priority, models)"
+        f" SELECT {batch.id}, 2, 1, 1, 0, ARRAY['beta'] FROM generate_series(1, %s)"
+    )
+    sql(database, f"{more} RETURNING id", 20)
+    few = pages()
+    sql(database, f"{more} RETURNING id", 20_000)
+    assert pages() <= few + 10
+
+
+def test_a_worker_of_very_many_models(database: Database) -> None:
+    """A worker with a thousand adapters of long names, which no row of a B-tree holds, claims as any other does."""
+    adapters = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(1000)]
+    batch_id = database.call(creation.reserve)
+    rows = Rows(batch_id, Offer(set(adapters), {URL}), SIZES)
+    copied = rows.feed(b"".join(line(f"c{i}", model=model) for i, model in enumerate(adapters[:20]))) + rows.end()
+    mine = holder()
+    assert claim(database, mine, 1, adapters) == []
+    database.call(creation.create, batch_id, Options(), rows.content, copied, False, 60, None)
+    assert len(claim(database, mine, 30, adapters)) == 20
+    assert sql(database, "SELECT count(*) FROM pools") == [(1,)]
+
+
 def test_a_retry_waits_for_the_models_that_failed(database: Database) -> None:
     """A retry of a batch of several models has chunks of those whose requests failed, and waits for no other."""
     batch = stored(database, ["alpha", "beta", "alpha"])
@@ -160,9 +218,10 @@ def test_a_file_of_two_hosts_models(stack: Stack, client: Client) -> None:
     beta.kill()
     until(lambda: client.get(held.id).wait.message.endswith("the requests that are left are for beta"), "its reason")
     assert client.get(held.id).counts.completed >= 20
-    # The others of a new batch run, too.
-    later = client.submit_lines(mixed)
-    until(lambda: client.get(later.id).counts.completed == 20, "what alpha serves")
+    # The others of a new batch run, too, whichever come first.
+    later = [client.submit_lines(mixed), client.submit_lines(mixed[::-1])]
+    for one in later:
+        until(lambda one=one: client.get(one.id).counts.completed == 20, "what alpha serves")
     until(
         lambda: count(stack, f"heartbeats h WHERE worker_id LIKE '%:b' AND {IS_MISSING}"), "its heartbeats to be missed"
     )
@@ -171,8 +230,24 @@ def test_a_file_of_two_hosts_models(stack: Stack, client: Client) -> None:
     wrong = refused(lambda: client.submit_lines([mixed[0], line("x", model="gamma")]))
     assert wrong.code is grpc.StatusCode.INVALID_ARGUMENT
     assert "line 2: body.model: 'gamma' is not served; available: alpha, beta" in str(wrong)
-    beta.start()
-    for waiting in (held, later):
+    # What nobody can begin is refused, by the gateway or, if that does not see all of it, by the worker; the door keeps
+    # it.
+    for long in (1, 400_000):
+        alone = [line(f"c{i}", model="beta", user="x" * long) for i in range(2)]
+        away = refused(lambda alone=alone, long=long: client.submit_lines(alone, request_id=f"alone-{long}"))
+        assert (away.code, away.reason, away.metadata["models"]) == (UNAVAILABLE, "WORKER_OFFLINE", "beta")
+    with OpenAI(base_url=stack.base_url, api_key="none", max_retries=0) as door:
+        made = {}
+        for name, lines in {"alone": alone, "mixed": mixed[::-1]}.items():
+            file = door.files.create(file=(f"{name}.jsonl", b"".join(lines)), purpose="batch")
+            made[name] = door.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+        until(lambda: door.batches.retrieve(made["mixed"].id).status == "in_progress", "the door's mixed batch")
+        until(lambda: count(stack, "file_batches WHERE away = '{beta}'"), "the other to be found to wait")
+        assert door.batches.retrieve(made["alone"].id).status == "validating"
+        beta.start()
+        for one in made.values():
+            until(lambda one=one: door.batches.retrieve(one.id).status == "completed", "the door's batches")
+    for waiting, order in ((held, models), (later[0], models), (later[1], models[::-1])):
         done = finished(client, waiting.id)
         assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, 40)
-        assert answered_by(client, waiting.id) == models
+        assert answered_by(client, waiting.id) == order

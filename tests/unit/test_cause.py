@@ -301,6 +301,12 @@ def test_known_causes_have_advice(kind: str) -> None:
     assert "\n" not in found.text + found.advice
 
 
+@pytest.mark.parametrize("kind", KNOWN)
+def test_what_recurs(kind: str) -> None:
+    """Only what settings and the installed vLLM decide alone recurs; files, memory and machines may be others later."""
+    assert cause.explain([Failure(*KNOWN[kind][0])]).recurs is (kind in ("unsupported model", "length over the model"))
+
+
 def test_unknown_cause_is_told_without_advice() -> None:
     """An unknown error is passed on as it is, prefixed with its type where that adds information."""
     assert cause.explain([Failure("IndexError", "list index out of range")]) == Cause.of(
@@ -424,6 +430,7 @@ def test_unknown_flag_suggests_the_nearest() -> None:
     )
     assert found.text == "BATCH_ENGINE_ARGS: unrecognized arguments: --max-model-length 1024"
     assert found.advice.startswith("Did you mean --max-model-len? ")
+    assert found.recurs
     assert "Did you mean" not in cause.wrong_arguments("unrecognized arguments: --xyzzy", ["--model"]).advice
     assert "Did you mean" not in cause.wrong_arguments("argument --seed: invalid int value: 'x'", ["--seed"]).advice
 

@@ -26,6 +26,17 @@ def test_a_life_that_says_why_it_failed(phase: Phase, has_ended: bool) -> None:
     assert failed_start(seen(phase, **TOLD), has_ended) == expected
 
 
+def test_a_cause_that_recurs() -> None:
+    """That every start with the settings fails so is the worker's to know; workers of before say nothing of it."""
+    told = failed_start(seen(Phase.STOPPING, **TOLD, cause_recurs="true"), has_ended=True)
+    assert told is not None
+    assert told.recurs
+    assert failed_start(seen(Phase.STOPPING, True, **TOLD, cause_recurs="true"), has_ended=True) is None
+    not_told = failed_start(seen(Phase.STOPPING, **TOLD), has_ended=True)
+    assert not_told is not None
+    assert not not_told.recurs
+
+
 def test_a_life_that_ended_while_it_loaded_without_a_word() -> None:
     """A worker that dies while loading without a report, such as one killed for lack of memory, failed to start."""
     found = failed_start(seen(Phase.LOADING), has_ended=True)

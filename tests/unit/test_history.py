@@ -7,6 +7,7 @@ from uuid import uuid4
 import pytest
 
 from service.db.recoveries import Event
+from watchdog.policy import WRONG_SETTINGS
 from watchdog.record.history import History, history_of, is_of_note
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -86,6 +87,20 @@ def test_failed_starts_are_known_to_the_next_watchdog() -> None:
     assert (past.has_given_up, past.gave_up_settings) == (True, "s")
     assert history_of([*alike, event("restart")], NOW).failed_starts == ()
     assert [failed.incarnation for failed in history_of([*alike, failing("c")], NOW).failed_starts] == ["a", "b", "c"]
+
+
+def test_what_a_later_version_tells_is_passed_over() -> None:
+    """A watchdog that was taken back to an earlier version reads the failed starts of the later one."""
+    later = failing("a")
+    told = later.evidence["failed_start"] | {"recurs": True, "of_a_later_version": 1}
+    [failed] = history_of([replace(later, evidence={"failed_start": told})], NOW).failed_starts
+    assert (failed.incarnation, failed.recurs) == ("a", True)
+
+
+def test_a_give_up_for_wrong_settings_ends_with_any_others() -> None:
+    """Settings that could not be read have no fingerprint; the next watchdog knows all the same that others may do."""
+    gave_up = replace(event("gave_up"), evidence={"settings": ""}, verdict="START_FAILED")
+    assert history_of([gave_up], NOW).gave_up_settings == WRONG_SETTINGS
 
 
 @pytest.mark.parametrize("kind", ["budget_reset", "give_up_ended"])

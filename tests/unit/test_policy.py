@@ -525,6 +525,80 @@ def test_a_reset_forgives_the_starts_that_failed() -> None:
     assert dies_at_start(failed(3), failed(4), failed(5), memory=memory)[0].verdict is Verdict.START_FAILED
 
 
+def hopeless(number: int, with_settings: str = "s") -> FailedStart:
+    return replace(failed(number, with_settings=with_settings), recurs=True)
+
+
+def test_a_start_that_recurs_is_not_tried_again() -> None:
+    """A start whose failure recurs with the same settings is given up at once, with nothing of the budget spent."""
+    decision, memory = dies_at_start(hopeless(0))
+    assert (decision.verdict, decision.action) == (Verdict.START_FAILED, Action.GIVE_UP)
+    assert "no start with these settings can succeed: no such model (0). Check BATCH_MODEL." in decision.reason
+    assert (memory.restarts, policy.budget_left(memory.with_budget(), 0, LIMITS)) == ((), 10)
+    later, _ = decide(replace(seen(Process(State.EXITED), settings="s"), time_s=90_000.0), memory, LIMITS)
+    assert (later.verdict, later.action) == (Verdict.START_FAILED, Action.GIVE_UP)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "verdict"),
+    [
+        (seen(Process(State.EXITED), failed_start=hopeless(0), settings="s"), Verdict.START_FAILED),
+        (seen(Process(State.FATAL), failed_start=hopeless(0), settings="s"), Verdict.START_FAILED),
+        (seen(Process(State.EXITED), failed_start=hopeless(0), settings=""), Verdict.START_FAILED),
+        (seen(Process(State.EXITED), failed_start=hopeless(0), settings="changed"), Verdict.CRASHED),
+        (seen(Process(State.EXITED), failed_start=failed(0), settings="s"), Verdict.CRASHED),
+        (seen(Process(State.EXITED), settings="s", has_served=True), Verdict.CRASHED),
+        (seen(Process(State.EXITED, exit_status=2), settings=""), Verdict.START_FAILED),
+        (seen(Process(State.FATAL, exit_status=2), settings=""), Verdict.START_FAILED),
+        (seen(Process(State.FATAL, exit_status=2), settings="", beats=False), Verdict.START_FAILED),
+        (seen(Process(State.EXITED, exit_status=2), settings="s"), Verdict.CRASHED),
+        (seen(Process(State.EXITED, exit_status=1), settings=""), Verdict.CRASHED),
+        (seen(Process(State.EXITED, exit_status=-1), settings=""), Verdict.CRASHED),
+        (seen(Process(State.STOPPED, exit_status=2), settings=""), Verdict.OPERATOR_STOP),
+    ],
+)
+def test_what_recurs(evidence: Evidence, verdict: Verdict) -> None:
+    """Nothing is started while it is certain that it cannot start, and everything else is."""
+    assert decide(evidence, Memory(), LIMITS)[0].verdict is verdict
+
+
+@pytest.mark.parametrize(
+    "ended_by",
+    [
+        seen(Process(State.EXITED), failed_start=hopeless(0), settings="changed"),
+        seen(Process(State.EXITED), failed_start=failed(1, "other"), settings="s"),
+        seen(Process(State.EXITED), settings="s", has_served=True),
+    ],
+    ids=["settings changed", "fails otherwise", "it has served unseen"],
+)
+def test_a_give_up_for_what_recurs_ends(ended_by: Evidence) -> None:
+    """Changed settings, a different failure, or that the settings have served after all end it with a restart."""
+    _, memory = dies_at_start(hopeless(0))
+    decision, after = decide(replace(ended_by, time_s=5000.0), memory, LIMITS)
+    assert (decision.action, after.gave_up) == (Action.RESTART, False)
+
+
+def test_a_reset_tries_once_more() -> None:
+    """After `recovery reset`, such as when another vLLM was installed, it is started once."""
+    _, memory = dies_at_start(hopeless(0))
+    again = replace(seen(Process(State.EXITED), failed_start=hopeless(0), settings="s"), time_s=9000.0)
+    decision, memory = decide(again, memory.with_budget(), LIMITS)
+    assert decision.action is Action.RESTART
+    assert dies_at_start(hopeless(1), memory=memory)[0].verdict is Verdict.START_FAILED
+
+
+def test_wrong_settings_are_waited_for() -> None:
+    """A program that refused its settings is started as soon as they can be read, whatever they are then."""
+    wrong = seen(Process(State.EXITED, exit_status=2), settings="")
+    decision, memory = decide(wrong, Memory(), LIMITS)
+    assert (decision.action, memory.restarts) == (Action.GIVE_UP, ())
+    assert "doctor.sh" in decision.reason
+    for settings_now in ("s", "t"):
+        mended = replace(wrong, settings=settings_now, time_s=60.0)
+        decision, after = decide(mended, memory, LIMITS)
+        assert (decision.action, after.gave_up) == (Action.RESTART, False)
+
+
 # Properties: evidence of every kind in any order, with time advancing by anything from nothing to half an hour.
 
 processes = st.none() | st.builds(
@@ -532,6 +606,7 @@ processes = st.none() | st.builds(
     state=st.sampled_from(State),
     pid=st.sampled_from([0, 7, 8]),
     age_s=st.floats(0, 4000),
+    exit_status=st.sampled_from([0, 1, 2, -1]),
 )
 heartbeats = st.none() | st.builds(
     Heartbeat,
@@ -549,6 +624,7 @@ failed_starts = st.none() | st.builds(
     cause=st.just("cause"),
     advice=st.just("advice"),
     key=st.sampled_from("kl"),
+    recurs=st.sampled_from([False, False, True]),
 )
 
 
@@ -561,6 +637,7 @@ def observations(**fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Evidence]
         "heartbeat": heartbeats,
         "intent": intents,
         "failed_start": failed_starts,
+        "has_served": st.sampled_from([False, False, True]),
         "settings": st.sampled_from(["", "s", "t"]),
         "beats": st.sampled_from([True, True, False]),
         "pause_left_s": st.sampled_from([0.0, 0.0, 0.0, 5.0]),
@@ -659,12 +736,26 @@ def test_operator_stop_stays(history: History, is_loading: bool) -> None:
 
 @given(histories)
 @settings(max_examples=max(300, settings.default.max_examples))
-def test_only_three_failures_alike_give_up_early(history: History) -> None:
-    """START_FAILED takes three different lives that failed alike, in any sequence of evidence."""
+def test_only_what_fails_alike_or_recurs_gives_up_early(history: History) -> None:
+    """START_FAILED takes three different lives that failed alike, or one that recurs with the settings of now, or
+    settings that were refused and still are wrong, in any sequence of evidence.
+    """
     lives: list[FailedStart] = []
     for evidence, decision in play(history)[0]:
         if evidence.failed_start is not None and evidence.failed_start not in lives:
             lives.append(evidence.failed_start)
         if decision.verdict is Verdict.START_FAILED:
             assert decision.action is Action.GIVE_UP
-            assert any(sum(life.is_like(other) for other in lives) >= 3 for life in lives)
+            are_alike = any(sum(life.is_like(other) for other in lives) >= 3 for life in lives)
+            recurs = any(life.recurs and evidence.settings in ("", life.settings) for life in lives)
+            refused = evidence.process is not None and evidence.process.exit_status == 2 and not evidence.settings
+            assert are_alike or recurs or refused
+
+
+@given(histories)
+@settings(max_examples=max(300, settings.default.max_examples))
+def test_what_has_served_is_never_given_up_early(history: History) -> None:
+    """A worker whose settings have served has its whole budget, whatever failed to start before or with others."""
+    for evidence, decision in play(history)[0]:
+        if evidence.has_served and evidence.settings:
+            assert decision.verdict is not Verdict.START_FAILED

@@ -55,7 +55,10 @@ def known(
 
 
 def chosen(freshness: Freshness, *models: str, now_s: float = 0) -> list[str]:
-    return [one.beat.worker_id for one in live(freshness, now_s, 60, frozenset(models))]
+    """The workers that are tried first: those that serve as many of the models."""
+    able = live(freshness, now_s, 60, frozenset(models), are_all=True)
+    most = max(len({*models} & set(one.beat.models)) for one in able)
+    return [one.beat.worker_id for one in able if len({*models} & set(one.beat.models)) == most]
 
 
 def spread_out(freshness: Freshness, loads: Mapping[str, Load], draws: Iterator[float] | None = None) -> list[str]:
@@ -65,7 +68,7 @@ def spread_out(freshness: Freshness, loads: Mapping[str, Load], draws: Iterator[
 
 def refusal(freshness: Freshness, *models: str, now_s: float = 0) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        live(freshness, now_s, 60, frozenset(models))
+        live(freshness, now_s, 60, frozenset(models), are_all=True)
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE
     assert caught.value.retry_delay_s
     return caught.value

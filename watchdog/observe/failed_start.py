@@ -14,9 +14,9 @@ def failed_start(seen: SeenBeat, has_ended: bool) -> FailedStart | None:
         return None
     told = {name: str(beat.detail.get(name) or "") for name in ("cause", "advice", "cause_key")}
     if told["cause"]:
-        return FailedStart(
-            str(beat.incarnation), beat.settings, told["cause"], told["advice"], told["cause_key"] or told["cause"]
-        )
+        key = told["cause_key"] or told["cause"]
+        recurs = bool(beat.detail.get("cause_recurs"))
+        return FailedStart(str(beat.incarnation), beat.settings, told["cause"], told["advice"], key, recurs)
     if not has_ended or beat.phase not in LOADING_PHASES:
         return None
     cause = f"the process ended while {beat.phase} without giving a cause"

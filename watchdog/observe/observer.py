@@ -93,7 +93,7 @@ class Observer:
         except (SupervisorAwayError, RefusedError):
             return None
         if not info.pid:
-            return Process(info.state, cause=info.cause)
+            return Process(info.state, cause=info.cause, exit_status=info.exit_status)
         leader = processes.leader(info.pid)
         if leader is not None:
             self.leader = leader
@@ -103,7 +103,7 @@ class Observer:
         """Returns all evidence but intent and pause, which only the guard knows."""
         process = self.process()
         up_s, seen = self._look_into_database()
-        heartbeat, failed, taken_by = None, None, ""
+        heartbeat, failed, has_served, taken_by = None, None, False, ""
         if seen is not None:
             self.seen = seen
             beat = seen.beat
@@ -121,7 +121,7 @@ class Observer:
                 self._address = beat.address
             is_last = is_ours and process is not None and not pid and self._is_last(heartbeat.incarnation, beat.pid)
             if is_current or is_last:
-                failed = failed_start(seen, has_ended=not is_current)
+                failed, has_served = failed_start(seen, has_ended=not is_current), seen.has_served
         health = self._ask() if process is not None and process.state is State.RUNNING else ProbeAnswer.NOT_PROBED
         stalled_until_s = self._stalls.since_s()
         return Evidence(
@@ -132,6 +132,7 @@ class Observer:
             heartbeat,
             beats=self._beats,
             failed_start=failed,
+            has_served=has_served,
             settings=self._settings(),
             stalled_until_s=stalled_until_s,
             name_taken_by=taken_by,

@@ -1,12 +1,15 @@
 """Derives from a worker's events its budget, its open restart and its operators' orders. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from uuid import UUID
 
 from service.db.recoveries import OPEN, Event
-from watchdog.policy import HOUR_S, FailedStart, Verdict
+from watchdog.policy import HOUR_S, WRONG_SETTINGS, FailedStart, Verdict
+
+# What an event of a later version may tell beside.
+_TOLD = {each.name for each in fields(FailedStart)}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def _settings_of(gave_up: Event | None) -> str:
     """Returns the settings with which starts kept failing; "" when the budget was exhausted instead."""
     if gave_up is None or gave_up.verdict != Verdict.START_FAILED:
         return ""
-    return str(gave_up.evidence.get("settings") or "")
+    return str(gave_up.evidence.get("settings") or WRONG_SETTINGS)
 
 
 def _failed_alike(events: Sequence[Event]) -> tuple[FailedStart, ...]:
@@ -66,7 +69,7 @@ def _failed_alike(events: Sequence[Event]) -> tuple[FailedStart, ...]:
         if event.kind not in ("restart", "gave_up"):
             continue
         told = event.evidence.get("failed_start")
-        failed = FailedStart(**told) if told else None
+        failed = FailedStart(**{name: told[name] for name in told if name in _TOLD}) if told else None
         if failed is None or (found and not failed.is_like(found[0])):
             break
         if failed.incarnation not in {other.incarnation for other in found}:

@@ -19,19 +19,22 @@ MAX_KEY = 200
 class Cause:
     """Why an engine failed. `text` and `advice` are one line each, without secrets.
 
-    `key` identifies the kind of failure: the text without numbers and paths.
+    `key` identifies the kind of failure: the text without numbers and paths. `recurs`: every start with these settings
+    fails so, whatever else changes but what is installed. That is not known of what depends on files, on memory or on
+    other machines.
     """
 
     text: str
     # What to do about it; "" if unknown.
     advice: str = ""
     key: str = ""
+    recurs: bool = False
 
     @classmethod
-    def of(cls, text: str, advice: str = "") -> "Cause":
+    def of(cls, text: str, advice: str = "", recurs: bool = False) -> "Cause":
         """Makes a cause from a text of any length and shape."""
         line = _one_line(text)
-        return cls(_cut(line, MAX_TEXT), advice, _key(line))
+        return cls(_cut(line, MAX_TEXT), advice, _key(line), recurs)
 
     def __str__(self) -> str:
         return f"{self.text} ({self.advice})" if self.advice else self.text
@@ -67,6 +70,8 @@ class _Rule:
     pattern: str
     advice: str | Callable[[Mapping[str, str]], str]
     is_about_model: bool = False
+    # As in `Cause`.
+    recurs: bool = False
 
     def match(self, failure: Failure) -> re.Match[str] | None:
         return re.search(self.pattern, f"{failure.type}: {failure.text}", re.DOTALL)
@@ -186,6 +191,7 @@ RULES = (
     _Rule(
         r"Model architectures \[.*?\] are not supported|does not recognize this architecture",
         "This version of vLLM cannot run the model: https://docs.vllm.ai/en/latest/models/supported_models.html",
+        recurs=True,
     ),
     # Memory.
     _Rule(
@@ -231,6 +237,7 @@ RULES = (
     _Rule(
         r"User-specified max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)",
         "The model supports at most {most} tokens: lower --max-model-len.",
+        recurs=True,
     ),
     # Driver and GPUs.
     _Rule(r"driver on your system is too old(?: \(found version (?P<found>\d+)\))?", _driver),
@@ -284,9 +291,8 @@ def wrong_arguments(message: str, known: Collection[str]) -> Cause:
     unknown = re.findall(r"--[\w-]+", message) if "unrecognized arguments" in message else []
     near = [match for flag in unknown for match in get_close_matches(flag, known, n=1)]
     hint = f"Did you mean {' '.join(near)}? " if near else ""
-    return Cause.of(
-        f"BATCH_ENGINE_ARGS: {message}", hint + "vLLM's flags: https://docs.vllm.ai/en/latest/cli/serve.html"
-    )
+    advice = hint + "vLLM's flags: https://docs.vllm.ai/en/latest/cli/serve.html"
+    return Cause.of(f"BATCH_ENGINE_ARGS: {message}", advice, recurs=True)
 
 
 def root(notes: Sequence[Note], raised: Sequence[Failure], exit_codes: Mapping[str, int]) -> tuple[Failure, ...] | None:
@@ -336,7 +342,7 @@ def explain(
             groups = {name: value or "" for name, value in match.groupdict().items()}
             holders = gpu_holders() if rule.advice in (_gpu_memory, _gpu_share) else ""
             about = f"{model}: " if rule.is_about_model and model and model not in text else ""
-            return Cause.of(about + text, rule.advise(groups | {"model": model, "holders": holders}))
+            return Cause.of(about + text, rule.advise(groups | {"model": model, "holders": holders}), rule.recurs)
         if failure.type == "Signal":
             number = int(re.findall(r"signal (\d+)", failure.text)[0])
             return Cause.of(text, _SIGNALS.get(number, _SEE_LOG))

@@ -16,6 +16,7 @@ def make(settings: Settings) -> Engine:
             settings.simulated_window,
             settings.window,
             settings.simulated_load_failure,
+            settings.simulated_adapters,
         )
     from service.worker.engine.vllm import VllmEngine
 

@@ -36,7 +36,8 @@ async def prepare(worker_id: str, timeout_s: float = SWEEP_TIMEOUT_S) -> None:
     Raises EngineStartError.
     """
     if importlib.util.find_spec("ray") is None:
-        raise EngineStartError(Cause.of("Ray is not installed", "On each host: .venv/bin/pip install -e '.[ray]'"))
+        advice = "On each host: .venv/bin/pip install -e '.[ray]'"
+        raise EngineStartError(Cause.of("Ray is not installed", advice, recurs=True))
     address = os.environ.setdefault("RAY_ADDRESS", OWN_CLUSTER)
     environment = dict(os.environ)
     os.environ[JOB_CONFIG] = json.dumps({"metadata": {OWNER: worker_id}})

@@ -65,8 +65,9 @@ class SimulatedEngine:
         concurrency: int = 64,
         window: int | None = None,
         load_failure: str = "",
+        adapters: int = 0,
     ) -> None:
-        self.models: tuple[str, ...] = (model,)
+        self.models: tuple[str, ...] = (model, *(f"{model}-{number}" for number in range(1, adapters + 1)))
         self.urls: Set[str] = URLS
         self.window = window or 4 * concurrency
         self.concurrency = min(concurrency, self.window)

@@ -317,6 +317,7 @@ def _check_ray() -> None:
                 f"this build of vLLM cannot use Ray: it is for {current_platform.device_name or 'an unknown device'}",
                 "Remove --distributed-executor-backend ray and --data-parallel-backend ray from BATCH_ENGINE_ARGS: Ray"
                 " needs GPUs.",
+                recurs=True,
             )
         )
 
