@@ -1,6 +1,8 @@
 """Storage: batches are stored whole or not at all, leases fence, results are stored once, streams have no gaps."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +17,7 @@ from service.db.limits import FullError, Limits
 from service.db.results import Result, Span
 from service.machine import Place
 from tests.support.store import answers, count, holder, stored
+from tests.support.waiting import until
 from vllm_batch import output
 
 
@@ -89,6 +92,53 @@ def test_a_result_is_written_once(database: Database) -> None:
     again = database.call(batches.get, batch.id)
     assert again is not None
     assert (again.completed, count(database, "results")) == (2, 2)
+
+
+def test_an_attempt_beside_the_one_before_it(database_url: str) -> None:
+    """A group sent again with more, while its first attempt has not committed yet, is stored once and without a gap."""
+    first, second = Database(database_url, "first"), Database(database_url, "second")
+    batch = stored(first, 4)
+    mine = holder()
+    [chunk] = first.call(chunks.claim, mine, ["tiny"], 1)
+    is_written, may_commit = threading.Event(), threading.Event()
+
+    def slowly(db: peewee.PostgresqlDatabase) -> None:
+        with db.atomic():
+            results.write(db, answers(chunk, range(2)), mine.incarnation)
+            is_written.set()
+            may_commit.wait(60)
+
+    def is_waiting(db: peewee.PostgresqlDatabase) -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        return bool(db.execute_sql(query).fetchone()[0])
+
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(first.call, slowly)
+        assert is_written.wait(60)
+        other = threads.submit(second.call, results.write, answers(chunk, range(3)), mine.incarnation)
+        until(lambda: first.call(is_waiting), "the second attempt to wait for the first")
+        may_commit.set()
+        one.result()
+        assert other.result() == 1
+    assert first.call(results.write, answers(chunk, range(4)), mine.incarnation) == 1
+    done = first.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed) == ("completed", 4)
+    page = first.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
+    assert [(result.sequence, result.index) for result in page] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    first.close()
+    second.close()
+
+
+def test_two_results_of_one_request(database: Database) -> None:
+    """Of two results of a request in one group one is stored, and the sequence has no gap."""
+    batch = stored(database, 2)
+    mine = holder()
+    [chunk] = database.call(chunks.claim, mine, ["tiny"], 1)
+    group = [*answers(chunk, range(1)), *answers(chunk, range(2))]
+    assert database.call(results.write, group, mine.incarnation) == 2
+    page = database.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
+    assert [(result.sequence, result.index) for result in page] == [(1, 0), (2, 1)]
 
 
 def test_zombie_owner_cannot_write(database: Database) -> None:
