@@ -163,6 +163,21 @@ def test_what_was_staged_too_long_ago_is_no_batch(database: Database) -> None:
     assert count(database, "batches") == 0
 
 
+def test_what_is_staged_after_the_rest_was_removed_is_no_batch(database: Database) -> None:
+    """An upload that goes on after its first rows were removed, as when the clock was set, is not taken for whole."""
+    # As of two minutes ago: ids have the time.
+    batch_id = database.call(creation.reserve) - (120_000 << 20)
+    rows = intake.Rows(batch_id, OFFER, SIZES)
+    database.call(creation.stage, batch_id, rows.feed(line(0)), 60.0)
+    purge(database)
+    assert count(database, "requests") == 0
+    database.call(creation.stage, batch_id, rows.feed(line(1)), 60.0)
+    with pytest.raises(creation.StagedTooLongError):
+        database.call(creation.create, batch_id, Options(), rows.content, rows.feed(line(2)), True, 60)
+    purge(database)
+    assert (count(database, "batches"), count(database, "requests")) == (0, 0)
+
+
 def test_worker_dies_in_the_middle_of_an_upload(stack: Stack) -> None:
     """If the worker dies during an upload, the client's retry creates exactly one complete batch."""
     stack.gateway()
