@@ -50,10 +50,13 @@ class HeldChunks:
         return chunk_id in self._unstored
 
     def load(self, work: Work) -> None:
-        """Adds claimed chunks. A chunk that already has all results is not held: its lease expires."""
+        """Adds claimed chunks. A chunk that already has all results is not held: its lease expires.
+
+        Nor is one added that is here: its lease was lost and had again before that was known, and its requests run.
+        """
         suspects: list[Request] = []
         for chunk, requests in work.chunks:
-            if requests:
+            if requests and chunk.id not in self:
                 self._unstored[chunk.id] = len(requests)
                 if chunk.deaths:
                     suspects += requests

@@ -24,6 +24,17 @@ def test_a_chunk_without_unanswered_requests_is_not_held() -> None:
     assert (held.ids, held.suspects) == ([], 0)
 
 
+def test_a_chunk_that_is_had_again_runs_once() -> None:
+    """A chunk whose lease was lost, and had again before that was known, has each request once."""
+    held = HeldChunks()
+    held.load(work_of(1, 2))
+    held.ready.popleft()
+    held.load(work_of(1, 2, 3))
+    assert [one.chunk_id for one in held.ready] == [2, 3]
+    assert not held.result_stored(1)
+    assert held.ids == [2, 3]
+
+
 def test_suspects_are_counted_until_they_are_done_or_lost() -> None:
     """A suspect counts until its result is stored or its lease is lost, which makes room for the next one."""
     held = HeldChunks()
