@@ -10,7 +10,20 @@ import peewee
 import pytest
 
 from service.api import messages
-from service.db import batches, chunks, creation, endings, heartbeats, identity, losses, results, suspects, usage, work
+from service.db import (
+    batches,
+    chunks,
+    creation,
+    endings,
+    heartbeats,
+    identity,
+    losses,
+    requests,
+    results,
+    suspects,
+    usage,
+    work,
+)
 from service.db.connection import Database, connect, migrate
 from service.db.heartbeats import Beat
 from service.db.limits import FullError, Limits
@@ -30,9 +43,9 @@ def test_batch_is_stored_with_bodies_byte_for_byte(database: Database) -> None:
     """Bodies with backslashes and escapes are stored byte for byte."""
     batch = stored(database, 3)
     [chunk] = database.call(chunks.claim, holder("w"), ["tiny"], 5)
-    requests = database.call(chunks.unanswered, chunk)
-    assert [request.custom_id for request in requests] == ["c0", "c1", "c2"]
-    assert requests[1].body == '{"model":"tiny","x":"a\\\\b\\tc"}'
+    found = database.call(chunks.unanswered, chunk)
+    assert [request.custom_id for request in found] == ["c0", "c1", "c2"]
+    assert found[1].body == '{"model":"tiny","x":"a\\\\b\\tc"}'
     assert (batch.total, batch.state, list(batch.models)) == (3, "in_progress", ["tiny"])
 
 
@@ -277,6 +290,7 @@ def test_delete_and_purge(database: Database) -> None:
     database.call(endings.cancel, batch.id)
     assert database.call(endings.delete, batch.id)
     assert database.call(batches.get, batch.id) is None
+    assert database.call(requests.read_one, batch.id, "c0", 100) is None
     assert not database.call(endings.delete, batch.id)
     rounds = 0
     while database.call(endings.purge, 10):
