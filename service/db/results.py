@@ -141,7 +141,9 @@ WITH given (
     SELECT g.batch_id, g.chunk_id, count(*) AS results, count(*) FILTER (WHERE g.is_completed) AS completed,
            sum(g.prompt) AS prompt, sum(g.completion) AS completion,
            sum(g.cached) AS cached, sum(g.reasoning) AS reasoning
-    FROM given g JOIN written w USING (batch_id, index) GROUP BY g.batch_id, g.chunk_id
+    -- A group may have two results of a request: one of a chunk that was lost, one of the chunk that it then became.
+    FROM given g JOIN held ON held.id = g.chunk_id JOIN written w ON (w.batch_id, w.index) = (g.batch_id, g.index)
+    GROUP BY g.batch_id, g.chunk_id
 ), counted AS (
     UPDATE batches b SET
         completed = b.completed + s.completed,

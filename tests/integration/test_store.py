@@ -154,6 +154,27 @@ def test_two_results_of_one_request(database: Database) -> None:
     assert [(result.sequence, result.index) for result in page] == [(1, 0), (2, 1)]
 
 
+def test_results_of_a_request_under_two_leases(database: Database) -> None:
+    """A result under a lease that was lost counts nowhere beside the one under the lease that its request has now."""
+    batch = stored(database, 3)
+    mine = holder()
+    [lost] = database.call(chunks.claim, mine, ["tiny"], 1)
+    database.call(chunks.begin, mine, {lost.id: lost.first_index})
+    assert database.call(suspects.bury, mine.worker_id).suspects == 1
+    [suspect] = database.call(suspects.claim_few, mine, ["tiny"], 0)
+    group = [*answers(lost, range(1)), *answers(suspect, range(1))]
+    assert database.call(results.write, group, mine.incarnation) == 1
+    half = database.call(batches.get, batch.id)
+    assert half is not None
+    assert (half.state, half.completed) == ("in_progress", 1)
+    [rest] = database.call(chunks.claim, mine, ["tiny"], 1)
+    assert [request.index for request in database.call(chunks.unanswered, rest)] == [1, 2]
+    assert database.call(results.write, answers(rest, range(1, 3)), mine.incarnation) == 2
+    done = database.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed) == ("completed", 3)
+
+
 def test_zombie_owner_cannot_write(database: Database) -> None:
     """A worker whose lease was given to another can neither store results nor renew the lease."""
     stored(database, 2)
