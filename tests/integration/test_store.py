@@ -15,6 +15,7 @@ from service.db import (
     chunks,
     creation,
     endings,
+    files,
     heartbeats,
     identity,
     losses,
@@ -319,6 +320,25 @@ def test_delete_and_purge(database: Database) -> None:
     assert rounds >= 3
     assert (count(database, "requests"), count(database, "purges")) == (5, 0)
     assert database.call(batches.get, other.id) is not None
+
+
+def test_a_part_of_an_upload_that_was_given_up(database: Database) -> None:
+    """What still arrives of an upload after it was cancelled is refused, and nothing of it stays."""
+    upload = database.call(files.begin_upload, "t", "name", 2, None, Limits(9, 9))
+    parts = [database.call(files.begin_part, "t", upload.id) for _ in range(2)]
+    assert parts[0] is not None
+    assert parts[1] is not None
+    database.call(files.add_piece, parts[0], 0, b"x")
+    assert database.call(files.finish_part, parts[0], 1).bytes == 1
+    database.call(files.add_piece, parts[1], 0, b"x")
+    database.call(files.discard, "t", upload.id, "pending")
+    with pytest.raises(files.PartGoneError):
+        database.call(files.finish_part, parts[1], 1)
+    while database.call(files.purge, 10):
+        pass
+    with pytest.raises(files.PartGoneError):
+        database.call(files.add_piece, parts[1], 1, b"y")
+    assert (count(database, "file_parts"), count(database, "file_pieces"), count(database, "files")) == (0, 0, 0)
 
 
 def test_retention(database: Database) -> None:
