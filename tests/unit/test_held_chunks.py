@@ -67,6 +67,22 @@ def test_what_begins_is_told_ahead_and_once() -> None:
     assert held.begin([request(30, 3)], 3) == {}
 
 
+def test_what_could_not_be_told_is_told_with_the_next() -> None:
+    """Chunks that were locked, or not heard of, are told again until they are known, or are not held any more."""
+    held, work = HeldChunks(), work_of(1, 2, 3)
+    work.chunks[0][1].extend(request(number) for number in (11, 12))  # type: ignore[attr-defined]
+    held.load(work)
+    assert held.begin([request(10)], 1) == {1: 10, 2: None, 3: None}
+    held.not_noted({1: 10, 3: None})
+    held.drop({3})
+    assert held.begin([request(20, 2)], 1) == {1: 10, 2: 20}
+    held.not_noted({1: 10})
+    assert held.begin([request(11)], 1) == {1: 11}
+    held.not_noted({1: 11, 3: None})
+    assert held.begin([], 1) == {1: 11}
+    assert held.begin([], 1) == {}
+
+
 def test_what_is_given_is_not_told_as_begun() -> None:
     """What follows it in its chunk is told when it starts, and a chunk that was given whole is told no more."""
     held, work = HeldChunks(), work_of(1, 2)
