@@ -195,6 +195,27 @@ def test_a_flaky_host_makes_nobody_guilty(database: Database) -> None:
     assert killer.error_code == "REQUEST_CRASHED_ENGINE"
 
 
+def test_gateways_of_one_host_may_differ(database: Database) -> None:
+    """A worker that one gateway of a host reaches is not lost, whatever another one there says last."""
+    stored(database, 100)
+    mine = working(database)
+    see(database, mine, True, "b:gateway-1")
+    see(database, mine, False, "b:gateway-2")
+    see(database, mine, False, "a:gateway-1")
+    assert taken_over(database) == []
+    see(database, mine, False, "b:gateway-1")
+    assert taken_over(database) == [(1, 20, 0)]
+
+
+def test_what_gateways_of_its_own_host_say(database: Database) -> None:
+    """That the gateways of a worker's own host do not reach it is no evidence: they may be gone with it."""
+    stored(database, 100)
+    mine = working(database)
+    see(database, mine, False, "a:gateway-1")
+    see(database, mine, False, "a")
+    assert taken_over(database) == []
+
+
 def test_a_life_without_its_name_settles_only_its_own(database: Database) -> None:
     """A worker that slept while another took its name, and whose engine then dies, touches nothing that one holds."""
     stored(database, 200)
