@@ -15,6 +15,14 @@ COLUMNS = (
     " cached_tokens, reasoning_tokens, create_time, start_time, end_time, expire_time, tenant, run_order, digest"
 )
 
+# A number that is never given twice, not even by a standby that took over without the last batches, or a restored
+# backup, whose sequence begins again at numbers that clients know: the milliseconds since 2025 come first, then 20 bits
+# of the sequence.
+NEW_ID = """
+(((extract(epoch FROM clock_timestamp() - timestamptz '2025-01-01 00:00+00') * 1000)::bigint << 20)
+ | (nextval(pg_get_serial_sequence('batches', 'id')) & ((1 << 20) - 1)))
+"""
+
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 
 

@@ -73,19 +73,11 @@ def reserve(db: peewee.PostgresqlDatabase, limits: Limits | None = None, options
 
     What was created before, under the same request_id, is no matter of limits: that is found out at the end.
 
-    No id is ever given twice, not even by a standby that took over without the last batches, or a restored backup,
-    whose sequence begins again at numbers that clients know: the milliseconds since 2025 come first, then 20 bits of
-    the sequence. Ids ascend with the time.
+    Ids ascend with the time, and none is ever given twice.
     """
     if limits is not None and not _is_known(db, options):
         check(db, limits, New(0, options.tenant, 1, 1))
-    row = db.execute_sql(
-        """
-        SELECT ((extract(epoch FROM clock_timestamp() - timestamptz '2025-01-01 00:00+00') * 1000)::bigint << 20)
-               | (nextval(pg_get_serial_sequence('batches', 'id')) & ((1 << 20) - 1))
-        """
-    ).fetchone()
-    return int(row[0])
+    return int(db.execute_sql(f"SELECT {batches.NEW_ID}").fetchone()[0])
 
 
 def stage(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes, lease_s: float) -> None:

@@ -10,6 +10,7 @@ import peewee
 from psycopg2.extras import execute_values
 
 from service import turns
+from service.db.batches import NEW_ID
 from service.db.chunks import HAS_PENDING
 from service.turns import Expiring
 
@@ -51,7 +52,7 @@ def enqueue(db: peewee.PostgresqlDatabase, batch_id: int) -> None:
         WITH queued AS (
             INSERT INTO queue (batch_id, of_batch, pool_id, tenant, models, priority, expire_time, total, estimate,
                                tokens, expected)
-            SELECT CASE WHEN e.number = 1 THEN b.id ELSE -nextval(pg_get_serial_sequence('batches', 'id')) END,
+            SELECT CASE WHEN e.number = 1 THEN b.id ELSE -{NEW_ID} END,
                    CASE WHEN e.number > 1 THEN b.id END, p.id, b.tenant, e.models, b.priority, b.expire_time,
                    e.requests, e.estimate, (b.prompt_tokens + b.completion_tokens) * e.requests / b.total,
                    e.estimate * (b.completed + b.failed) * e.requests / b.total

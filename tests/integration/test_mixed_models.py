@@ -56,6 +56,14 @@ def in_flight(database: Database) -> set[object]:
     return {value for (value,) in rows}
 
 
+def test_a_sequence_that_begins_again(database: Database) -> None:
+    """A batch of several models is stored beside others also after a failover to a standby that was a little behind."""
+    for _ in range(2):
+        sql(database, "SELECT setval(pg_get_serial_sequence('batches', 'id'), 1, false)")
+        stored(database, ["alpha", "beta"])
+    assert sql(database, "SELECT count(*), count(DISTINCT batch_id) FROM queue") == [(4, 4)]
+
+
 @pytest.mark.parametrize("run_order", ["prefix", "input"])
 def test_each_worker_claims_its_models(database: Database, run_order: RunOrder) -> None:
     """A chunk is of one model, in the order of the batch; a request that names none is anybody's."""
