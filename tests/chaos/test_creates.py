@@ -76,7 +76,9 @@ def test_no_create_is_refused(stack: FullStack) -> None:
     """Through 30 faults that leave Postgres up no create is refused, each makes one batch, and all of them run."""
     seed = int(os.environ.get("CREATES_SEED", random.SystemRandom().randrange(1_000_000)))
     dice = random.Random(seed)
-    drawn = [dice.choice(KINDS) for _ in range(FAULTS)]
+    # Each kind at least twice.
+    drawn = [*KINDS, *KINDS, *dice.choices(KINDS, k=FAULTS - 2 * len(KINDS))]
+    dice.shuffle(drawn)
     sys.stdout.write(f"\nCREATES_SEED={seed}: {', '.join(drawn)}\n")
     faults = DoorFaults(stack, dice)
     answers: Counter[int] = Counter()
