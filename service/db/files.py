@@ -23,6 +23,12 @@ ARRIVING_S = 86_400.0
 UPLOAD_S = 3600.0
 COMPLETE_TIMEOUT_S = 60.0
 
+# COPY's binary format, because as text bytes are twice as many: what is before the rows and behind them; and before the
+# value of a row that has only one: the number of values, and how long it is.
+COPY_HEAD, COPY_END, COPY_ROW = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff", struct.Struct("!hi")
+# Handed to libpq at once.
+COPY_BYTES = 1 << 18
+
 COLUMNS = "id, tenant, state, is_upload, filename, bytes, lifetime_s, create_time, expire_time"
 
 
@@ -84,11 +90,10 @@ def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int
 
 def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes) -> None:
     """Stores the bytes of a part from its offset `first` on."""
-    # In binary: as text it would be twice as long.
-    row = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data)) + data
+    head = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data))
+    copied = BytesIO(b"".join((COPY_HEAD, head, data, COPY_END)))
     with db.cursor() as cursor:
-        copied = BytesIO(b"PGCOPY\n\xff\r\n\0" + bytes(8) + row + b"\xff\xff")
-        cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, 1 << 18)
+        cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, COPY_BYTES)
     failpoints.hit("file.piece")
 
 
@@ -221,15 +226,27 @@ def discard(db: peewee.PostgresqlDatabase, tenant: str | None, file_id: int, *st
 
 def read_piece(db: peewee.PostgresqlDatabase, file_id: int, at: int) -> bytes:
     """The bytes of a file from the offset `at` to the end of the piece there. Empty: at its end, or it is removed."""
-    row = db.execute_sql(
-        """
-        SELECT c.data, p.first + c.first FROM file_parts p JOIN file_pieces c ON c.part_id = p.id
-        WHERE p.file_id = %(id)s AND p.first <= %(at)s AND p.first + p.bytes > %(at)s AND c.first <= %(at)s - p.first
-        ORDER BY c.first DESC LIMIT 1
-        """,
-        {"id": file_id, "at": at},
-    ).fetchone()
-    return bytes(row[0][at - row[1] :]) if row else b""
+    copied = BytesIO()
+    with db.cursor() as cursor:
+        copy = cursor.mogrify(
+            """
+            COPY (
+                SELECT substring(c.data FROM (%(at)s - p.first - c.first + 1)::integer)
+                FROM file_parts p JOIN file_pieces c ON c.part_id = p.id
+                WHERE p.file_id = %(id)s AND p.first <= %(at)s AND p.first + p.bytes > %(at)s
+                  AND c.first <= %(at)s - p.first
+                ORDER BY c.first DESC LIMIT 1
+            ) TO STDOUT (FORMAT binary)
+            """,
+            {"id": file_id, "at": at},
+        )
+        cursor.copy_expert(copy, copied)
+    # Nothing but the end is as long as the numbers of a row.
+    row = copied.getbuffer()[len(COPY_HEAD) :]
+    if len(row) < COPY_ROW.size:
+        return b""
+    _, size = COPY_ROW.unpack_from(row)
+    return bytes(row[COPY_ROW.size : COPY_ROW.size + size])
 
 
 def size(db: peewee.PostgresqlDatabase, file_id: int) -> int:
