@@ -23,8 +23,8 @@ INDEXES = """
 unnest(coalesce(c.indexes, ARRAY(SELECT generate_series(c.first_index, c.first_index + c.count - 1))))
 WITH ORDINALITY AS o (index, place)
 """
-# One by one. Postgres believes that a batch which is newer than its statistics has next to no rows, and a join reads all
-# of them as often as the chunk has requests. It makes no join of subqueries with OFFSET or LIMIT.
+# One by one. Postgres believes that a batch which is newer than its statistics has next to no rows, and a join reads
+# all of them as often as the chunk has requests. It makes no join of subqueries with OFFSET or LIMIT.
 UNANSWERED = f"""
 SELECT o.index, q.custom_id, q.url, q.body
 FROM chunks c CROSS JOIN LATERAL {INDEXES}
