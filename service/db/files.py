@@ -2,12 +2,14 @@
 
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from io import BytesIO
 from typing import Any
 
 import peewee
+import psycopg2.errors
 
 from service import failpoints
 from service.db import limits
@@ -88,11 +90,11 @@ def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int
     return row[0] if row else None
 
 
-def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes) -> None:
-    """Stores the bytes of a part from its offset `first` on."""
+def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes, is_repeated: bool = False) -> None:
+    """Stores the bytes of a part from its offset `first` on. `is_repeated`: they may be stored already."""
     head = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data))
     copied = BytesIO(b"".join((COPY_HEAD, head, data, COPY_END)))
-    with db.cursor() as cursor:
+    with db.cursor() as cursor, suppress(*([psycopg2.errors.UniqueViolation] if is_repeated else [])):
         cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, COPY_BYTES)
     failpoints.hit("file.piece")
 

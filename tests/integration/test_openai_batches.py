@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psycopg2
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Batch
@@ -213,6 +215,46 @@ def test_door_dies_at_a_create(failpoint: str, stack: Stack) -> None:
         name = creating.result(60).id
         assert count(stack, "batches") == 1
         assert [batch.id for batch in client.batches.list()] == [name]
+
+
+@pytest.mark.parametrize("table", ["file_pieces", "batches"])
+def test_connection_is_cut(table: str, client: OpenAI, whole: Stack) -> None:
+    """A file and a create whose connection to Postgres is cut are stored over another one, and nobody is refused."""
+    content = b"".join(lines(20, padding="x" * 100_000))
+    before = count(whole, "batches")
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+
+    def store() -> Batch:
+        if table == "file_pieces":
+            return created(client, content)
+        return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+
+    waiting = (
+        "SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted"
+        f" AND relation = '{table}'::regclass AND application_name = 'vllm-batch-http'"
+    )
+    with (
+        closing(psycopg2.connect(whole.database_url)) as holding,
+        closing(psycopg2.connect(whole.database_url)) as looking,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        # Within a transaction it would see the same sessions again and again.
+        looking.autocommit = True
+        seen = looking.cursor()
+
+        def found() -> list[tuple[int]]:
+            seen.execute(waiting)
+            return seen.fetchall()
+
+        with holding, holding.cursor() as cursor:
+            cursor.execute(f"LOCK TABLE {table} IN SHARE MODE")
+            storing = threads.submit(store)
+            [(pid,)] = until(found, "the door to wait for the table", 8)
+            cursor.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        batch = storing.result(60)
+    assert ended(client, batch.id).status == "completed"
+    assert count(whole, "batches") == before + 1
+    assert client.files.content(batch.input_file_id).read() == content
 
 
 def test_pages_and_both_doors(client: OpenAI, whole: Stack) -> None:
