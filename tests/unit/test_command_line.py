@@ -73,10 +73,12 @@ def test_a_closed_stdout_is_an_error(argument: str, others: tuple[int, ...]) -> 
     assert done.stderr == (b"" if 2 in others else b"Bad file descriptor\n")
 
 
-def test_a_full_stdout_is_an_error_of_help_too() -> None:
-    """What is printed before any command runs may fail like the rest."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_stdout_is_an_error_of_help_too(unbuffered: str) -> None:
+    """What is printed before any command runs may fail like the rest, also where Python keeps it in a buffer."""
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([CLI, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run([CLI, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60, env=env)
     assert (done.returncode, done.stderr) == (5, b"No space left on device\n")
 
 
