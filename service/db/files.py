@@ -64,6 +64,10 @@ class PartsError(Exception):
     """An upload cannot be completed of these parts."""
 
 
+class PartGoneError(Exception):
+    """The part cannot be stored: its upload was given up or completed without it, or its file took too long."""
+
+
 def begin(db: peewee.PostgresqlDatabase, tenant: str, allowed: Limits) -> tuple[int, int]:
     """A file to be stored in one call: its id, and that of its part. `finish` makes it visible. Raises FullError."""
     with db.atomic():
@@ -91,10 +95,16 @@ def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int
 
 
 def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes, is_repeated: bool = False) -> None:
-    """Stores the bytes of a part from its offset `first` on. `is_repeated`: they may be stored already."""
+    """Stores the bytes of a part from its offset `first` on. `is_repeated`: they may be stored already.
+
+    Raises PartGoneError.
+    """
     head = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data))
     copied = BytesIO(b"".join((COPY_HEAD, head, data, COPY_END)))
-    with db.cursor() as cursor, suppress(*([psycopg2.errors.UniqueViolation] if is_repeated else [])):
+    with suppress(*([psycopg2.errors.UniqueViolation] if is_repeated else [])), db.atomic(), db.cursor() as cursor:
+        # Nothing removes what is stored of a part after the part itself, which `purge` locks.
+        if db.execute_sql("SELECT FROM file_parts WHERE id = %s FOR KEY SHARE", (part_id,)).fetchone() is None:
+            raise PartGoneError
         cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, COPY_BYTES)
     failpoints.hit("file.piece")
 
@@ -127,11 +137,14 @@ def finish(
 
 @acknowledged
 def finish_part(db: peewee.PostgresqlDatabase, part_id: int, size: int) -> Part:
-    """Makes a part that has arrived available to its upload."""
+    """Makes a part that has arrived available to its upload. Raises PartGoneError."""
     row = db.execute_sql(
-        "UPDATE file_parts SET bytes = %s WHERE id = %s RETURNING id, file_id, first, bytes, create_time",
+        "UPDATE file_parts p SET bytes = %s FROM files f WHERE p.id = %s AND f.id = p.file_id AND f.state = 'pending'"
+        " RETURNING p.id, p.file_id, p.first, p.bytes, p.create_time",
         (size, part_id),
     ).fetchone()
+    if row is None:
+        raise PartGoneError
     return Part(*row)
 
 
@@ -279,6 +292,8 @@ def purge(db: peewee.PostgresqlDatabase, pieces: int) -> bool:
         ).fetchone()
         if row is None:
             return False
+        # Of parts that still arrive nothing more is stored from now on.
+        db.execute_sql("SELECT FROM file_parts WHERE file_id = %s ORDER BY id FOR UPDATE", row)
         removed = db.execute_sql(
             """
             DELETE FROM file_pieces WHERE (part_id, first) IN (

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from service.db import files
 from service.db.connection import Database
-from service.db.files import File, PartsError
+from service.db.files import File, PartGoneError, PartsError
 from service.errors import ApiError, not_found
 from service.http import multipart, objects
 from service.http.files import Keeping
@@ -78,12 +78,15 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             if not has_data:
                 raise objects.wrong("data", "is required")
             await writer.end()
+            part = await database.run(files.finish_part, part_id, writer.size)
+        except PartGoneError:
+            raise not_found(f"pending upload {upload_id!r}") from None
         except BaseException:
             # What was stored of it goes with the upload.
             with contextlib.suppress(Exception):
                 await asyncio.shield(writer.settle())
             raise
-        return objects.part_object(await database.run(files.finish_part, part_id, writer.size))
+        return objects.part_object(part)
 
     @made.post("/{upload_id}/complete", name="CompleteUpload")
     async def complete(upload_id: str, asked: CompleteUpload) -> UploadObject:
