@@ -21,6 +21,8 @@ PIECE_BYTES = 1 << 20
 # What has not arrived by then never will.
 ARRIVING_S = 86_400.0
 UPLOAD_S = 3600.0
+# What may arrive for an upload, of what was announced: clients send a part again whose answer they have not got.
+UPLOAD_FACTOR = 2
 COMPLETE_TIMEOUT_S = 60.0
 
 COLUMNS = "id, tenant, state, is_upload, filename, bytes, lifetime_s, create_time, expire_time"
@@ -53,7 +55,11 @@ class Part:
 
 
 class PartsError(Exception):
-    """An upload cannot be completed of these parts."""
+    """An upload cannot be completed of these parts, or takes no further ones."""
+
+
+class GoneError(Exception):
+    """A file or upload was deleted, completed or given up while part of it was arriving."""
 
 
 def begin(db: peewee.PostgresqlDatabase, tenant: str, allowed: Limits) -> tuple[int, int]:
@@ -72,23 +78,38 @@ def begin(db: peewee.PostgresqlDatabase, tenant: str, allowed: Limits) -> tuple[
 def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int) -> int | None:
     """A part of a pending upload, to be stored. None: there is no such upload.
 
-    `tenant` None, here and below: whosever it is. Otherwise those of others do not exist.
+    `tenant` None, here and below: whosever it is. Otherwise those of others do not exist. Raises PartsError for an
+    upload of which more has arrived than can belong to it.
     """
-    row = db.execute_sql(
-        "INSERT INTO file_parts (file_id) SELECT id FROM files"
-        f" WHERE id = %(id)s AND {IN_SCOPE} AND state = 'pending' AND expire_time > clock_timestamp() RETURNING id",
-        {"id": upload_id, "tenant": tenant},
-    ).fetchone()
+    pending = f"FROM files WHERE id = %(id)s AND {IN_SCOPE} AND state = 'pending' AND expire_time > clock_timestamp()"
+    names = {"id": upload_id, "tenant": tenant}
+    arrived = "(SELECT coalesce(sum(p.bytes), 0)::bigint FROM file_parts p WHERE p.file_id = files.id)"
+    found = db.execute_sql(f"SELECT bytes, {arrived} {pending}", names).fetchone()
+    if found is None:
+        return None
+    announced, there = found
+    if there > UPLOAD_FACTOR * announced:
+        raise PartsError(f"{there} bytes have arrived for this upload, and {announced} were announced")
+    row = db.execute_sql(f"INSERT INTO file_parts (file_id) SELECT id {pending} RETURNING id", names).fetchone()
     return row[0] if row else None
 
 
 def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes) -> None:
-    """Stores the bytes of a part from its offset `first` on."""
+    """Stores the bytes of a part from its offset `first` on. Raises GoneError."""
     # In binary: as text it would be twice as long.
     row = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data)) + data
-    with db.cursor() as cursor:
-        copied = BytesIO(b"PGCOPY\n\xff\r\n\0" + bytes(8) + row + b"\xff\xff")
-        cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, 1 << 18)
+    with db.atomic():
+        # Locked, so that `purge` removes the part after this piece.
+        part = db.execute_sql(
+            "SELECT 1 FROM file_parts p JOIN files f ON f.id = p.file_id"
+            " WHERE p.id = %s AND f.state IN ('arriving', 'pending') FOR KEY SHARE OF p",
+            (part_id,),
+        ).fetchone()
+        if part is None:
+            raise GoneError
+        with db.cursor() as cursor:
+            copied = BytesIO(b"PGCOPY\n\xff\r\n\0" + bytes(8) + row + b"\xff\xff")
+            cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, 1 << 18)
     failpoints.hit("file.piece")
 
 
@@ -119,13 +140,14 @@ def finish(
 
 
 @acknowledged
-def finish_part(db: peewee.PostgresqlDatabase, part_id: int, size: int) -> Part:
-    """Makes a part that has arrived available to its upload."""
+def finish_part(db: peewee.PostgresqlDatabase, part_id: int, size: int) -> Part | None:
+    """Makes a part that has arrived available to its upload. None: the upload is not pending any more."""
     row = db.execute_sql(
-        "UPDATE file_parts SET bytes = %s WHERE id = %s RETURNING id, file_id, first, bytes, create_time",
+        "UPDATE file_parts p SET bytes = %s FROM files f WHERE p.id = %s AND f.id = p.file_id AND f.state = 'pending'"
+        " RETURNING p.id, p.file_id, p.first, p.bytes, p.create_time",
         (size, part_id),
     ).fetchone()
-    return Part(*row)
+    return Part(*row) if row else None
 
 
 @acknowledged
@@ -260,6 +282,8 @@ def purge(db: peewee.PostgresqlDatabase, pieces: int) -> bool:
         ).fetchone()
         if row is None:
             return False
+        # After pieces that are being stored, which would otherwise be left without their part.
+        db.execute_sql("SELECT FROM file_parts WHERE file_id = %s ORDER BY id FOR UPDATE", row)
         removed = db.execute_sql(
             """
             DELETE FROM file_pieces WHERE (part_id, first) IN (

@@ -79,6 +79,8 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             made = await database.run(
                 files.finish, file_id, part_id, _filename(form["file"]), writer.size, lifetime_s, keeping.limits
             )
+        except files.GoneError:
+            made = None
         except BaseException:
             await asyncio.shield(_discard(database, file_id, writer))
             raise

@@ -7,6 +7,7 @@ import hashlib
 from fastapi import APIRouter, Request
 
 from service.db import files
+from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database
 from service.db.files import File, PartsError
 from service.errors import ApiError, not_found
@@ -61,7 +62,10 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     @made.post("/{upload_id}/parts", name="AddUploadPart", openapi_extra=FORM)
     async def add(upload_id: str, request: Request) -> PartObject:
         number = objects.number_of(upload_id, "upload_", "upload")
-        part_id = await database.run(files.begin_part, call_context.scope(), number)
+        try:
+            part_id = await database.run(files.begin_part, call_context.scope(), number)
+        except PartsError as error:
+            raise objects.wrong("data", str(error)) from None
         if part_id is None:
             raise not_found(f"pending upload {upload_id!r}")
         writer = PartWriter(database, part_id, MAX_PART_BYTES)
@@ -78,12 +82,15 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             if not has_data:
                 raise objects.wrong("data", "is required")
             await writer.end()
+        except files.GoneError:
+            raise not_found(f"pending upload {upload_id!r}") from None
         except BaseException:
-            # What was stored of it goes with the upload.
-            with contextlib.suppress(Exception):
-                await asyncio.shield(writer.settle())
+            await asyncio.shield(_break_off(database, part_id, writer))
             raise
-        return objects.part_object(await database.run(files.finish_part, part_id, writer.size))
+        part = await database.run(files.finish_part, part_id, writer.size)
+        if part is None:
+            raise not_found(f"pending upload {upload_id!r}")
+        return objects.part_object(part)
 
     @made.post("/{upload_id}/complete", name="CompleteUpload")
     async def complete(upload_id: str, asked: CompleteUpload) -> UploadObject:
@@ -114,12 +121,22 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     return made
 
 
+async def _break_off(database: Database, part_id: int, writer: PartWriter) -> None:
+    """What was stored of a part that will not be complete goes with its upload; until then it counts."""
+    with contextlib.suppress(Exception):
+        await writer.settle()
+    with contextlib.suppress(*DATABASE_ERRORS):
+        await database.run(files.finish_part, part_id, writer.size)
+
+
 async def _check_md5(database: Database, upload: File, wanted: str) -> None:
-    """Deletes a file with another checksum than the client's. Raises INVALID_ARGUMENT."""
+    """Deletes a file with another checksum than the client's. Raises INVALID_ARGUMENT, or NOT_FOUND."""
     checksum, at = hashlib.md5(usedforsecurity=False), 0
     while piece := await database.run(files.read_piece, upload.id, at):
         await asyncio.to_thread(checksum.update, piece)
         at += len(piece)
+    if at < upload.bytes:
+        raise not_found(f"file {objects.file_name('input', upload.id)!r}, which was deleted meanwhile,")
     if checksum.hexdigest() != wanted.lower():
         await database.run(files.discard, upload.tenant, upload.id, "kept")
         raise objects.wrong("md5", f"does not fit: what has arrived has {checksum.hexdigest()}")
