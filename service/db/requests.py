@@ -21,12 +21,12 @@ class StoredRequest:
 def read_one(
     db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str, most_chars: int, tenant: str | None = None
 ) -> StoredRequest | None:
-    """The request of that name; None when there is none, or not of the tenant."""
+    """The request of that name; None when there is none, or not of the tenant, or its batch was deleted."""
     row = db.execute_sql(
         f"""
         SELECT index, custom_id, url, left(body, %(most)s), length(body) FROM requests
         WHERE batch_id = %(batch)s AND custom_id = %(name)s
-          AND (%(tenant)s::text IS NULL OR EXISTS (SELECT FROM batches WHERE id = %(batch)s AND {IN_SCOPE}))
+          AND EXISTS (SELECT FROM batches WHERE id = %(batch)s AND {IN_SCOPE})
         """,
         {"batch": batch_id, "name": custom_id, "most": most_chars, "tenant": tenant},
     ).fetchone()

@@ -1,11 +1,20 @@
 """What the page decides: whose requests are refused, what is sent again, what browsers may load."""
 
+import asyncio
 import re
+from itertools import count
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from fastapi import Request
+from fastapi.routing import APIRoute
 
+from service.auth.callers import Caller
+from service.auth.roles import Role
 from service.http import browsers
-from service.http.page import assets, live, sessions
+from service.http.page import assets, batches, live, sessions
+from service.rpc import call_context
 
 NAMES = {"gpu-box"}
 
@@ -85,3 +94,44 @@ def test_policy() -> None:
         assert not re.search(
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\son\w+=|<style|style=", text
         )
+
+
+def test_a_token_that_changes_while_the_page_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent from then on is what the token may see now: not what its role or tenant could when it signed in."""
+    monkeypatch.setattr(live, "INTERVAL_S", 0)
+    before, now = Caller("ann", "ann", Role.OPERATE), Caller("ann", "ann", Role.READ)
+    ending, seen = asyncio.Event(), []
+
+    async def parts(*_: str) -> dict[str, Any]:
+        seen.append(call_context.current().caller)
+        if len(seen) == 2:
+            ending.set()
+        return {}
+
+    async def caller(*_: object) -> Caller:
+        return now
+
+    clock = SimpleNamespace(monotonic=count(0, 2 * live.CHECK_S).__next__)
+    following = cast("live.Live", SimpleNamespace(parts=parts, clock=clock, ending=ending, streams=0))
+    [route] = live.router(following, cast("sessions.Sessions", SimpleNamespace(caller=caller))).routes
+    assert isinstance(route, APIRoute)
+
+    async def run() -> None:
+        call_context.begin("/page/Follow", ()).caller = before
+        async for _ in route.endpoint(Request({"type": "http", "headers": []}), "batches"):
+            pass
+
+    asyncio.run(run())
+    assert seen == [now, now]
+
+
+def test_lines_of_a_file_that_was_deleted() -> None:
+    """Its pieces are removed later than the file, and nobody reads them any more."""
+
+    def run(function: Any, *args: Any) -> asyncio.Future[Any]:
+        found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        found.set_result(None if function.__name__ == "get" else b"secret\n")
+        return found
+
+    database = cast("Any", SimpleNamespace(run=run))
+    assert asyncio.run(batches._lines(database, 1, {1})) == {}

@@ -131,7 +131,8 @@ def router(live: Live, sessions: Sessions) -> APIRouter:
             try:
                 if live.clock.monotonic() - checked_s > CHECK_S:
                     checked_s = live.clock.monotonic()
-                    await sessions.caller("/page/Follow", headers)
+                    # A token may have another role or tenant by now.
+                    call_context.current().caller = await sessions.caller("/page/Follow", headers)
                 found = await live.parts(view, states, page, batch) | {"problem": ""}
             except ApiError as error:
                 yield _event("refused", {"code": error.code.name, "message": error.message})
