@@ -33,6 +33,8 @@ INTERVAL_S = 0.5
 CONCURRENCY = 32
 # Tests under way at once; others wait.
 TESTS = 4
+# For reading a tenant's secret.
+SIGN_S = 5.0
 # How long those may take that are under way when the process ends.
 END_S = 4.0
 
@@ -204,10 +206,11 @@ class Deliverer:
     async def _send(self, tenant: str, event: UUID, url: str, body: str) -> Outcome:
         try:
             # In a thread: the file may be on a disk that hangs.
-            headers = await asyncio.to_thread(self.signer.signed, tenant, event, body)
+            async with asyncio.timeout(SIGN_S):
+                headers = await asyncio.to_thread(self.signer.signed, tenant, event, body)
         except (OSError, ValueError) as error:
             # Where the file is concerns the operator, not whoever sees the outcome.
-            log.error("webhook_secret_unusable", tenant=tenant, cause=str(error))
+            log.error("webhook_secret_unusable", tenant=tenant, cause=str(error) or type(error).__name__)
             return Outcome(None, "cannot be signed: the tenant has no secret, or its file cannot be used")
         return await self._sender.post(url, headers, body)
 

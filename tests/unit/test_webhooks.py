@@ -1,8 +1,12 @@
 """What webhooks decide without I/O: targets, retries, targets that rest, what is signed."""
 
+import asyncio
 import json
+import socket
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -12,9 +16,10 @@ from openai import InvalidWebhookSignatureError, OpenAI
 
 from service import config, tenants, webhook_targets
 from service.auth import key_files
+from service.clock import SystemClock
 from service.config import Settings
 from service.db import webhooks
-from service.tenants import Webhook
+from service.tenants import Quotas, Webhook
 from service.webhooks import deliverer, retries, sender, signing
 from service.webhooks.retries import FAILURES, LONGEST_REST_S, PER_TARGET, REST_S, Breaker
 from tests.support.webhook_receiver import SECRET
@@ -135,7 +140,51 @@ def test_remembered_targets_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_two_tries_overlap() -> None:
     """A lease outlasts a try, so that a batch's event is never sent twice at once."""
-    assert webhooks.LEASE_S > sender.DEADLINE_S + 2 * deliverer.INTERVAL_S
+    assert webhooks.LEASE_S > deliverer.SIGN_S + sender.DEADLINE_S + 2 * deliverer.INTERVAL_S
+
+
+def test_names_that_are_not_resolved_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try has a thread for its lookup, also while those of earlier ones wait for their name server."""
+    end = threading.Event()
+
+    def resolved(host: str, port: int, **_: object) -> list[object]:
+        if host == "silent.example":
+            end.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    # A lookup may take about three times as long as a try.
+    tries = 3 * (deliverer.CONCURRENCY + deliverer.TESTS)
+
+    async def run() -> None:
+        silent = [asyncio.create_task(sender.resolve("silent.example", 443)) for _ in range(tries)]
+        try:
+            assert await asyncio.wait_for(sender.resolve("a.example", 443), 10) == ["192.0.2.1"]
+        finally:
+            end.set()
+            await asyncio.gather(*silent)
+
+    asyncio.run(run())
+
+
+def test_a_secret_that_cannot_be_read_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that hangs fails the try, within the lease: other tenants' events do not wait for it."""
+    monkeypatch.setattr(deliverer, "SIGN_S", 0.01)
+    end = threading.Event()
+
+    class Slow(deliverer.Signer):
+        def signed(self, tenant: str, event: UUID, body: str) -> dict[str, str]:
+            end.wait()
+            return {}
+
+    async def run() -> webhooks.Outcome:
+        sending = deliverer.Deliverer(cast("Any", None), [], Slow(Quotas, SystemClock()), str)
+        try:
+            return await asyncio.wait_for(sending._send("a", UUID(int=1), "https://a.example", "{}"), 10)
+        finally:
+            end.set()
+
+    assert "cannot be signed" in asyncio.run(run()).error
 
 
 def test_signed_as_openai_does() -> None:
