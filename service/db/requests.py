@@ -21,7 +21,7 @@ class StoredRequest:
 def read_one(
     db: peewee.PostgresqlDatabase, batch_id: int, custom_id: str, most_chars: int, tenant: str | None = None
 ) -> StoredRequest | None:
-    """The request of that name; None when there is none, or not of the tenant, or its batch was deleted."""
+    """The request of that name; None when there is none, or no such batch, or not of the tenant."""
     row = db.execute_sql(
         f"""
         SELECT index, custom_id, url, left(body, %(most)s), length(body) FROM requests

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import math
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ from vllm_batch.channel import DEFAULT_WATCHDOG_TARGET
 
 
 def part_of(output: Path) -> Path | None:
-    """Where an output file is written until it is complete; None for what is no regular file, such as a pipe."""
-    return None if output.exists() and not output.is_file() else output.with_name(output.name + ".part")
+    """Where an output file is written until it is complete; None for what is no regular file, such as a pipe.
+
+    Another name each time: another command may be writing the same output.
+    """
+    if output.exists() and not output.is_file():
+        return None
+    return output.with_name(f"{output.name}.{secrets.token_hex(4)}.part")
 
 
 class _OutputFile(click.Path):
@@ -27,8 +33,7 @@ class _OutputFile(click.Path):
             part = part_of(output)
             if part is None:
                 return output
-            # Under a name of its own: another command may be writing there.
-            with tempfile.NamedTemporaryFile(dir=part.parent, prefix=f"{part.name}.") as file:
+            with tempfile.NamedTemporaryFile(dir=part.parent, prefix=f"{output.name}.", suffix=".part") as file:
                 # On a full disk a file can be created, but not written to.
                 file.write(b"\n" * 4096)
                 file.flush()

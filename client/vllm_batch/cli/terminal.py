@@ -157,7 +157,8 @@ def print_batch(batch: pb.Batch, text: str, as_json: bool) -> None:
 def progress_bar(counts: ProgressColumn) -> Progress:
     """A bar on stderr; nothing where that is no terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        # A name of a file may look like markup.
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         counts,
         TimeElapsedColumn(),
