@@ -99,6 +99,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             part_ids = [objects.number_of(part, "part_", "part") for part in asked.part_ids]
         except ApiError as error:
             raise objects.wrong("part_ids", error.message) from None
+        was_complete = await database.run(files.get, call_context.scope(), number) is not None
         try:
             upload = await database.run(files.complete, call_context.scope(), number, part_ids)
         except PartsError as error:
@@ -106,7 +107,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
         if upload is None:
             raise not_found(f"upload {upload_id!r}")
         if asked.md5 is not None:
-            await _check_md5(database, upload, asked.md5)
+            await _check_md5(database, upload, asked.md5, was_complete)
         log.info("upload_completed", upload=upload_id, bytes=upload.bytes, parts=len(part_ids))
         return objects.upload_object(upload)
 
@@ -129,8 +130,11 @@ async def _break_off(database: Database, part_id: int, writer: PartWriter) -> No
         await database.run(files.finish_part, part_id, writer.size)
 
 
-async def _check_md5(database: Database, upload: File, wanted: str) -> None:
-    """Deletes a file with another checksum than the client's. Raises INVALID_ARGUMENT, or NOT_FOUND."""
+async def _check_md5(database: Database, upload: File, wanted: str, was_complete: bool) -> None:
+    """Deletes a file with another checksum than the client's, unless somebody may have been told of the file before.
+
+    Raises INVALID_ARGUMENT, or NOT_FOUND.
+    """
     checksum, at = hashlib.md5(usedforsecurity=False), 0
     while piece := await database.run(files.read_piece, upload.id, at):
         await asyncio.to_thread(checksum.update, piece)
@@ -138,5 +142,6 @@ async def _check_md5(database: Database, upload: File, wanted: str) -> None:
     if at < upload.bytes:
         raise not_found(f"file {objects.file_name('input', upload.id)!r}, which was deleted meanwhile,")
     if checksum.hexdigest() != wanted.lower():
-        await database.run(files.discard, upload.tenant, upload.id, "kept")
+        if not was_complete:
+            await database.run(files.discard, upload.tenant, upload.id, "kept")
         raise objects.wrong("md5", f"does not fit: what has arrived has {checksum.hexdigest()}")

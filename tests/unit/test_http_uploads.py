@@ -20,6 +20,8 @@ from service.http.files import Keeping
 from service.rpc import call_context
 
 FORM = {"data": ("a", b"12345")}
+UPLOAD = File(1, "default", "kept", True, "a", 5, None, datetime.now(UTC), None)
+WRONG = {"part_ids": ["part_2"], "md5": "0" * 32}
 PART = Part(2, 1, None, 5, datetime.now(UTC))
 
 
@@ -37,7 +39,7 @@ class Played:
         if isinstance(answer, Exception):
             found.set_exception(answer)
         else:
-            found.set_result(answer)
+            found.set_result(answer(*args) if callable(answer) else answer)
         return found
 
 
@@ -91,11 +93,17 @@ def test_part_that_breaks_off_counts() -> None:
 
 def test_file_that_is_deleted_while_its_checksum_is_made() -> None:
     """What is left of it says nothing about what the client has sent."""
-    now = datetime.now(UTC)
-    upload = File(1, "default", "kept", True, "a", 5, None, now, None)
-    asked = {"part_ids": ["part_2"], "md5": "0" * 32}
-    answer = post(Played(complete=upload, read_piece=b""), "/v1/uploads/upload_1/complete", json=asked)
+    answer = post(Played(get=None, complete=UPLOAD, read_piece=b""), "/v1/uploads/upload_1/complete", json=WRONG)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("was", [None, UPLOAD])
+def test_wrong_checksum(was: File | None) -> None:
+    """A file with another checksum is not made; one that was made before is not lost for a call with a wrong one."""
+    database = Played(get=was, complete=UPLOAD, read_piece=lambda _, at: b"12345"[at:])
+    answer = post(database, "/v1/uploads/upload_1/complete", json=WRONG)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "md5")
+    assert [call[0] for call in database.calls if call[0] == "discard"] == ([] if was else ["discard"])
 
 
 def test_file_that_was_given_up_while_it_arrived() -> None:
