@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 INTERVAL_S = 0.5
 # Deliveries under way at once.
 CONCURRENCY = 32
+# Of one tenant, however many targets it names: if none of them answers, others' events go on.
+PER_TENANT = 16
 # Tests under way at once; others wait.
 TESTS = 4
 # For reading a tenant's secret.
@@ -143,7 +145,9 @@ class Deliverer:
         if free <= 0:
             return False
         full = self._breaker.full(self._tasks.values(), self._now_s())
-        chosen = self._chosen(await self.database.run(webhooks.due, urls, free, full))
+        at_work = [tenant for tenant, _ in self._tasks.values()]
+        busy = [tenant for tenant in {*at_work} if at_work.count(tenant) >= PER_TENANT]
+        chosen = self._chosen(await self.database.run(webhooks.due, urls, free, full, busy))
         if not chosen:
             return False
         taken = await self.database.run(webhooks.claim, chosen)
@@ -154,11 +158,12 @@ class Deliverer:
         return bool(taken)
 
     def _chosen(self, found: list[Delivery]) -> list[UUID]:
-        """As many of them as their targets may have."""
+        """As many of them as their targets and tenants may have."""
         busy, now_s, chosen = list(self._tasks.values()), self._now_s(), []
         for each in found:
             target = _target(each)
-            if busy.count(target) < self._breaker.allowance(target, now_s):
+            of_tenant = sum(tenant == each.tenant for tenant, _ in busy)
+            if of_tenant < PER_TENANT and busy.count(target) < self._breaker.allowance(target, now_s):
                 busy.append(target)
                 chosen.append(each.id)
         return chosen

@@ -6,6 +6,7 @@ import socket
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from service.auth import key_files
 from service.clock import SystemClock
 from service.config import Settings
 from service.db import webhooks
+from service.db.webhooks import Delivery
 from service.tenants import Quotas, Webhook
 from service.webhooks import deliverer, retries, sender, signing
 from service.webhooks.retries import FAILURES, LONGEST_REST_S, PER_TARGET, REST_S, Breaker
@@ -127,6 +129,55 @@ def test_targets_at_work_are_full() -> None:
     breaker = Breaker()
     assert breaker.full([TARGET] * (PER_TARGET - 1), 0) == []
     assert breaker.full([TARGET] * PER_TARGET, 0) == [TARGET]
+
+
+def test_a_tenant_whose_targets_do_not_answer_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many targets a tenant names, and although they are due longest, the events of others go on."""
+    now = datetime.now(UTC)
+
+    def due(tenant: str, number: int) -> Delivery:
+        url = f"https://{number}.example/"
+        return Delivery(
+            UUID(int=number),
+            *(number, number, tenant, "batch.completed", url, True, "pending", 0, None, "", now, None, now, None, None),
+        )
+
+    waiting = [*(due("many", number) for number in range(100)), due("one", 100)]
+    under_way: list[int] = []
+
+    def run(function: Any, *args: Any) -> asyncio.Future[Any]:
+        found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if function is webhooks.due:
+            _, limit, full, busy = args
+            found.set_result(
+                [
+                    each
+                    for each in waiting
+                    if each.number not in under_way
+                    and each.tenant not in busy
+                    and (each.tenant, webhook_targets.origin(each.url or "")) not in full
+                ][:limit]
+            )
+        else:
+            under_way.extend(one.int for one in args[0])
+            found.set_result([waiting[one.int] for one in args[0]])
+        return found
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(deliverer.Deliverer, "_deliver", never)
+
+    async def rounds() -> None:
+        database = cast("Any", SimpleNamespace(run=run))
+        delivering = deliverer.Deliverer(database, [], deliverer.Signer(Quotas, SystemClock()), str)
+        while await delivering._round():
+            pass
+        for task in delivering._tasks:
+            task.cancel()
+
+    asyncio.run(rounds())
+    assert under_way == [*range(deliverer.PER_TENANT), 100]
 
 
 def test_remembered_targets_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
