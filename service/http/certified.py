@@ -63,6 +63,10 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """Nothing comes any more."""
         self._end_silence()
         super().connection_lost(exc)
+        # uvicorn lets it run when the client resets the connection, and it holds all that belongs to that.
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = None
 
     def _await_headers(self) -> None:
         self._end_silence()

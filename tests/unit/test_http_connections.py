@@ -127,6 +127,21 @@ def test_a_body_that_goes_on_after_its_answer(rest: bytes) -> None:
     asyncio.run(run())
 
 
+def test_nothing_is_kept_of_a_connection_that_is_reset() -> None:
+    """Proxies reset idle connections: no clock holds the memory of one that is gone."""
+
+    async def run() -> None:
+        protocol, _ = connected()
+        protocol.data_received(REQUEST)
+        await asyncio.wait(protocol.tasks)
+        timer = protocol.timeout_keep_alive_task
+        assert timer is not None
+        protocol.connection_lost(ConnectionResetError())
+        assert timer.cancelled()
+
+    asyncio.run(run())
+
+
 def test_a_body_that_stops_arriving(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that is read as a whole has the limit of an upload's pieces; once it is complete there is none."""
     monkeypatch.setattr(multipart, "PIECE_TIMEOUT_S", 0.01)
