@@ -9,12 +9,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.auth.callers import ANYBODY
+from service.auth.callers import ANYBODY, Caller
+from service.auth.roles import Role
 from service.db import files
 from service.db.files import File, GoneError, Part, PartsError
 from service.db.limits import Limits
 from service.errors import ApiError
-from service.http import door, uploads
+from service.http import content, door, uploads
 from service.http import files as http_files
 from service.http.files import Keeping
 from service.rpc import call_context
@@ -45,15 +46,20 @@ class Played:
 
 def post(database: Any, path: str, **body: Any) -> httpx.Response:
     """What the door answers."""
+    return call(database, "POST", path, ANYBODY, **body)
+
+
+def call(database: Any, method: str, path: str, caller: Caller, **body: Any) -> httpx.Response:
+    """What the door answers a caller."""
     app, keeping = FastAPI(), Keeping(None, 1 << 20, Limits(1, 1))
     app.include_router(uploads.router(database, keeping))
     app.include_router(http_files.router(database, keeping))
     app.add_exception_handler(ApiError, door.on_error)  # type: ignore[arg-type]
 
     async def run() -> httpx.Response:
-        call_context.begin("", ()).identify(ANYBODY)
+        call_context.begin("", ()).identify(caller)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as client:
-            return await client.post(path, **body)
+            return await client.request(method, path, **body)
 
     return asyncio.run(run())
 
@@ -112,3 +118,11 @@ def test_file_that_was_given_up_while_it_arrived() -> None:
     answer = post(Played(add_piece=GoneError()), "/v1/files", files=form)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert files.ARRIVING_S == 86_400
+
+
+def test_a_list_of_files_waits_for_the_own_ones_alone() -> None:
+    """Output files of other tenants' batches that have just ended are measured without their callers."""
+    database = Played(unmeasured=[], page=[])
+    answer = call(database, "GET", "/v1/files", Caller("ann", "ann", Role.READ))
+    assert (answer.status_code, answer.json()["data"]) == (200, [])
+    assert [each for name, *each in database.calls if name == "unmeasured"] == [[content.BATCHES, "ann"]]
