@@ -3,7 +3,7 @@
 import pytest
 
 from service.db import files
-from service.db.connection import Database, migrate
+from service.db.connection import Database
 from service.db.files import GoneError, PartsError
 from service.db.limits import Limits
 
@@ -16,7 +16,6 @@ def counted(database: Database, table: str) -> int:
 
 def test_nothing_is_left_of_what_is_deleted_while_it_arrives(database: Database) -> None:
     """Pieces that arrive after their file or upload has ended are not stored: nobody would remove them."""
-    database.call(migrate)
     file_id, part = database.call(files.begin, "t", ALLOWED)
     upload = database.call(files.begin_upload, "t", "a", 3, None, ALLOWED)
     late = database.call(files.begin_part, "t", upload.id)
@@ -37,7 +36,6 @@ def test_nothing_is_left_of_what_is_deleted_while_it_arrives(database: Database)
 
 def test_part_that_arrives_after_its_upload_is_completed(database: Database) -> None:
     """It is told so: it is no part of the file any more."""
-    database.call(migrate)
     upload = database.call(files.begin_upload, "t", "a", 3, None, ALLOWED)
     part, late = (database.call(files.begin_part, "t", upload.id) for _ in range(2))
     assert part is not None
@@ -55,7 +53,6 @@ def test_part_that_arrives_after_its_upload_is_completed(database: Database) -> 
 
 def test_upload_takes_no_more_than_can_belong_to_it(database: Database) -> None:
     """A part may be sent again, and one that was announced small does not fill the disk."""
-    database.call(migrate)
     upload = database.call(files.begin_upload, "t", "a", 3, None, ALLOWED)
     for size in (3, 3, 1):
         part = database.call(files.begin_part, "t", upload.id)

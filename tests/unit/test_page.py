@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+from collections import Counter
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,8 +12,9 @@ import pytest
 from fastapi import Request
 from fastapi.routing import APIRoute
 
-from service.auth.callers import Caller
+from service.auth.callers import ANYBODY, Caller
 from service.auth.roles import Role
+from service.errors import ApiError
 from service.http import browsers
 from service.http.page import assets, batches, live, sessions
 from service.rpc import call_context
@@ -114,7 +117,7 @@ def test_a_token_that_changes_while_the_page_is_open(monkeypatch: pytest.MonkeyP
         return now
 
     clock = SimpleNamespace(monotonic=count(0, 2 * live.CHECK_S).__next__)
-    following = cast("live.Live", SimpleNamespace(parts=parts, clock=clock, ending=ending, streams=0))
+    following = cast("live.Live", SimpleNamespace(parts=parts, clock=clock, ending=ending))
     [route] = live.router(following, cast("sessions.Sessions", SimpleNamespace(caller=caller))).routes
     assert isinstance(route, APIRoute)
 
@@ -137,3 +140,34 @@ def test_lines_of_a_file_that_was_deleted() -> None:
 
     database = cast("Any", SimpleNamespace(run=run))
     assert asyncio.run(batches._lines(database, 1, {1})) == {}
+
+
+def test_pages_of_one_token_are_few() -> None:
+    """Whoever opens as many as the server lets one has, leaves room for others; closed ones do not count."""
+    following = cast("live.Live", SimpleNamespace(streams=Counter()))
+    [route] = live.router(following, cast("sessions.Sessions", None)).routes
+    assert isinstance(route, APIRoute)
+    [depends] = route.dependencies
+    assert depends.dependency is not None
+    slot = asynccontextmanager(depends.dependency)
+
+    async def run() -> None:
+        call = call_context.begin("/page/Follow", ())
+        async with AsyncExitStack() as mine:
+            call.caller = Caller("ann", "ann", Role.READ)
+            for _ in range(live.MAX_STREAMS_EACH):
+                await mine.enter_async_context(slot())
+            with pytest.raises(ApiError, match="ann has 50 pages open"):
+                await mine.enter_async_context(slot())
+            call.caller = Caller("bob", "bob", Role.READ)
+            async with slot():
+                assert following.streams.total() == live.MAX_STREAMS_EACH + 1
+            # Where no token is required nobody can be told apart.
+            call.caller = ANYBODY
+            for _ in range(live.MAX_STREAMS - live.MAX_STREAMS_EACH):
+                await mine.enter_async_context(slot())
+            with pytest.raises(ApiError, match="200 pages are open"):
+                await mine.enter_async_context(slot())
+        assert not following.streams
+
+    asyncio.run(run())
