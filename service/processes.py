@@ -102,6 +102,18 @@ def marked(mark: Mark) -> list[psutil.Process]:
     return [process for process in _others() if mark.is_on(_environ(process))]
 
 
+def supervisords(home: Path) -> list[psutil.Process]:
+    """supervisord of a home, also one that does not answer; several if another was started beside that one."""
+    found = []
+    for process in _others():
+        environ = _environ(process)
+        is_theirs = os.path.realpath(environ.get("BATCH_HOME", os.devnull)) == os.path.realpath(home)
+        # Not what it runs.
+        if is_theirs and "SUPERVISOR_PROCESS_NAME" not in environ and "supervisor.supervisord" in _command(process):
+            found.append(process)
+    return found
+
+
 def left_over(mark: Mark, dead: Leader | None, before_ticks: int) -> list[psutil.Process]:
     """Processes left by a program that has ended, if started before `before_ticks`; never this process.
 
@@ -150,6 +162,12 @@ def _environ(process: psutil.Process) -> dict[str, str]:
     with suppress(psutil.Error, OSError):
         return process.environ()
     return {}
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error, OSError):
+        return process.cmdline()
+    return []
 
 
 def _is_member(pid: int, start_ticks: int, dead: Leader) -> bool:

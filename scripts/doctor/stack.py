@@ -24,7 +24,7 @@ from scripts.settings import supervisord_conf
 from service import config
 from service.config import Settings
 from service.embedded_postgres import binaries
-from service.processes import Mark, marked
+from service.processes import Mark, marked, supervisords
 
 # Minimum for a fair-sized batch, the logs and Postgres's WAL.
 HOME_BYTES = 2 * GiB
@@ -175,11 +175,17 @@ def judge_clock(now_s: float, *, is_synchronized: bool) -> Finding:
     return Finding("clock", f"{shown}, synchronized")
 
 
-def judge_supervisord(installed: bool, states: Mapping[str, str] | None, socket_exists: bool, home: Path) -> Finding:
-    """Checks that supervisord is installed and none of its programs is FATAL."""
+def judge_supervisord(
+    installed: bool, states: Mapping[str, str] | None, socket_exists: bool, home: Path, pid: int = 0
+) -> Finding:
+    """Checks that supervisord is installed, answers if it runs (as `pid`), and none of its programs is FATAL."""
     if not installed:
         return Finding("supervisord", problem="not installed", fix="scripts/setup.sh")
     if states is None:
+        if pid:
+            # A second one beside it would start all programs a second time.
+            why = "does not answer" if socket_exists else f"has lost its socket, {home / 'run' / 'supervisor.sock'}"
+            return Finding("supervisord", problem=f"runs (pid {pid}) and {why}", fix="scripts/stop-all.sh")
         if socket_exists:
             return Finding("supervisord", "not running; the next start replaces the socket left by a crash")
         return Finding("supervisord", "not running")
@@ -312,6 +318,11 @@ def probe_supervisord(home: Path) -> tuple[bool, dict[str, str] | None, bool]:
     return True, states or None, has_socket
 
 
+def _pid_of_supervisord(home: Path) -> int:
+    """Its pid, whether it answers or not; 0 if there is none."""
+    return next((process.pid for process in supervisords(home)), 0)
+
+
 def probe_embedded_postgres() -> str:
     """Returns why the embedded Postgres cannot start; "" if it can."""
     try:
@@ -333,7 +344,7 @@ def quick(settings: Settings) -> list[Finding]:
         judge_ports(probe_ports(settings), settings.host),
         judge_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         judge_clock(time.time(), is_synchronized=probe_clock()),
-        judge_supervisord(*probe_supervisord(settings.home), settings.home),
+        judge_supervisord(*probe_supervisord(settings.home), settings.home, _pid_of_supervisord(settings.home)),
     ]
     if settings.database_url is None:
         error = probe_embedded_postgres()

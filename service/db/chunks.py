@@ -141,13 +141,14 @@ def unanswered(db: peewee.PostgresqlDatabase, chunk: Chunk) -> list[Request]:
     ]
 
 
-def begin(db: peewee.PostgresqlDatabase, holder: Holder, last: Mapping[int, int | None]) -> None:
+def begin(db: peewee.PostgresqlDatabase, holder: Holder, last: Mapping[int, int | None]) -> set[int]:
     """Notes which requests of these chunks may be in the engine from now on: those up to the index given, in the order
     in which they run; None: none yet. Those noted before stay noted.
 
-    Leaves out chunks that are locked, because their results are being written: of those it is not known.
+    Leaves out chunks that are locked, because their results are being written: they are to be noted again. Returns the
+    others.
     """
-    db.execute_sql(
+    rows = db.execute_sql(
         f"""
         WITH given AS (
             SELECT g.id, g.index FROM unnest(%(ids)s::bigint[], %(indexes)s::integer[]) AS g (id, index)
@@ -159,9 +160,11 @@ def begin(db: peewee.PostgresqlDatabase, holder: Holder, last: Mapping[int, int 
         UPDATE chunks c SET
             begun = greatest(c.begun, (SELECT o.place FROM {INDEXES} WHERE o.index = given.index), 0)
         FROM given JOIN mine USING (id) WHERE c.id = given.id
+        RETURNING c.id
         """,
         {"ids": list(last), "indexes": list(last.values()), "incarnation": str(holder.incarnation)},
     )
+    return {row[0] for row in rows.fetchall()}
 
 
 def renew(db: peewee.PostgresqlDatabase, holder: Holder, ids: Sequence[int]) -> set[int]:

@@ -92,14 +92,20 @@ def stage(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes, lease_s: fl
     """Stores some requests of a batch that does not exist yet: rows in COPY's text format, which nobody sees yet.
 
     A large upload is stored in such pieces, so that no transaction or connection is held for as long as its client
-    takes. `endings.purge` removes the rows unless `create` makes a batch of them within `lease_s`. Raises psycopg2's
-    UniqueViolation for a repeated custom_id.
+    takes. `endings.purge` removes the rows unless `create` makes a batch of them within `lease_s` of `reserve`. Raises
+    psycopg2's UniqueViolation for a repeated custom_id.
     """
     with db.atomic():
+        # By the time in the id: once earlier pieces have been removed, the rest must not count as all of it. An update,
+        # because that locks the row: until these rows can be seen, a purge must not take its work for done.
         db.execute_sql(
-            "INSERT INTO purges (batch_id, due_time) VALUES (%s, clock_timestamp() + make_interval(secs => %s))"
-            " ON CONFLICT DO NOTHING",
-            (batch_id, lease_s),
+            """
+            INSERT INTO purges (batch_id, due_time)
+            VALUES (%s, timestamptz '2025-01-01 00:00+00' + (%s::bigint >> 20) * interval '1 millisecond'
+                        + make_interval(secs => %s))
+            ON CONFLICT (batch_id) DO UPDATE SET due_time = least(purges.due_time, EXCLUDED.due_time)
+            """,
+            (batch_id, batch_id, lease_s),
         )
         copy(db, rows)
     failpoints.hit("stage.after_commit")

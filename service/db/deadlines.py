@@ -53,8 +53,9 @@ class Deadlines:
         call = _Call(connection, begin_s + timeout_s, begin_s + slow_s, on_slow)
         with self._changed:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
+                thread.start()
+                self._thread = thread
             self._calls.add(call)
             self._changed.notify()
         outer, _current.call = getattr(_current, "call", None), call
@@ -76,9 +77,13 @@ class Deadlines:
                 while not self._calls:
                     self._changed.wait()
                 now_s = time.monotonic()
-                for call in self._calls:
-                    if call.slow_s <= now_s:
+                for call in [call for call in self._calls if call.slow_s <= now_s]:
+                    try:
                         call.on_slow()
+                    except Exception as error:
+                        # Such as: no thread can be started. Without this thread no call would have a deadline.
+                        log.exception("slow_call_not_looked_after", cause=repr(error))
+                        call.slow_s = math.inf
                 for call in [call for call in self._calls if call.due_s <= now_s]:
                     self._calls.discard(call)
                     call.is_cut = True

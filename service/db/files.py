@@ -58,8 +58,8 @@ class PartsError(Exception):
     """An upload cannot be completed of these parts, or takes no further ones."""
 
 
-class GoneError(Exception):
-    """A file or upload was deleted, completed or given up while part of it was arriving."""
+class PartGoneError(Exception):
+    """The part cannot be stored: its upload was given up or completed without it, or its file took too long."""
 
 
 def begin(db: peewee.PostgresqlDatabase, tenant: str, allowed: Limits) -> tuple[int, int]:
@@ -95,7 +95,7 @@ def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int
 
 
 def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes) -> None:
-    """Stores the bytes of a part from its offset `first` on. Raises GoneError."""
+    """Stores the bytes of a part from its offset `first` on. Raises PartGoneError."""
     # In binary: as text it would be twice as long.
     row = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data)) + data
     with db.atomic():
@@ -106,7 +106,7 @@ def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: byt
             (part_id,),
         ).fetchone()
         if part is None:
-            raise GoneError
+            raise PartGoneError
         with db.cursor() as cursor:
             copied = BytesIO(b"PGCOPY\n\xff\r\n\0" + bytes(8) + row + b"\xff\xff")
             cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, 1 << 18)
@@ -140,14 +140,16 @@ def finish(
 
 
 @acknowledged
-def finish_part(db: peewee.PostgresqlDatabase, part_id: int, size: int) -> Part | None:
-    """Makes a part that has arrived available to its upload. None: the upload is not pending any more."""
+def finish_part(db: peewee.PostgresqlDatabase, part_id: int, size: int) -> Part:
+    """Makes a part that has arrived available to its upload. Raises PartGoneError."""
     row = db.execute_sql(
         "UPDATE file_parts p SET bytes = %s FROM files f WHERE p.id = %s AND f.id = p.file_id AND f.state = 'pending'"
         " RETURNING p.id, p.file_id, p.first, p.bytes, p.create_time",
         (size, part_id),
     ).fetchone()
-    return Part(*row) if row else None
+    if row is None:
+        raise PartGoneError
+    return Part(*row)
 
 
 @acknowledged
@@ -282,7 +284,7 @@ def purge(db: peewee.PostgresqlDatabase, pieces: int) -> bool:
         ).fetchone()
         if row is None:
             return False
-        # After pieces that are being stored, which would otherwise be left without their part.
+        # Of parts that still arrive nothing more is stored from now on.
         db.execute_sql("SELECT FROM file_parts WHERE file_id = %s ORDER BY id FOR UPDATE", row)
         removed = db.execute_sql(
             """

@@ -35,7 +35,7 @@ IS_MISSING = f"h.last_seen < clock_timestamp() - {_SILENCE}"
 _IS_LOST = f"""
 {IS_MISSING}
 AND (SELECT bool_and(NOT l.is_reachable) FROM losses l
-     WHERE l.incarnation = h.incarnation AND l.seen_from <> regexp_replace(h.worker_id, ':[^:]*$', '')
+     WHERE l.incarnation = h.incarnation AND host_of(l.seen_from) <> host_of(h.worker_id)
        AND l.report_time > clock_timestamp() - make_interval(secs => {REPORT_S}))
 AND NOT EXISTS (SELECT FROM pg_stat_activity a
                 WHERE a.application_name LIKE 'vllm-batch-%%' || h.incarnation
@@ -60,7 +60,9 @@ def silence_s(detail: Mapping[str, object]) -> float:
 
 
 def report(db: peewee.PostgresqlDatabase, seen_from: str, reachable: Mapping[UUID, bool]) -> None:
-    """Says of lives of workers whether a gateway on the host `seen_from` reaches them, in `losses`.
+    """Says of lives of workers whether the gateway `seen_from` (`<host>:<process>`) reaches them, in `losses`.
+
+    Each gateway for itself: those of one host may differ, and one that reaches a worker is enough.
 
     Of hosts, watchdogs and models that are gone the table `reported_losses` tells (hosts.py).
     """

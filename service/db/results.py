@@ -8,6 +8,7 @@ from uuid import UUID
 
 import msgspec
 import peewee
+import psycopg2.errors
 from psycopg2.extensions import BYTES, register_type
 from psycopg2.extras import execute_values
 
@@ -62,6 +63,8 @@ class StoredResult(msgspec.Struct, frozen=True):
 
 # The largest body that is stored. A statement must be smaller than 1 GiB, and quotes and backslashes count twice in it.
 MAX_BODY_BYTES = 480 << 20
+# Each may wait for one that was sent before it, and there are seldom two.
+ATTEMPTS = 3
 # A larger body is stored in a column of its own, as uncompressed bytes, and is a page of its own; as a line it is read
 # in pieces of this size.
 LARGE_BYTES = 1 << 20
@@ -105,6 +108,10 @@ class Stretch(NamedTuple):
 # that they are without gaps and in the order of commits: a reader who has seen number N has seen all before it.
 # Whoever else locks several of them does it in the same order, chunks before batches and each by id, or skips what is
 # locked. The lease does not run while the chunk is locked, when nobody could renew it.
+#
+# It sees the results that there were when it began, and may then wait for the locks of an earlier attempt whose answer
+# was lost, as when a commit waits for its standby. What that has stored meanwhile conflicts, and must: to skip it here
+# would leave gaps, because it has had its share of the sequence numbers. The next attempt sees it.
 WRITE = """
 WITH given (
     chunk_id, batch_id, index, status_code, body, error_code, error_message, is_completed, prompt, completion,
@@ -129,13 +136,14 @@ WITH given (
     FROM given g JOIN held ON held.id = g.chunk_id JOIN batch ON batch.id = g.batch_id
     WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = g.batch_id AND r.index = g.index)
     WINDOW so_far AS (PARTITION BY g.batch_id ORDER BY g.index)
-    ON CONFLICT DO NOTHING
     RETURNING batch_id, index
 ), sums AS (
     SELECT g.batch_id, g.chunk_id, count(*) AS results, count(*) FILTER (WHERE g.is_completed) AS completed,
            sum(g.prompt) AS prompt, sum(g.completion) AS completion,
            sum(g.cached) AS cached, sum(g.reasoning) AS reasoning
-    FROM given g JOIN written w USING (batch_id, index) GROUP BY g.batch_id, g.chunk_id
+    -- A group may have two results of a request: one of a chunk that was lost, one of the chunk that it then became.
+    FROM given g JOIN held ON held.id = g.chunk_id JOIN written w ON (w.batch_id, w.index) = (g.batch_id, g.index)
+    GROUP BY g.batch_id, g.chunk_id
 ), counted AS (
     UPDATE batches b SET
         completed = b.completed + s.completed,
@@ -188,6 +196,8 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     Results whose lease is no longer held, or whose request already has a result, are skipped: writing a group again
     after a broken connection is safe. Returns how many were stored.
     """
+    # A request that ran again under a lease that was lost and had again may have two.
+    results = list({(result.chunk_id, result.index): result for result in results}.values())
     rows = [
         (
             result.chunk_id,
@@ -211,12 +221,20 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     failpoints.hit("write.before_commit")
     sql = WRITE.replace("{incarnation}", str(incarnation)).replace("{large}", str(LARGE_BYTES))
     sql = sql.replace("{entry}", ENTRY.format(chunk="s"))
-    with ExitStack() as stack:
-        if sum(len(result.body or "") for result in results) > LARGE_BYTES:
-            stack.enter_context(db.atomic())
-            allow(db, LARGE_TIMEOUT_S)
-        cursor = stack.enter_context(db.cursor())
-        written = execute_values(cursor, sql, rows, template=TEMPLATE, page_size=len(rows), fetch=True)
+    is_large = sum(len(result.body or "") for result in results) > LARGE_BYTES
+    # In a transaction of the caller's, who holds the locks already, nothing can come in between.
+    for attempt in range(1 if db.in_transaction() else ATTEMPTS, 0, -1):
+        try:
+            with ExitStack() as stack:
+                if is_large:
+                    stack.enter_context(db.atomic())
+                    allow(db, LARGE_TIMEOUT_S)
+                cursor = stack.enter_context(db.cursor())
+                written = execute_values(cursor, sql, rows, template=TEMPLATE, page_size=len(rows), fetch=True)
+            break
+        except psycopg2.errors.UniqueViolation:
+            if attempt == 1:
+                raise
     failpoints.hit("write.after_commit")
     return len(written)
 

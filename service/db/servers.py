@@ -82,7 +82,11 @@ class Servers:
             finally:
                 self._looked_s = time.monotonic()
 
-        threading.Thread(target=look, name="servers", daemon=True).start()
+        try:
+            threading.Thread(target=look, name="servers", daemon=True).start()
+        except RuntimeError:
+            self._looked_s = now_s
+            raise
 
     def _connect_to(self, index: int, given: Mapping[str, Any], timeout_s: float) -> Any:
         connection = self._connect({**given, **self._servers[index]}, timeout_s)

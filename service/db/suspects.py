@@ -76,13 +76,24 @@ class _Held:
     death_hosts: Sequence[str]
 
 
-def bury(db: peewee.PostgresqlDatabase, worker_id: str) -> Burial:
-    """Settles all that a worker held when it or its engine died. Only for the process that holds the worker's lock.
+# What the life `mine` of a worker held or, as long as it has the name, earlier ones: never what a later one holds.
+_NOT_LATER = """
+worker_id = %(worker_id)s AND (incarnation = %(mine)s::uuid OR EXISTS (
+    SELECT FROM heartbeats h WHERE h.worker_id = %(worker_id)s AND h.incarnation = %(mine)s::uuid))
+"""
+
+
+def bury(db: peewee.PostgresqlDatabase, worker_id: str, life: UUID | None = None) -> Burial:
+    """Settles all that a worker held when it or its engine died. Only for the process that has the worker's name.
+
+    `life` is that process's, which may have lost the name without knowing it yet: then it settles what it held itself,
+    and leaves alone what the life after it holds. None: nobody else can have the name.
 
     A suspect that ran alone gets its error. Otherwise each request that may have been in the engine counts one more
     death: a request that kills the engine is found at its third death, however many others like it there are.
     """
-    return _bury(db, worker_id, "worker_id = %(worker_id)s", {"worker_id": worker_id}, is_lost=False)
+    which = "worker_id = %(worker_id)s" if life is None else _NOT_LATER
+    return _bury(db, worker_id, which, {"worker_id": worker_id, "mine": str(life)}, is_lost=False)
 
 
 def bury_lost(db: peewee.PostgresqlDatabase, worker_id: str, incarnation: str, which: str = "true") -> Burial:

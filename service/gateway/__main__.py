@@ -12,7 +12,6 @@ from service.api import messages
 from service.api.server_beat import ServerBeat
 from service.clock import SystemClock
 from service.config import Settings, process_name
-from service.db.chunks import host_of
 from service.db.connection import Database
 from service.db.limits import Limits
 from service.gateway.housekeeping import Housekeeping
@@ -119,7 +118,7 @@ async def serve(settings: Settings) -> int:
         keeping, settings.retention_s, presence.is_unserved, settings.host_forgotten_s, allowed.quotas
     )
     housekeeping = asyncio.create_task(keeper.follow(), name="housekeeping")
-    reports = LossReports(looking, SystemClock(), host_of(settings.worker_id), presence.now)
+    reports = LossReports(looking, SystemClock(), settings.own_id("gateway"), presence.now)
     reporting = asyncio.create_task(reports.follow(), name="losses")
     delivering = asyncio.create_task(deliverer.follow(), name="webhooks")
     beat = ServerBeat(database, settings.own_id("gateway"), "gateway", server.address, settings.heartbeat_interval_s)

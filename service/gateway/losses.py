@@ -24,11 +24,14 @@ log = logs.get("losses")
 
 @dataclass
 class LossReports:
-    """Reports on the workers of other hosts than `host`. `now` returns what is known about the workers."""
+    """Reports on the workers of other hosts, as the gateway `name`, `<host>:<process>`.
+
+    `now` returns what is known about the workers.
+    """
 
     database: Database
     clock: Clock
-    host: str
+    name: str
     now: Callable[[], Freshness]
     # Lives of workers that were reached: a link that never was there has not broken.
     _reached: set[UUID] = field(default_factory=set)
@@ -45,7 +48,7 @@ class LossReports:
             await asyncio.sleep(LOOK_INTERVAL_S)
             if found := dict(self.look()):
                 try:
-                    await self.database.run(losses.report, self.host, found)
+                    await self.database.run(losses.report, self.name, found)
                     self._availability.back()
                 except DATABASE_ERRORS as error:
                     self._availability.away(error)
@@ -66,7 +69,7 @@ class LossReports:
                 self._unreachable.discard(life)
             silence_s = losses.silence_s(seen.beat.detail)
             is_missing = known.age_s(seen, now_s) > silence_s and now_s - self._away_s >= PATIENCE * silence_s
-            is_ours = host_of(seen.beat.worker_id) == self.host
+            is_ours = host_of(seen.beat.worker_id) == host_of(self.name)
             if not is_missing or is_ours or life not in self._reached:
                 continue
             cause = known.contact(seen).cause

@@ -13,6 +13,7 @@ from service.db import file_lists, files, output
 from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database
 from service.db.file_lists import Entry, Kind
+from service.db.files import PartGoneError
 from service.db.limits import Limits
 from service.errors import not_found
 from service.http import content, errors, multipart, objects, ranges
@@ -79,7 +80,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             made = await database.run(
                 files.finish, file_id, part_id, _filename(form["file"]), writer.size, lifetime_s, keeping.limits
             )
-        except files.GoneError:
+        except PartGoneError:
             made = None
         except BaseException:
             await asyncio.shield(_discard(database, file_id, writer))

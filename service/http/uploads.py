@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from service.db import files
 from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database
-from service.db.files import File, PartsError
+from service.db.files import File, PartGoneError, PartsError
 from service.errors import ApiError, not_found
 from service.http import multipart, objects
 from service.http.files import Keeping
@@ -82,14 +82,12 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             if not has_data:
                 raise objects.wrong("data", "is required")
             await writer.end()
-        except files.GoneError:
+            part = await database.run(files.finish_part, part_id, writer.size)
+        except PartGoneError:
             raise not_found(f"pending upload {upload_id!r}") from None
         except BaseException:
             await asyncio.shield(_break_off(database, part_id, writer))
             raise
-        part = await database.run(files.finish_part, part_id, writer.size)
-        if part is None:
-            raise not_found(f"pending upload {upload_id!r}")
         return objects.part_object(part)
 
     @made.post("/{upload_id}/complete", name="CompleteUpload")
@@ -126,7 +124,7 @@ async def _break_off(database: Database, part_id: int, writer: PartWriter) -> No
     """What was stored of a part that will not be complete goes with its upload; until then it counts."""
     with contextlib.suppress(Exception):
         await writer.settle()
-    with contextlib.suppress(*DATABASE_ERRORS):
+    with contextlib.suppress(PartGoneError, *DATABASE_ERRORS):
         await database.run(files.finish_part, part_id, writer.size)
 
 

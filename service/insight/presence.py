@@ -238,7 +238,9 @@ class Presence:
 async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
     """Waits for an event and clears it. False: it was not set within `timeout_s`."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
+        # Not wait_for: before Python 3.12 that loses a cancellation which comes with the event.
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
         event.clear()
         return True
     return False

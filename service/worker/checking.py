@@ -108,13 +108,16 @@ class Checking:
             why = f"The file could not be checked: {claim.attempts - 1} attempts ended before they were done."
             return await self._fail(claim, [wrong_lines.one("server_error", why)])
         offer = self.state.offer
-        if claim.endpoint not in offer.urls:
-            why = f"{claim.endpoint!r} is not served; available: {', '.join(sorted(offer.urls))}"
+        others = await self.database.run(served.read)
+        available = offer.endpoints(others)
+        # Who is loading has not said yet what it serves: then the lines tell whether it is waited for.
+        if claim.endpoint not in available and not others.is_loading:
+            why = f"{claim.endpoint!r} is not served; available: {', '.join(sorted(available))}"
             return await self._fail(claim, [wrong_lines.one("invalid_endpoint", why, "endpoint")])
         while await self.database.run(file_batches.clear, self.holder, claim.batch_id, CLEAR_ROWS):
             pass
         # Each line has to name the endpoint that the batch is for.
-        wanted = offer.for_endpoint(claim.endpoint, await self.database.run(served.read))
+        wanted = offer.for_endpoint(claim.endpoint, others)
         rows = Rows(claim.batch_id, wanted, self.intake.sizes, file_place, claim.digest)
         destination = _Claimed(self.database, self.holder, claim.batch_id, self.intake.limits)
         try:

@@ -223,7 +223,7 @@ class Heart:
             sessions = identity.end_sessions(self.connection, str(before.beat.incarnation))
         if not heartbeats.begin(self.connection, beat, self.holder.lease_s, before):
             raise IdentityTakenError("another process was faster")
-        burial = suspects.bury(self.connection, beat.worker_id)
+        burial = suspects.bury(self.connection, beat.worker_id, beat.incarnation)
         log.info("identity_locked", worker_id=beat.worker_id, sessions_ended=sessions, **asdict(burial))
         self._refusal = ""
         self._settled.set()

@@ -1,7 +1,7 @@
 """The chunks that a worker holds under a lease, and which of their requests are waiting or not stored yet."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from service.api import messages
@@ -28,6 +28,8 @@ class HeldChunks:
     _unnoted: dict[int, deque[int]] = field(default_factory=dict)
     # Chunks of which Postgres knows nothing yet.
     _new: set[int] = field(default_factory=set)
+    # What it was to know and could not be told, by chunk.
+    _late: dict[int, int | None] = field(default_factory=dict)
     # Chunks that consist of one suspect.
     _suspects: set[int] = field(default_factory=set)
 
@@ -50,10 +52,13 @@ class HeldChunks:
         return chunk_id in self._unstored
 
     def load(self, work: Work) -> None:
-        """Adds claimed chunks. A chunk that already has all results is not held: its lease expires."""
+        """Adds claimed chunks. A chunk that already has all results is not held: its lease expires.
+
+        Nor is one added that is here: its lease was lost and had again before that was known, and its requests run.
+        """
         suspects: list[Request] = []
         for chunk, requests in work.chunks:
-            if requests:
+            if requests and chunk.id not in self:
                 self._unstored[chunk.id] = len(requests)
                 if chunk.deaths:
                     suspects += requests
@@ -73,14 +78,19 @@ class HeldChunks:
 
         By chunk the last request that may be in the engine, up to `ahead` of them further on than so far; None: none.
         """
-        last: dict[int, int | None] = dict.fromkeys(self._new)
+        last: dict[int, int | None] = dict.fromkeys(self._new) | self._late
         self._new.clear()
+        self._late.clear()
         for request in starting:
             unnoted = self._unnoted.get(request.chunk_id)
             if unnoted and unnoted[0] == request.index:
                 for _ in range(min(ahead, len(unnoted))):
                     last[request.chunk_id] = unnoted.popleft()
         return last
+
+    def not_noted(self, last: Mapping[int, int | None]) -> None:
+        """What `begin` returned does not count as known: it is returned again with what starts next."""
+        self._late |= {chunk_id: index for chunk_id, index in last.items() if chunk_id in self}
 
     def result_stored(self, chunk_id: int) -> bool:
         """Counts a stored result. Returns True if it clears a suspect."""
@@ -138,6 +148,7 @@ class HeldChunks:
         self._unstored.clear()
         self._unnoted.clear()
         self._new.clear()
+        self._late.clear()
         self._suspects.clear()
         self.ready.clear()
 
@@ -145,3 +156,4 @@ class HeldChunks:
         self._unstored.pop(chunk_id, None)
         self._unnoted.pop(chunk_id, None)
         self._new.discard(chunk_id)
+        self._late.pop(chunk_id, None)

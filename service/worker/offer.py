@@ -40,6 +40,10 @@ class Offer:
         """True if it is one of these."""
         return model in self.models or model in self.others.urls
 
+    def endpoints(self, others: Served) -> Set[str]:
+        """All endpoints that this worker or one of the `others` serves, or did when it was last seen."""
+        return frozenset(self.urls).union(*others.urls.values())
+
     def urls_of(self, model: str | None) -> Set[str]:
         """The endpoints that a request for the model may name; for one that names none those of this worker."""
         if model is None or model in self.models:

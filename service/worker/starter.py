@@ -1,5 +1,6 @@
 """Starts the requests that are ready, each once Postgres knows that it may be in the engine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.db import chunks
@@ -14,7 +15,7 @@ from service.worker.window import Window
 class Starter:
     """Should this host be lost, only the requests that were in its engine are suspects.
 
-    While Postgres is away nothing is noted, and nothing waits for it.
+    While Postgres is away nothing is noted, and nothing waits for it. What was not noted is with the next start.
     """
 
     database: Database
@@ -27,12 +28,17 @@ class Starter:
         """Starts up to `most` requests. Notes a window of each chunk at once, so that few statements do."""
         starting = [self.held.ready.popleft() for _ in range(min(most, len(self.held.ready)))]
         last = self.held.begin(starting, self.window.size)
-        if last and not self.availability.is_away:
-            try:
-                await self.database.run(chunks.begin, self.holder, last)
-            except DATABASE_ERRORS as error:
-                self.availability.away(error)
+        self.held.not_noted({chunk_id: last[chunk_id] for chunk_id in last.keys() - await self._note(last)})
         for request in starting:
             # Its lease may have been lost meanwhile.
             if request.chunk_id in self.held:
                 self.window.start(request)
+
+    async def _note(self, last: Mapping[int, int | None]) -> set[int]:
+        """Returns the chunks of which Postgres knows it now."""
+        if last and not self.availability.is_away:
+            try:
+                return await self.database.run(chunks.begin, self.holder, last)
+            except DATABASE_ERRORS as error:
+                self.availability.away(error)
+        return set()

@@ -61,7 +61,7 @@ class Suspects:
 
         Raises DatabaseAwayError.
         """
-        burial = await self.database.run(suspects.bury, self.holder.worker_id)
+        burial = await self.database.run(suspects.bury, self.holder.worker_id, self.holder.incarnation)
         log.warning("suspects_made", **asdict(burial))
 
     async def _clear_the_way(self) -> None:

@@ -19,6 +19,8 @@ class Wakeup:
 
     async def wait(self, timeout_s: float = IDLE_S) -> None:
         """Waits until something has happened, for at most `timeout_s`."""
+        # Not wait_for: before Python 3.12 that loses a cancellation which comes when it is woken.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._event.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
         self._event.clear()

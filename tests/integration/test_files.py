@@ -4,7 +4,7 @@ import pytest
 
 from service.db import files
 from service.db.connection import Database
-from service.db.files import GoneError, PartsError
+from service.db.files import PartGoneError, PartsError
 from service.db.limits import Limits
 
 ALLOWED = Limits(1, 1)
@@ -28,9 +28,10 @@ def test_nothing_is_left_of_what_is_deleted_while_it_arrives(database: Database)
         while is_purged and database.call(files.purge, 1):
             pass
         for one in (part, late):
-            with pytest.raises(GoneError):
+            with pytest.raises(PartGoneError):
                 database.call(files.add_piece, one, 3, b"456")
-            assert database.call(files.finish_part, one, 6) is None
+            with pytest.raises(PartGoneError):
+                database.call(files.finish_part, one, 6)
     assert [counted(database, table) for table in ("files", "file_parts", "file_pieces")] == [0, 0, 0]
 
 
@@ -42,11 +43,12 @@ def test_part_that_arrives_after_its_upload_is_completed(database: Database) -> 
     assert late is not None
     for one in (part, late):
         database.call(files.add_piece, one, 0, b"123")
-    assert database.call(files.finish_part, part, 3) is not None
+    database.call(files.finish_part, part, 3)
     done = database.call(files.complete, "t", upload.id, [part])
     assert done is not None
-    assert database.call(files.finish_part, late, 3) is None
-    with pytest.raises(GoneError):
+    with pytest.raises(PartGoneError):
+        database.call(files.finish_part, late, 3)
+    with pytest.raises(PartGoneError):
         database.call(files.add_piece, late, 3, b"456")
     assert database.call(files.read_piece, done.id, 0) == b"123"
 
@@ -57,6 +59,6 @@ def test_upload_takes_no_more_than_can_belong_to_it(database: Database) -> None:
     for size in (3, 3, 1):
         part = database.call(files.begin_part, "t", upload.id)
         assert part is not None
-        assert database.call(files.finish_part, part, size) is not None
+        database.call(files.finish_part, part, size)
     with pytest.raises(PartsError, match="7 bytes have arrived for this upload, and 3 were announced"):
         database.call(files.begin_part, "t", upload.id)

@@ -195,6 +195,44 @@ def test_a_flaky_host_makes_nobody_guilty(database: Database) -> None:
     assert killer.error_code == "REQUEST_CRASHED_ENGINE"
 
 
+def test_gateways_of_one_host_may_differ(database: Database) -> None:
+    """A worker that one gateway of a host reaches is not lost, whatever another one there says last."""
+    stored(database, 100)
+    mine = working(database)
+    see(database, mine, True, "b:gateway-1")
+    see(database, mine, False, "b:gateway-2")
+    see(database, mine, False, "a:gateway-1")
+    assert taken_over(database) == []
+    see(database, mine, False, "b:gateway-1")
+    assert taken_over(database) == [(1, 20, 0)]
+
+
+def test_what_gateways_of_its_own_host_say(database: Database) -> None:
+    """That the gateways of a worker's own host do not reach it is no evidence: they may be gone with it."""
+    stored(database, 100)
+    mine = working(database)
+    see(database, mine, False, "a:gateway-1")
+    see(database, mine, False, "a")
+    assert taken_over(database) == []
+
+
+def test_a_life_without_its_name_settles_only_its_own(database: Database) -> None:
+    """A worker that slept while another took its name, and whose engine then dies, touches nothing that one holds."""
+    stored(database, 200)
+    old, new = working(database), working(database)
+    holds = "SELECT id FROM chunks WHERE incarnation = %s"
+    [(chunk,)] = sql(database, holds, new.incarnation)
+    burial = database.call(suspects.bury, "a:worker", old.incarnation)
+    assert (burial.released, burial.suspects, burial.crashed) == (1, 20, 0)
+    assert database.call(chunks.renew, new, [int(str(chunk))]) == {chunk}
+    burial = database.call(suspects.bury, "a:worker", old.incarnation)
+    assert (burial.released, burial.suspects, burial.crashed) == (0, 0, 0)
+    # The one that has the name settles what all before it held.
+    heir = holder("a:worker")
+    beat(database, heir)
+    assert database.call(suspects.bury, "a:worker", heir.incarnation).suspects == 20
+
+
 def test_suspects_avoid_hosts_that_died_with_them(database: Database) -> None:
     """A worker first takes the suspect that has not died on its own host."""
     stored(database, 2)

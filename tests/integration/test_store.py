@@ -1,6 +1,8 @@
 """Storage: batches are stored whole or not at all, leases fence, results are stored once, streams have no gaps."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
@@ -8,13 +10,28 @@ import peewee
 import pytest
 
 from service.api import messages
-from service.db import batches, chunks, creation, endings, heartbeats, identity, losses, results, suspects, usage, work
+from service.db import (
+    batches,
+    chunks,
+    creation,
+    endings,
+    files,
+    heartbeats,
+    identity,
+    losses,
+    requests,
+    results,
+    suspects,
+    usage,
+    work,
+)
 from service.db.connection import Database, connect, migrate
 from service.db.heartbeats import Beat
 from service.db.limits import FullError, Limits
 from service.db.results import Result, Span
 from service.machine import Place
 from tests.support.store import answers, count, holder, stored
+from tests.support.waiting import until
 from vllm_batch import output
 
 
@@ -27,9 +44,9 @@ def test_batch_is_stored_with_bodies_byte_for_byte(database: Database) -> None:
     """Bodies with backslashes and escapes are stored byte for byte."""
     batch = stored(database, 3)
     [chunk] = database.call(chunks.claim, holder("w"), ["tiny"], 5)
-    requests = database.call(chunks.unanswered, chunk)
-    assert [request.custom_id for request in requests] == ["c0", "c1", "c2"]
-    assert requests[1].body == '{"model":"tiny","x":"a\\\\b\\tc"}'
+    found = database.call(chunks.unanswered, chunk)
+    assert [request.custom_id for request in found] == ["c0", "c1", "c2"]
+    assert found[1].body == '{"model":"tiny","x":"a\\\\b\\tc"}'
     assert (batch.total, batch.state, list(batch.models)) == (3, "in_progress", ["tiny"])
 
 
@@ -89,6 +106,74 @@ def test_a_result_is_written_once(database: Database) -> None:
     again = database.call(batches.get, batch.id)
     assert again is not None
     assert (again.completed, count(database, "results")) == (2, 2)
+
+
+def test_an_attempt_beside_the_one_before_it(database_url: str) -> None:
+    """A group sent again with more, while its first attempt has not committed yet, is stored once and without a gap."""
+    first, second = Database(database_url, "first"), Database(database_url, "second")
+    batch = stored(first, 4)
+    mine = holder()
+    [chunk] = first.call(chunks.claim, mine, ["tiny"], 1)
+    is_written, may_commit = threading.Event(), threading.Event()
+
+    def slowly(db: peewee.PostgresqlDatabase) -> None:
+        with db.atomic():
+            results.write(db, answers(chunk, range(2)), mine.incarnation)
+            is_written.set()
+            may_commit.wait(60)
+
+    def is_waiting(db: peewee.PostgresqlDatabase) -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        return bool(db.execute_sql(query).fetchone()[0])
+
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(first.call, slowly)
+        assert is_written.wait(60)
+        other = threads.submit(second.call, results.write, answers(chunk, range(3)), mine.incarnation)
+        until(lambda: first.call(is_waiting), "the second attempt to wait for the first")
+        may_commit.set()
+        one.result()
+        assert other.result() == 1
+    assert first.call(results.write, answers(chunk, range(4)), mine.incarnation) == 1
+    done = first.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed) == ("completed", 4)
+    page = first.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
+    assert [(result.sequence, result.index) for result in page] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    first.close()
+    second.close()
+
+
+def test_two_results_of_one_request(database: Database) -> None:
+    """Of two results of a request in one group one is stored, and the sequence has no gap."""
+    batch = stored(database, 2)
+    mine = holder()
+    [chunk] = database.call(chunks.claim, mine, ["tiny"], 1)
+    group = [*answers(chunk, range(1)), *answers(chunk, range(2))]
+    assert database.call(results.write, group, mine.incarnation) == 2
+    page = database.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
+    assert [(result.sequence, result.index) for result in page] == [(1, 0), (2, 1)]
+
+
+def test_results_of_a_request_under_two_leases(database: Database) -> None:
+    """A result under a lease that was lost counts nowhere beside the one under the lease that its request has now."""
+    batch = stored(database, 3)
+    mine = holder()
+    [lost] = database.call(chunks.claim, mine, ["tiny"], 1)
+    database.call(chunks.begin, mine, {lost.id: lost.first_index})
+    assert database.call(suspects.bury, mine.worker_id).suspects == 1
+    [suspect] = database.call(suspects.claim_few, mine, ["tiny"], 0)
+    group = [*answers(lost, range(1)), *answers(suspect, range(1))]
+    assert database.call(results.write, group, mine.incarnation) == 1
+    half = database.call(batches.get, batch.id)
+    assert half is not None
+    assert (half.state, half.completed) == ("in_progress", 1)
+    [rest] = database.call(chunks.claim, mine, ["tiny"], 1)
+    assert [request.index for request in database.call(chunks.unanswered, rest)] == [1, 2]
+    assert database.call(results.write, answers(rest, range(1, 3)), mine.incarnation) == 2
+    done = database.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed) == ("completed", 3)
 
 
 def test_zombie_owner_cannot_write(database: Database) -> None:
@@ -227,6 +312,7 @@ def test_delete_and_purge(database: Database) -> None:
     database.call(endings.cancel, batch.id)
     assert database.call(endings.delete, batch.id)
     assert database.call(batches.get, batch.id) is None
+    assert database.call(requests.read_one, batch.id, "c0", 100) is None
     assert not database.call(endings.delete, batch.id)
     rounds = 0
     while database.call(endings.purge, 10):
@@ -234,6 +320,25 @@ def test_delete_and_purge(database: Database) -> None:
     assert rounds >= 3
     assert (count(database, "requests"), count(database, "purges")) == (5, 0)
     assert database.call(batches.get, other.id) is not None
+
+
+def test_a_part_of_an_upload_that_was_given_up(database: Database) -> None:
+    """What still arrives of an upload after it was cancelled is refused, and nothing of it stays."""
+    upload = database.call(files.begin_upload, "t", "name", 2, None, Limits(9, 9))
+    parts = [database.call(files.begin_part, "t", upload.id) for _ in range(2)]
+    assert parts[0] is not None
+    assert parts[1] is not None
+    database.call(files.add_piece, parts[0], 0, b"x")
+    assert database.call(files.finish_part, parts[0], 1).bytes == 1
+    database.call(files.add_piece, parts[1], 0, b"x")
+    database.call(files.discard, "t", upload.id, "pending")
+    with pytest.raises(files.PartGoneError):
+        database.call(files.finish_part, parts[1], 1)
+    while database.call(files.purge, 10):
+        pass
+    with pytest.raises(files.PartGoneError):
+        database.call(files.add_piece, parts[1], 1, b"y")
+    assert (count(database, "file_parts"), count(database, "file_pieces"), count(database, "files")) == (0, 0, 0)
 
 
 def test_retention(database: Database) -> None:

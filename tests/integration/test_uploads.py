@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import grpc
+import peewee
 import pytest
 
 from service.db import batches, chunks, creation, endings
@@ -161,6 +162,39 @@ def test_what_was_staged_too_long_ago_is_no_batch(database: Database) -> None:
     with pytest.raises(creation.StagedTooLongError):
         database.call(creation.create, batch_id, Options(), rows.content, rows.feed(line(1)), True, 60)
     assert count(database, "batches") == 0
+
+
+def test_what_is_staged_after_the_rest_was_removed_is_no_batch(database: Database) -> None:
+    """An upload that goes on after its first rows were removed, as when the clock was set, is not taken for whole."""
+    # As of two minutes ago: ids have the time.
+    batch_id = database.call(creation.reserve) - (120_000 << 20)
+    rows = intake.Rows(batch_id, OFFER, SIZES)
+    database.call(creation.stage, batch_id, rows.feed(line(0)), 60.0)
+    purge(database)
+    assert count(database, "requests") == 0
+    database.call(creation.stage, batch_id, rows.feed(line(1)), 60.0)
+    with pytest.raises(creation.StagedTooLongError):
+        database.call(creation.create, batch_id, Options(), rows.content, rows.feed(line(2)), True, 60)
+    purge(database)
+    assert (count(database, "batches"), count(database, "requests")) == (0, 0)
+
+
+def test_what_is_staged_while_the_rest_is_removed(database: Database, database_url: str) -> None:
+    """Rows whose transaction has not ended yet when a purge removes the ones before them are removed after it."""
+    other = Database(database_url, "other")
+    batch_id = database.call(creation.reserve) - (120_000 << 20)
+    rows = intake.Rows(batch_id, OFFER, SIZES)
+    database.call(creation.stage, batch_id, rows.feed(line(0)), 60.0)
+
+    def slowly(db: peewee.PostgresqlDatabase) -> None:
+        with db.atomic():
+            creation.stage(db, batch_id, rows.feed(line(1)), 60.0)
+            purge(other)
+
+    database.call(slowly)
+    purge(other)
+    assert (count(database, "requests"), count(database, "purges")) == (0, 0)
+    other.close()
 
 
 def test_worker_dies_in_the_middle_of_an_upload(stack: Stack) -> None:

@@ -89,7 +89,7 @@ class FakePostgres:
             return work_of(*taken, deaths=2, are_alone_waiting=bool(taken))
         if function is chunks.begin:
             self.journal.note("begun", *arguments[1])
-            return None
+            return set(arguments[1])
         if function is suspects.bury:
             self.journal.note("buried", *arguments)
             return Burial(0, 1, 0)

@@ -233,6 +233,11 @@ def test_supervisord() -> None:
     assert not stack.judge_supervisord(True, {"worker": "RUNNING"}, True, home).problem
     failed = stack.judge_supervisord(True, {"worker": "FATAL"}, True, home)
     assert failed.fix == "tail -n 50 /var/x/log/worker.log"
+    for has_socket in (True, False):
+        silent = stack.judge_supervisord(True, None, has_socket, home, 7)
+        assert silent.is_wrong
+        assert silent.fix == "scripts/stop-all.sh"
+    assert not stack.judge_supervisord(True, {"worker": "RUNNING"}, True, home, 7).problem
 
 
 def test_embedded_postgres() -> None:

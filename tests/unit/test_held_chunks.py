@@ -24,6 +24,17 @@ def test_a_chunk_without_unanswered_requests_is_not_held() -> None:
     assert (held.ids, held.suspects) == ([], 0)
 
 
+def test_a_chunk_that_is_had_again_runs_once() -> None:
+    """A chunk whose lease was lost, and had again before that was known, has each request once."""
+    held = HeldChunks()
+    held.load(work_of(1, 2))
+    held.ready.popleft()
+    held.load(work_of(1, 2, 3))
+    assert [one.chunk_id for one in held.ready] == [2, 3]
+    assert not held.result_stored(1)
+    assert held.ids == [2, 3]
+
+
 def test_suspects_are_counted_until_they_are_done_or_lost() -> None:
     """A suspect counts until its result is stored or its lease is lost, which makes room for the next one."""
     held = HeldChunks()
@@ -54,6 +65,22 @@ def test_what_begins_is_told_ahead_and_once() -> None:
     held.load(work_of(3))
     held.drop({3})
     assert held.begin([request(30, 3)], 3) == {}
+
+
+def test_what_could_not_be_told_is_told_with_the_next() -> None:
+    """Chunks that were locked, or not heard of, are told again until they are known, or are not held any more."""
+    held, work = HeldChunks(), work_of(1, 2, 3)
+    work.chunks[0][1].extend(request(number) for number in (11, 12))  # type: ignore[attr-defined]
+    held.load(work)
+    assert held.begin([request(10)], 1) == {1: 10, 2: None, 3: None}
+    held.not_noted({1: 10, 3: None})
+    held.drop({3})
+    assert held.begin([request(20, 2)], 1) == {1: 10, 2: 20}
+    held.not_noted({1: 10})
+    assert held.begin([request(11)], 1) == {1: 11}
+    held.not_noted({1: 11, 3: None})
+    assert held.begin([], 1) == {1: 11}
+    assert held.begin([], 1) == {}
 
 
 def test_what_is_given_is_not_told_as_begun() -> None:

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from service.auth.callers import ANYBODY, Caller
 from service.auth.roles import Role
 from service.db import files
-from service.db.files import File, GoneError, Part, PartsError
+from service.db.files import File, Part, PartGoneError, PartsError
 from service.db.limits import Limits
 from service.errors import ApiError
 from service.http import content, door, uploads
@@ -70,7 +70,9 @@ def test_part_of_a_pending_upload() -> None:
     assert (answer.status_code, answer.json()["id"]) == (200, "part_2")
 
 
-@pytest.mark.parametrize("answers", [{"finish_part": None}, {"add_piece": GoneError()}, {"begin_part": None}])
+@pytest.mark.parametrize(
+    "answers", [{"finish_part": PartGoneError()}, {"add_piece": PartGoneError()}, {"begin_part": None}]
+)
 def test_part_of_an_upload_that_ended_meanwhile(answers: dict[str, Any]) -> None:
     """A part whose upload is completed, cancelled or given up while it arrives is told so, and is no fault of ours."""
     answer = post(Played(**{"finish_part": PART} | answers), "/v1/uploads/upload_1/parts", files=FORM)
@@ -115,7 +117,7 @@ def test_wrong_checksum(was: File | None) -> None:
 def test_file_that_was_given_up_while_it_arrived() -> None:
     """A file that takes longer than a day to arrive is told so, and is no fault of ours."""
     form = {"purpose": (None, "batch"), "file": ("a", b"12345")}
-    answer = post(Played(add_piece=GoneError()), "/v1/files", files=form)
+    answer = post(Played(add_piece=PartGoneError()), "/v1/files", files=form)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert files.ARRIVING_S == 86_400
 

@@ -20,7 +20,7 @@ class Watcher:
         self.addresses = {life: f"{life}" for life in LIVES}
         self.links = {life: LinkState.SERVING if life in reached else LinkState.UNKNOWN for life in LIVES}
         database: Any = None
-        self.reports = LossReports(database, self, "c", self.known)
+        self.reports = LossReports(database, self, "c:gateway-2", self.known)
         assert not self.said()
         self.now_s = STEADY_S
 

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from unittest.mock import MagicMock
 
+import psycopg2.errors
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -217,3 +219,42 @@ async def test_a_postgres_that_refuses_all_is_waited_for() -> None:
         parts.postgres.back()
         await parts.all_stored()
     assert parts.postgres.stored == [result(1)]
+
+
+class SecondAttempt:
+    """Postgres as `execute_values` meets it: so many attempts wait for one that stores the same results first."""
+
+    def __init__(self, conflicts: int) -> None:
+        self.conflicts = conflicts
+        self.groups: list[Sequence[Any]] = []
+
+    def __call__(self, cursor: object, sql: str, rows: Sequence[Any], **more: object) -> Sequence[Any]:
+        assert "ON CONFLICT" not in sql
+        self.groups.append(rows)
+        if len(self.groups) <= self.conflicts:
+            raise psycopg2.errors.UniqueViolation
+        return rows
+
+
+@pytest.mark.parametrize(
+    ("in_transaction", "conflicts", "attempts"), [(False, 0, 1), (False, 2, 3), (False, 3, 3), (True, 1, 1)]
+)
+def test_what_was_stored_meanwhile_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, in_transaction: bool, conflicts: int, attempts: int
+) -> None:
+    """A statement that met results it could not see is sent again whole, so that it leaves no gap in the sequence."""
+    postgres, database = SecondAttempt(conflicts), MagicMock()
+    monkeypatch.setattr(results, "execute_values", postgres)
+    database.in_transaction.return_value = in_transaction
+    with pytest.raises(psycopg2.errors.UniqueViolation) if conflicts >= attempts else contextlib.nullcontext():
+        assert results.write(database, [result(1), result(2)], INCARNATION) == 2
+    assert len(postgres.groups) == attempts
+    assert all(group == postgres.groups[0] for group in postgres.groups)
+
+
+def test_two_results_of_a_request_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that ran twice, under a lease that was lost and had again, has one result in a group."""
+    postgres, database = SecondAttempt(0), MagicMock()
+    monkeypatch.setattr(results, "execute_values", postgres)
+    assert results.write(database, [result(1), result(2), result(1), result(1, 2)], INCARNATION) == 3
+    assert [row[:3] for row in postgres.groups[0]] == [(1, 1, 1), (1, 1, 2), (2, 1, 1)]

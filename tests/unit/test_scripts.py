@@ -2,9 +2,12 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from service import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those that take no arguments.
@@ -50,3 +53,30 @@ def test_what_a_script_does_not_know_is_refused(name: str, argument: str, tmp_pa
     assert (done.returncode, done.stdout) == (2, "")
     assert "takes no arguments" in done.stderr
     assert not (tmp_path / "home").exists()
+
+
+def test_a_supervisord_without_its_socket_is_ended(tmp_path: Path) -> None:
+    """What nobody can ask to stop is ended before its programs, which it would start again; those of others are not."""
+    wait = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", "supervisor.supervisord"]
+
+    def started(home: str, **more: str) -> "subprocess.Popen[bytes]":
+        env = {"BATCH_HOME": str(tmp_path / home), **more}
+        process = subprocess.Popen(wait, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    theirs, other = started("home"), started("other")
+    program = started("home", SUPERVISOR_PROCESS_NAME="worker")
+    try:
+        assert [found.pid for found in processes.supervisords(tmp_path / "home")] == [theirs.pid]
+        env = os.environ | {"BATCH_HOME": str(tmp_path / "home")}
+        command = [sys.executable, ROOT / "scripts/sweep.py"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0
+        assert done.stdout.splitlines()[0] == f"stop: supervisord does not answer; ending it (pid {theirs.pid})"
+        assert (theirs.wait(30), program.wait(30), other.poll()) == (-15, -15, None)
+    finally:
+        for process in (theirs, other, program):
+            process.kill()
+            process.communicate()

@@ -182,7 +182,7 @@ async def test_who_is_alone_when_the_engine_dies_is_named() -> None:
     await parts.turn(direct)
     assert (parts.window.died_with, parts.held.ids, parts.postgres.alone) == ({5}, [5], [6])
     await parts.suspects.bury()
-    assert parts.journal.entries[-1] == ("buried", "w")
+    assert parts.journal.entries[-1] == ("buried", "w", INCARNATION)
 
 
 @in_loop
