@@ -22,7 +22,7 @@ PIECE_BYTES = 1 << 20
 ARRIVING_S = 86_400.0
 UPLOAD_S = 3600.0
 # What may arrive for an upload, of what was announced: clients send a part again whose answer they have not got.
-UPLOAD_FACTOR = 2
+UPLOAD_FACTOR = 3
 COMPLETE_TIMEOUT_S = 60.0
 
 COLUMNS = "id, tenant, state, is_upload, filename, bytes, lifetime_s, create_time, expire_time"
@@ -89,24 +89,27 @@ def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int
         return None
     announced, there = found
     if there > UPLOAD_FACTOR * announced:
-        raise PartsError(f"{there} bytes have arrived for this upload, and {announced} were announced")
+        raise PartsError(f"is one too many: {there} bytes have arrived for this upload, and {announced} were announced")
     row = db.execute_sql(f"INSERT INTO file_parts (file_id) SELECT id {pending} RETURNING id", names).fetchone()
     return row[0] if row else None
 
 
 def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes) -> None:
-    """Stores the bytes of a part from its offset `first` on. Raises PartGoneError."""
+    """Stores the bytes of a part from its offset `first` on. Raises PartGoneError, and PartsError for too many."""
     # In binary: as text it would be twice as long.
     row = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data)) + data
     with db.atomic():
         # Locked, so that `purge` removes the part after this piece.
         part = db.execute_sql(
-            "SELECT 1 FROM file_parts p JOIN files f ON f.id = p.file_id"
+            "SELECT f.is_upload, f.bytes FROM file_parts p JOIN files f ON f.id = p.file_id"
             " WHERE p.id = %s AND f.state IN ('arriving', 'pending') FOR KEY SHARE OF p",
             (part_id,),
         ).fetchone()
         if part is None:
             raise PartGoneError
+        is_upload, announced = part
+        if is_upload and first + len(data) > announced:
+            raise PartsError(f"has more than the {announced} bytes that were announced for the whole upload")
         with db.cursor() as cursor:
             copied = BytesIO(b"PGCOPY\n\xff\r\n\0" + bytes(8) + row + b"\xff\xff")
             cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, 1 << 18)

@@ -85,8 +85,10 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             part = await database.run(files.finish_part, part_id, writer.size)
         except PartGoneError:
             raise not_found(f"pending upload {upload_id!r}") from None
-        except BaseException:
+        except BaseException as error:
             await asyncio.shield(_break_off(database, part_id, writer))
+            if isinstance(error, PartsError):
+                raise objects.wrong("data", str(error)) from None
             raise
         return objects.part_object(part)
 

@@ -56,9 +56,12 @@ def test_part_that_arrives_after_its_upload_is_completed(database: Database) -> 
 def test_upload_takes_no_more_than_can_belong_to_it(database: Database) -> None:
     """A part may be sent again, and one that was announced small does not fill the disk."""
     upload = database.call(files.begin_upload, "t", "a", 3, None, ALLOWED)
-    for size in (3, 3, 1):
+    for size in (3, 3, 3, 1):
         part = database.call(files.begin_part, "t", upload.id)
         assert part is not None
+        with pytest.raises(PartsError, match="more than the 3 bytes"):
+            database.call(files.add_piece, part, 0, b"1234")
+        database.call(files.add_piece, part, 0, b"123"[:size])
         database.call(files.finish_part, part, size)
-    with pytest.raises(PartsError, match="7 bytes have arrived for this upload, and 3 were announced"):
+    with pytest.raises(PartsError, match="10 bytes have arrived for this upload, and 3 were announced"):
         database.call(files.begin_part, "t", upload.id)

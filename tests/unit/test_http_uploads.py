@@ -79,9 +79,11 @@ def test_part_of_an_upload_that_ended_meanwhile(answers: dict[str, Any]) -> None
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_upload_to_which_too_much_was_sent() -> None:
+@pytest.mark.parametrize("function", ["begin_part", "add_piece"])
+def test_upload_to_which_too_much_was_sent(function: str) -> None:
     """An upload takes no parts beside those that can belong to it: one announced small does not fill the disk."""
-    answer = post(Played(begin_part=PartsError("9 bytes")), "/v1/uploads/upload_1/parts", files=FORM)
+    database = Played(**{"finish_part": PART, function: PartsError("9 bytes")})
+    answer = post(database, "/v1/uploads/upload_1/parts", files=FORM)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "data: 9 bytes")
 
 
