@@ -23,6 +23,8 @@ PIECE_BYTES = 1 << 20
 # What has not arrived by then never will.
 ARRIVING_S = 86_400.0
 UPLOAD_S = 3600.0
+# What may arrive for an upload, of what was announced: clients send a part again whose answer they have not got.
+UPLOAD_FACTOR = 3
 COMPLETE_TIMEOUT_S = 60.0
 
 # COPY's binary format, because as text bytes are twice as many: what is before the rows and behind them; and before the
@@ -61,7 +63,7 @@ class Part:
 
 
 class PartsError(Exception):
-    """An upload cannot be completed of these parts."""
+    """An upload cannot be completed of these parts, or takes no further ones."""
 
 
 class PartGoneError(Exception):
@@ -84,27 +86,41 @@ def begin(db: peewee.PostgresqlDatabase, tenant: str, allowed: Limits) -> tuple[
 def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int) -> int | None:
     """A part of a pending upload, to be stored. None: there is no such upload.
 
-    `tenant` None, here and below: whosever it is. Otherwise those of others do not exist.
+    `tenant` None, here and below: whosever it is. Otherwise those of others do not exist. Raises PartsError for an
+    upload of which more has arrived than can belong to it.
     """
-    row = db.execute_sql(
-        "INSERT INTO file_parts (file_id) SELECT id FROM files"
-        f" WHERE id = %(id)s AND {IN_SCOPE} AND state = 'pending' AND expire_time > clock_timestamp() RETURNING id",
-        {"id": upload_id, "tenant": tenant},
-    ).fetchone()
+    pending = f"FROM files WHERE id = %(id)s AND {IN_SCOPE} AND state = 'pending' AND expire_time > clock_timestamp()"
+    names = {"id": upload_id, "tenant": tenant}
+    arrived = "(SELECT coalesce(sum(p.bytes), 0)::bigint FROM file_parts p WHERE p.file_id = files.id)"
+    found = db.execute_sql(f"SELECT bytes, {arrived} {pending}", names).fetchone()
+    if found is None:
+        return None
+    announced, there = found
+    if there > UPLOAD_FACTOR * announced:
+        raise PartsError(f"is one too many: {there} bytes have arrived for this upload, and {announced} were announced")
+    row = db.execute_sql(f"INSERT INTO file_parts (file_id) SELECT id {pending} RETURNING id", names).fetchone()
     return row[0] if row else None
 
 
 def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes, is_repeated: bool = False) -> None:
     """Stores the bytes of a part from its offset `first` on. `is_repeated`: they may be stored already.
 
-    Raises PartGoneError.
+    Raises PartGoneError, and PartsError for too many.
     """
     head = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data))
     copied = BytesIO(b"".join((COPY_HEAD, head, data, COPY_END)))
     with suppress(*([psycopg2.errors.UniqueViolation] if is_repeated else [])), db.atomic(), db.cursor() as cursor:
-        # Nothing removes what is stored of a part after the part itself, which `purge` locks.
-        if db.execute_sql("SELECT FROM file_parts WHERE id = %s FOR KEY SHARE", (part_id,)).fetchone() is None:
+        # Locked, so that `purge` removes the part after this piece.
+        part = db.execute_sql(
+            "SELECT f.is_upload, f.bytes FROM file_parts p JOIN files f ON f.id = p.file_id"
+            " WHERE p.id = %s AND f.state IN ('arriving', 'pending') FOR KEY SHARE OF p",
+            (part_id,),
+        ).fetchone()
+        if part is None:
             raise PartGoneError
+        is_upload, announced = part
+        if is_upload and first + len(data) > announced:
+            raise PartsError(f"has more than the {announced} bytes that were announced for the whole upload")
         cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, COPY_BYTES)
     failpoints.hit("file.piece")
 
