@@ -27,6 +27,7 @@ CLAIMS = (
     "upload",
     "prefixes",
     "results",
+    "http",
     "detection",
     "failover",
     "throughput",

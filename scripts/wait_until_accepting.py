@@ -6,6 +6,7 @@ On a host without gateway or worker it waits for the programs that there are.
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -42,6 +43,8 @@ Show its status: scripts/status.sh. Stop it: scripts/stop-all.sh
 FAILING_S = 20.0
 WORKER_FAILING_S = 30.0
 SILENT_S = 25.0
+# The same for one that does not listen yet: on a slow disk, or beside much else, a program takes long to start.
+NOT_LISTENING_S = 60.0
 GAVE_UP_S = 15.0
 SUPERVISOR_TIMEOUT_S = 30.0
 # A program that has run for this long after a failure has recovered.
@@ -78,6 +81,15 @@ def programs(settings: Settings) -> dict[str, str]:
         return Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S).states()
     except SupervisorAwayError:
         return {}
+
+
+def listens(settings: Settings) -> bool:
+    """True if somebody listens at the gateway's address."""
+    host, _, port = settings.own_address(settings.gateway_port).rpartition(":")
+    with suppress(OSError):
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -128,8 +140,10 @@ class Patience:
             self._failing_since_s.pop("supervisord", None)
         return sorted(self._failing_since_s)
 
-    def is_over(self, now_s: float, why: Refusal, states: Mapping[str, str], *, is_silent: bool) -> bool:
-        """Returns True once waiting is pointless. `is_silent`: the gateway does not answer."""
+    def is_over(
+        self, now_s: float, why: Refusal, states: Mapping[str, str], *, is_silent: bool, listens: bool = True
+    ) -> bool:
+        """Returns True once waiting is pointless. `is_silent`: the gateway does not answer, although it `listens`."""
         failing = self.failing(now_s, states)
         is_silent = is_silent and "gateway" in map(_group, self._running_since_s)
         self._silent_since_s = (self._silent_since_s or now_s) if is_silent else None
@@ -141,7 +155,7 @@ class Patience:
                 now_s - since_s > (WORKER_FAILING_S if _group(name) == "worker" else FAILING_S)
                 for name, since_s in self._failing_since_s.items()
             )
-            or now_s - (self._silent_since_s or now_s) > SILENT_S
+            or now_s - (self._silent_since_s or now_s) > (SILENT_S if listens else NOT_LISTENING_S)
             # After a manual start the gateway reports the give-up until the worker's first heartbeat.
             or (gave_up and "worker" in map(_group, failing))
             or now_s - (self._gave_up_since_s or now_s) > GAVE_UP_S
@@ -165,7 +179,7 @@ def main(conf: str) -> int:
         while not (health := is_serving(channel, BATCH_SERVICE)):
             why = refusal(client) if may_ask else Refusal(NO_TOKEN)
             now_s, states = time.monotonic(), programs(settings)
-            if patience.is_over(now_s, why, states, is_silent=health is None):
+            if patience.is_over(now_s, why, states, is_silent=health is None, listens=listens(settings)):
                 silent = ["gateway"] if health is None else ["worker"]
                 return gave_up(settings.log_dir, patience.failing(now_s, states) or silent, why)
             # Print a message that differs only in numbers at most every 5 s.
@@ -195,7 +209,7 @@ def wait_for_part(settings: Settings, patience: Patience) -> int:
 
     def is_over(now_s: float, why: Missing, is_silent: bool) -> bool:
         refused = Refusal(why.text, "RECOVERY_GAVE_UP" if why.gave_up else "")
-        return patience.is_over(now_s, refused, programs(settings), is_silent=is_silent)
+        return patience.is_over(now_s, refused, programs(settings), is_silent=is_silent, listens=listens(settings))
 
     why = wait(settings, lambda: programs(settings), is_over)
     if why is None:

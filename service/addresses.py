@@ -6,6 +6,8 @@ import socket
 
 # RFC 1123, and the underscore that container networks allow.
 _NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+# What gRPC takes for the beginning of another kind of target: https://github.com/grpc/grpc/blob/master/doc/naming.md
+_SCHEMES = frozenset({"dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds", "google-c2p"})
 
 
 def bare(host: str) -> str:
@@ -57,6 +59,8 @@ def problem(host: str) -> str:
         return f"{shown} is not an IPv4 address: four numbers from 0 to 255"
     if len(host) > 253 or not all(_NAME.fullmatch(label) for label in labels):
         return f"{shown} is neither an IP address nor the name of a host"
+    if host.lower() in _SCHEMES:
+        return f"{shown} is a scheme of gRPC, so it cannot be called by that name: use its IP address or full name"
     return ""
 
 

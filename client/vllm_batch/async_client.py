@@ -16,6 +16,7 @@ from vllm_batch.channel import DEFAULT_TARGET, check_target, open_aio_channel, o
 from vllm_batch.errors import CallError
 from vllm_batch.retries import (
     CALL_TIMEOUT_S,
+    CHANNEL_CLOSED,
     PATIENCE_S,
     STATUS_TIMEOUT_S,
     UPLOAD_TIMEOUT_S,
@@ -31,6 +32,9 @@ from vllm_batch.v1 import webhook_service_pb2 as wpb
 
 T = TypeVar("T")
 ALL = "RESULT_FILTER_UNSPECIFIED"
+_CLOSED = grpc.aio.AioRpcError(
+    grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), details=CHANNEL_CLOSED
+)
 
 
 class AsyncClient:
@@ -312,6 +316,12 @@ class AsyncClient:
                 return await call()
             except grpc.RpcError as error:
                 raise CallError(error) from error
+            except (asyncio.CancelledError, grpc.FutureCancelledError):
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                # What gRPC raises in a task that nobody has cancelled when the channel of its call is closed.
+                raise CallError(_CLOSED) from None
 
         return await tenacity.AsyncRetrying(**self._rules)(attempt)
 
@@ -325,7 +335,7 @@ class AsyncClient:
                 stream = call()
             try:
                 return await stream.read()
-            except grpc.RpcError:
+            except (grpc.RpcError, asyncio.CancelledError):
                 stream = None
                 raise
 

@@ -1,6 +1,7 @@
 """Creates a token: `python -m service.auth.new_token FILE NAME ROLE`."""
 
 import argparse
+import fcntl
 import os
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with os.fdopen(os.open(given.file, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
             key_files.check_private(given.file)
+            # Two at once would write one line over the other.
+            fcntl.flock(file, fcntl.LOCK_EX)
             text = file.read()
             added = f"{token.line()}\n" if not text or text.endswith("\n") else f"\n{token.line()}\n"
             tokens.parse(text + added)

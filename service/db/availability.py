@@ -120,6 +120,16 @@ def is_away(error: Exception) -> bool:
     return meaning_of(error) is Meaning.AWAY
 
 
+def is_cut(error: DatabaseAwayError) -> bool:
+    """True if the connection broke, or could not be made; False if Postgres was too slow, or refused."""
+    cause = error.__cause__
+    if cause is None:
+        return False
+    sqlstate = getattr(getattr(cause, "orig", None) or cause, "pgcode", None)
+    # 57P01 and its neighbours: the server ends the session, and says so.
+    return sqlstate is None or sqlstate.startswith("57P")
+
+
 def is_read_only(error: Exception) -> bool:
     """True for an error of a server that takes no writes: after a failover it may be a standby of another one."""
     return getattr(getattr(error, "orig", None) or error, "pgcode", None) == READ_ONLY

@@ -174,6 +174,7 @@ def create(
         )
         failpoints.hit("file_batch.before_commit")
     failpoints.hit("file_batch.after_commit")
+    sharing.tell_unchecked(db)
     made = get(db, batch_id)
     assert made is not None
     return made, True

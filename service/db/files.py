@@ -2,12 +2,14 @@
 
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from io import BytesIO
 from typing import Any
 
 import peewee
+import psycopg2.errors
 
 from service import failpoints
 from service.db import limits
@@ -21,7 +23,15 @@ PIECE_BYTES = 1 << 20
 # What has not arrived by then never will.
 ARRIVING_S = 86_400.0
 UPLOAD_S = 3600.0
+# What may arrive for an upload, of what was announced: clients send a part again whose answer they have not got.
+UPLOAD_FACTOR = 3
 COMPLETE_TIMEOUT_S = 60.0
+
+# COPY's binary format, because as text bytes are twice as many: what is before the rows and behind them; and before the
+# value of a row that has only one: the number of values, and how long it is.
+COPY_HEAD, COPY_END, COPY_ROW = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff", struct.Struct("!hi")
+# Handed to libpq at once.
+COPY_BYTES = 1 << 18
 
 COLUMNS = "id, tenant, state, is_upload, filename, bytes, lifetime_s, create_time, expire_time"
 
@@ -53,7 +63,7 @@ class Part:
 
 
 class PartsError(Exception):
-    """An upload cannot be completed of these parts."""
+    """An upload cannot be completed of these parts, or takes no further ones."""
 
 
 class PartGoneError(Exception):
@@ -76,26 +86,42 @@ def begin(db: peewee.PostgresqlDatabase, tenant: str, allowed: Limits) -> tuple[
 def begin_part(db: peewee.PostgresqlDatabase, tenant: str | None, upload_id: int) -> int | None:
     """A part of a pending upload, to be stored. None: there is no such upload.
 
-    `tenant` None, here and below: whosever it is. Otherwise those of others do not exist.
+    `tenant` None, here and below: whosever it is. Otherwise those of others do not exist. Raises PartsError for an
+    upload of which more has arrived than can belong to it.
     """
-    row = db.execute_sql(
-        "INSERT INTO file_parts (file_id) SELECT id FROM files"
-        f" WHERE id = %(id)s AND {IN_SCOPE} AND state = 'pending' AND expire_time > clock_timestamp() RETURNING id",
-        {"id": upload_id, "tenant": tenant},
-    ).fetchone()
+    pending = f"FROM files WHERE id = %(id)s AND {IN_SCOPE} AND state = 'pending' AND expire_time > clock_timestamp()"
+    names = {"id": upload_id, "tenant": tenant}
+    arrived = "(SELECT coalesce(sum(p.bytes), 0)::bigint FROM file_parts p WHERE p.file_id = files.id)"
+    found = db.execute_sql(f"SELECT bytes, {arrived} {pending}", names).fetchone()
+    if found is None:
+        return None
+    announced, there = found
+    if there > UPLOAD_FACTOR * announced:
+        raise PartsError(f"is one too many: {there} bytes have arrived for this upload, and {announced} were announced")
+    row = db.execute_sql(f"INSERT INTO file_parts (file_id) SELECT id {pending} RETURNING id", names).fetchone()
     return row[0] if row else None
 
 
-def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes) -> None:
-    """Stores the bytes of a part from its offset `first` on. Raises PartGoneError."""
-    # In binary: as text it would be twice as long.
-    row = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data)) + data
-    with db.atomic(), db.cursor() as cursor:
-        # Nothing removes what is stored of a part after the part itself, which `purge` locks.
-        if db.execute_sql("SELECT FROM file_parts WHERE id = %s FOR KEY SHARE", (part_id,)).fetchone() is None:
+def add_piece(db: peewee.PostgresqlDatabase, part_id: int, first: int, data: bytes, is_repeated: bool = False) -> None:
+    """Stores the bytes of a part from its offset `first` on. `is_repeated`: they may be stored already.
+
+    Raises PartGoneError, and PartsError for too many.
+    """
+    head = struct.pack("!hiqiqi", 3, 8, part_id, 8, first, len(data))
+    copied = BytesIO(b"".join((COPY_HEAD, head, data, COPY_END)))
+    with suppress(*([psycopg2.errors.UniqueViolation] if is_repeated else [])), db.atomic(), db.cursor() as cursor:
+        # Locked, so that `purge` removes the part after this piece.
+        part = db.execute_sql(
+            "SELECT f.is_upload, f.bytes FROM file_parts p JOIN files f ON f.id = p.file_id"
+            " WHERE p.id = %s AND f.state IN ('arriving', 'pending') FOR KEY SHARE OF p",
+            (part_id,),
+        ).fetchone()
+        if part is None:
             raise PartGoneError
-        copied = BytesIO(b"PGCOPY\n\xff\r\n\0" + bytes(8) + row + b"\xff\xff")
-        cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, 1 << 18)
+        is_upload, announced = part
+        if is_upload and first + len(data) > announced:
+            raise PartsError(f"has more than the {announced} bytes that were announced for the whole upload")
+        cursor.copy_expert("COPY file_pieces (part_id, first, data) FROM STDIN (FORMAT binary)", copied, COPY_BYTES)
     failpoints.hit("file.piece")
 
 
@@ -231,15 +257,27 @@ def discard(db: peewee.PostgresqlDatabase, tenant: str | None, file_id: int, *st
 
 def read_piece(db: peewee.PostgresqlDatabase, file_id: int, at: int) -> bytes:
     """The bytes of a file from the offset `at` to the end of the piece there. Empty: at its end, or it is removed."""
-    row = db.execute_sql(
-        """
-        SELECT c.data, p.first + c.first FROM file_parts p JOIN file_pieces c ON c.part_id = p.id
-        WHERE p.file_id = %(id)s AND p.first <= %(at)s AND p.first + p.bytes > %(at)s AND c.first <= %(at)s - p.first
-        ORDER BY c.first DESC LIMIT 1
-        """,
-        {"id": file_id, "at": at},
-    ).fetchone()
-    return bytes(row[0][at - row[1] :]) if row else b""
+    copied = BytesIO()
+    with db.cursor() as cursor:
+        copy = cursor.mogrify(
+            """
+            COPY (
+                SELECT substring(c.data FROM (%(at)s - p.first - c.first + 1)::integer)
+                FROM file_parts p JOIN file_pieces c ON c.part_id = p.id
+                WHERE p.file_id = %(id)s AND p.first <= %(at)s AND p.first + p.bytes > %(at)s
+                  AND c.first <= %(at)s - p.first
+                ORDER BY c.first DESC LIMIT 1
+            ) TO STDOUT (FORMAT binary)
+            """,
+            {"id": file_id, "at": at},
+        )
+        cursor.copy_expert(copy, copied)
+    # Nothing but the end is as long as the numbers of a row.
+    row = copied.getbuffer()[len(COPY_HEAD) :]
+    if len(row) < COPY_ROW.size:
+        return b""
+    _, size = COPY_ROW.unpack_from(row)
+    return bytes(row[COPY_ROW.size : COPY_ROW.size + size])
 
 
 def size(db: peewee.PostgresqlDatabase, file_id: int) -> int:

@@ -172,15 +172,15 @@ def is_measured(db: peewee.PostgresqlDatabase, batch_id: int) -> bool:
     return bool(row[0] == len(KINDS))
 
 
-def unmeasured(db: peewee.PostgresqlDatabase, limit: int) -> list[Batch]:
-    """Batches made from files that have ended and whose files are not measured yet."""
+def unmeasured(db: peewee.PostgresqlDatabase, limit: int, tenant: str | None = None) -> list[Batch]:
+    """Batches made from files that have ended and whose files are not measured yet; of all tenants, or of one."""
     names = ", ".join(f"b.{name.strip()}" for name in batches.COLUMNS.split(","))
     rows = db.execute_sql(
         f"""
         SELECT {names} FROM batches b JOIN file_batches f ON f.batch_id = b.id
-        WHERE b.end_time IS NOT NULL AND NOT f.is_measured ORDER BY f.batch_id LIMIT %s
+        WHERE b.end_time IS NOT NULL AND NOT f.is_measured AND {batches.IN_SCOPE} ORDER BY f.batch_id LIMIT %(limit)s
         """,
-        (limit,),
+        {"limit": limit, "tenant": tenant},
     )
     return [batches.from_row(row) for row in rows.fetchall()]
 

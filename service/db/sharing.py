@@ -24,6 +24,10 @@ class Arrival(msgspec.Struct, frozen=True, tag="arrival"):
     """There is something to claim."""
 
 
+class Unchecked(msgspec.Struct, frozen=True, tag="unchecked"):
+    """There is a batch whose file is to be checked."""
+
+
 class Wish(msgspec.Struct, frozen=True, tag="wish"):
     """A worker could run `room` requests more, of these chunks, which are of these batches, and found nothing to claim.
 
@@ -40,7 +44,9 @@ class Wish(msgspec.Struct, frozen=True, tag="wish"):
         return request.batch_id in self.batches and (not self.chunks or request.chunk_id in self.chunks)
 
 
-_decode = msgspec.json.Decoder(Arrival | Wish).decode
+Notice = Arrival | Unchecked | Wish
+
+_decode = msgspec.json.Decoder(Notice).decode
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,10 @@ def listen(db: peewee.PostgresqlDatabase) -> None:
     db.execute_sql(f"LISTEN {CHANNEL}")
 
 
-def parse(payload: str) -> Arrival | Wish | None:
+def parse(payload: str) -> Notice | None:
     """What a notice says; None if it comes from a version that says something else."""
     try:
-        said: Arrival | Wish = _decode(payload)
+        said: Notice = _decode(payload)
     except msgspec.DecodeError:
         return None
     return said
@@ -74,6 +80,12 @@ def tell_arrival(db: peewee.PostgresqlDatabase) -> None:
     # What is claimed is stored: without the notice a worker finds it at its next look.
     with contextlib.suppress(*DATABASE_ERRORS):
         _tell(db, Arrival())
+
+
+def tell_unchecked(db: peewee.PostgresqlDatabase) -> None:
+    """Tells all workers that there is a batch whose file is to be checked. As `tell_arrival`."""
+    with contextlib.suppress(*DATABASE_ERRORS):
+        _tell(db, Unchecked())
 
 
 def ask(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str], room: int) -> bool:
@@ -93,7 +105,7 @@ def ask(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str], ro
     return True
 
 
-def _tell(db: peewee.PostgresqlDatabase, notice: Arrival | Wish) -> None:
+def _tell(db: peewee.PostgresqlDatabase, notice: Notice) -> None:
     db.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, msgspec.json.encode(notice).decode()))
 
 

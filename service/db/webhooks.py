@@ -70,17 +70,24 @@ state = 'pending' AND next_time <= clock_timestamp() AND (lease_until IS NULL OR
 
 
 def due(
-    db: peewee.PostgresqlDatabase, urls: Mapping[str, str], limit: int, resting: Sequence[tuple[str, str]]
+    db: peewee.PostgresqlDatabase,
+    urls: Mapping[str, str],
+    limit: int,
+    resting: Sequence[tuple[str, str]],
+    busy: Sequence[str] = (),
 ) -> list[Delivery]:
     """What may be tried now, those first that are due longest, without what goes to targets that are `resting`.
 
-    Targets are pairs of tenant and origin. New events get the target that their tenant has in `urls`.
+    Targets are pairs of tenant and origin. Nothing of the tenants that are `busy`. New events get the target that their
+    tenant has in `urls`.
     """
     _address(db, urls, "d.url IS NULL")
-    condition, values = "", [value for target in resting for value in target]
+    condition, values = "", [*(value for target in resting for value in target), *busy]
     if resting:
         pairs = ", ".join(["(%s, %s)"] * len(resting))
         condition = f"AND (tenant, {ORIGIN}) NOT IN ({pairs})"
+    if busy:
+        condition += f" AND tenant NOT IN ({', '.join(['%s'] * len(busy))})"
     rows = db.execute_sql(
         f"SELECT {COLUMNS} FROM webhook_deliveries WHERE {IS_DUE} AND url IS NOT NULL {condition}"
         " ORDER BY next_time, number LIMIT %s",

@@ -14,6 +14,7 @@ from service.db.limits import Limits
 from service.errors import invalid, not_found
 from service.http import objects
 from service.http.objects import BatchObject, CreateBatch, Page
+from service.http.repeating import twice
 from service.rpc import call_context
 from service.telemetry import logs
 from service.webhook_targets import Networks
@@ -43,7 +44,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         kind, file_id = objects.file_of(asked.input_file_id)
         if kind != "input":
             raise objects.wrong("input_file_id", "must be a file with the purpose 'batch'")
-        head = await database.run(files.read_piece, file_id, 0)
+        head = await twice(lambda _: database.run(files.read_piece, file_id, 0))
         named = named_models.of_line(head.removeprefix(BOM).lstrip().partition(b"\n")[0])
         # What Postgres cannot keep no model is called: the check says so.
         models = [named] if named and "\0" not in named else []
@@ -64,7 +65,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         )
         # SDKs count how often they have sent a request before.
         is_repeated = retry is not None and retry.isdigit() and int(retry[:9]) > 0
-        found = await database.run(file_batches.create, spec, limits, is_repeated)
+        found = await twice(lambda is_again: database.run(file_batches.create, spec, limits, is_repeated or is_again))
         if found is None:
             raise not_found(f"file {asked.input_file_id!r}")
         batch, is_new = found

@@ -13,13 +13,17 @@ _IDENTITIES = "identities"
 # How long the headers of a request may take, from the connection or from their first byte on: uvicorn has no limit, and
 # connections that send nothing would take all that a process can have.
 HEADERS_TIMEOUT_S = 60.0
+# How large they may be, the URL included. uvicorn has no limit here either, and who calls is not known before.
+MAX_HEADERS_BYTES = 64 << 10
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's, which tells each request the identities in the certificate of its connection, and limits silence."""
 
     app_state: dict[str, Any]
+    timeout_keep_alive_task: asyncio.TimerHandle | None
     _silence: asyncio.TimerHandle | None = None
+    _awaited_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Looks at the certificate once: the handshake is over."""
@@ -29,6 +33,21 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         peer = connection.getpeercert() if connection is not None else None
         self.app_state = {**self.app_state, _IDENTITIES: identities(peer or {})}
         self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Part of a request. Ends the connection when its headers are too large."""
+        self._awaited_bytes += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._silence is not None:
+            if self._awaited_bytes > MAX_HEADERS_BYTES:
+                self.transport.abort()
+        elif self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None:
+            # More of a body that was answered before it was complete: uvicorn takes it for the next request, and stops
+            # the clock of a connection without one.
+            later = asyncio.get_running_loop().call_later
+            self.timeout_keep_alive_task = later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -44,9 +63,14 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """Nothing comes any more."""
         self._end_silence()
         super().connection_lost(exc)
+        # uvicorn lets it run when the client resets the connection, and it holds all that belongs to that.
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = None
 
     def _await_headers(self) -> None:
         self._end_silence()
+        self._awaited_bytes = 0
         # uvicorn's other parser, for machines without httptools, does not tell where headers end.
         if hasattr(AutoHTTPProtocol, "on_headers_complete"):
             self._silence = asyncio.get_running_loop().call_later(HEADERS_TIMEOUT_S, self.transport.abort)

@@ -45,9 +45,9 @@ async def measured(database: Database, batch_id: int, tenant: str | None = None)
     return True
 
 
-async def measure_ended(database: Database) -> bool:
+async def measure_ended(database: Database, tenant: str | None = None) -> bool:
     """Measures the files of batches that have ended since this was last done. True: there may be more."""
-    found = await database.run(output.unmeasured, BATCHES)
+    found = await database.run(output.unmeasured, BATCHES, tenant)
     for batch in found:
         await measured(database, batch.id)
     return len(found) == BATCHES

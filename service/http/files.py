@@ -104,7 +104,8 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             kinds += output.KINDS
         place = objects.file_of(after) if after else None
         if "output" in kinds:
-            await content.measure_ended(database)
+            # Nobody waits for what others' batches have.
+            await content.measure_ended(database, call_context.scope())
         found = await database.run(file_lists.page, call_context.scope(), kinds, place, limit + 1, order)
         if found is None:
             raise not_found(f"file {after!r}")

@@ -7,6 +7,7 @@ import hashlib
 from fastapi import APIRouter, Request
 
 from service.db import files
+from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database
 from service.db.files import File, PartGoneError, PartsError
 from service.errors import ApiError, not_found
@@ -61,7 +62,10 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     @made.post("/{upload_id}/parts", name="AddUploadPart", openapi_extra=FORM)
     async def add(upload_id: str, request: Request) -> PartObject:
         number = objects.number_of(upload_id, "upload_", "upload")
-        part_id = await database.run(files.begin_part, call_context.scope(), number)
+        try:
+            part_id = await database.run(files.begin_part, call_context.scope(), number)
+        except PartsError as error:
+            raise objects.wrong("data", str(error)) from None
         if part_id is None:
             raise not_found(f"pending upload {upload_id!r}")
         writer = PartWriter(database, part_id, MAX_PART_BYTES)
@@ -81,10 +85,10 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             part = await database.run(files.finish_part, part_id, writer.size)
         except PartGoneError:
             raise not_found(f"pending upload {upload_id!r}") from None
-        except BaseException:
-            # What was stored of it goes with the upload.
-            with contextlib.suppress(Exception):
-                await asyncio.shield(writer.settle())
+        except BaseException as error:
+            await asyncio.shield(_break_off(database, part_id, writer))
+            if isinstance(error, PartsError):
+                raise objects.wrong("data", str(error)) from None
             raise
         return objects.part_object(part)
 
@@ -95,6 +99,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             part_ids = [objects.number_of(part, "part_", "part") for part in asked.part_ids]
         except ApiError as error:
             raise objects.wrong("part_ids", error.message) from None
+        was_complete = await database.run(files.get, call_context.scope(), number) is not None
         try:
             upload = await database.run(files.complete, call_context.scope(), number, part_ids)
         except PartsError as error:
@@ -102,7 +107,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
         if upload is None:
             raise not_found(f"upload {upload_id!r}")
         if asked.md5 is not None:
-            await _check_md5(database, upload, asked.md5)
+            await _check_md5(database, upload, asked.md5, was_complete)
         log.info("upload_completed", upload=upload_id, bytes=upload.bytes, parts=len(part_ids))
         return objects.upload_object(upload)
 
@@ -117,12 +122,26 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     return made
 
 
-async def _check_md5(database: Database, upload: File, wanted: str) -> None:
-    """Deletes a file with another checksum than the client's. Raises INVALID_ARGUMENT."""
+async def _break_off(database: Database, part_id: int, writer: PartWriter) -> None:
+    """What was stored of a part that will not be complete goes with its upload; until then it counts."""
+    with contextlib.suppress(Exception):
+        await writer.settle()
+    with contextlib.suppress(PartGoneError, *DATABASE_ERRORS):
+        await database.run(files.finish_part, part_id, writer.size)
+
+
+async def _check_md5(database: Database, upload: File, wanted: str, was_complete: bool) -> None:
+    """Deletes a file with another checksum than the client's, unless somebody may have been told of the file before.
+
+    Raises INVALID_ARGUMENT, or NOT_FOUND.
+    """
     checksum, at = hashlib.md5(usedforsecurity=False), 0
     while piece := await database.run(files.read_piece, upload.id, at):
         await asyncio.to_thread(checksum.update, piece)
         at += len(piece)
+    if at < upload.bytes:
+        raise not_found(f"file {objects.file_name('input', upload.id)!r}, which was deleted meanwhile,")
     if checksum.hexdigest() != wanted.lower():
-        await database.run(files.discard, upload.tenant, upload.id, "kept")
+        if not was_complete:
+            await database.run(files.discard, upload.tenant, upload.id, "kept")
         raise objects.wrong("md5", f"does not fit: what has arrived has {checksum.hexdigest()}")

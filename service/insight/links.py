@@ -21,6 +21,8 @@ from service.telemetry import logs
 # A blocked worker is noticed after their sum at the latest.
 CHECK_INTERVAL_S = 2.0
 CHECK_TIMEOUT_S = 3.5
+# Of a call that nobody here has cancelled: the worker has, as it ends, or a proxy.
+CANCELLED = "the call was cancelled there"
 # After a link broke, in addition to the channel's own backoff.
 RETRY_INTERVAL_S = 0.2
 
@@ -63,9 +65,11 @@ class Links:
         try:
             return await task
         except asyncio.CancelledError:
-            # Cancelled either by `_set`, or because the client is gone.
+            # Cancelled by `_set`, because the client is gone, or by the worker's side: gRPC does not tell them apart.
             if task not in under_way:
                 raise LostError(self.contacts.get(address, Contact()).cause) from None
+            if not _is_cancelled():
+                raise LostError(CANCELLED) from None
             raise
         finally:
             under_way.discard(task)
@@ -86,6 +90,10 @@ class Links:
             try:
                 await self._watch(address)
                 cause = "its health stream ended"
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                cause = CANCELLED
             except Exception as error:  # noqa: BLE001 - whatever broke the link, it is opened again
                 cause = (error.details() or "") if isinstance(error, grpc.RpcError) else repr(error)
             self._set(address, LinkState.UNREACHABLE, cause)
@@ -125,3 +133,9 @@ class Links:
             while under_way:
                 under_way.pop().cancel()
         self.on_change()
+
+
+def _is_cancelled() -> bool:
+    """True if the running task was cancelled, rather than a call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 INTERVAL_S = 0.5
 # Deliveries under way at once.
 CONCURRENCY = 32
+# Of one tenant, however many targets it names: if none of them answers, others' events go on.
+PER_TENANT = 16
 # Tests under way at once; others wait.
 TESTS = 4
+# For reading a tenant's secret.
+SIGN_S = 5.0
 # How long those may take that are under way when the process ends.
 END_S = 4.0
 
@@ -141,7 +145,9 @@ class Deliverer:
         if free <= 0:
             return False
         full = self._breaker.full(self._tasks.values(), self._now_s())
-        chosen = self._chosen(await self.database.run(webhooks.due, urls, free, full))
+        at_work = [tenant for tenant, _ in self._tasks.values()]
+        busy = [tenant for tenant in {*at_work} if at_work.count(tenant) >= PER_TENANT]
+        chosen = self._chosen(await self.database.run(webhooks.due, urls, free, full, busy))
         if not chosen:
             return False
         taken = await self.database.run(webhooks.claim, chosen)
@@ -152,11 +158,12 @@ class Deliverer:
         return bool(taken)
 
     def _chosen(self, found: list[Delivery]) -> list[UUID]:
-        """As many of them as their targets may have."""
+        """As many of them as their targets and tenants may have."""
         busy, now_s, chosen = list(self._tasks.values()), self._now_s(), []
         for each in found:
             target = _target(each)
-            if busy.count(target) < self._breaker.allowance(target, now_s):
+            of_tenant = sum(tenant == each.tenant for tenant, _ in busy)
+            if of_tenant < PER_TENANT and busy.count(target) < self._breaker.allowance(target, now_s):
                 busy.append(target)
                 chosen.append(each.id)
         return chosen
@@ -204,10 +211,11 @@ class Deliverer:
     async def _send(self, tenant: str, event: UUID, url: str, body: str) -> Outcome:
         try:
             # In a thread: the file may be on a disk that hangs.
-            headers = await asyncio.to_thread(self.signer.signed, tenant, event, body)
+            async with asyncio.timeout(SIGN_S):
+                headers = await asyncio.to_thread(self.signer.signed, tenant, event, body)
         except (OSError, ValueError) as error:
             # Where the file is concerns the operator, not whoever sees the outcome.
-            log.error("webhook_secret_unusable", tenant=tenant, cause=str(error))
+            log.error("webhook_secret_unusable", tenant=tenant, cause=str(error) or type(error).__name__)
             return Outcome(None, "cannot be signed: the tenant has no secret, or its file cannot be used")
         return await self._sender.post(url, headers, body)
 

@@ -23,8 +23,10 @@ MAX_ERROR = 200
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
-# Threads of its own: a name server that does not answer must not hold up others.
-_resolving = ThreadPoolExecutor(4, thread_name_prefix="resolve")
+# Threads of its own, made when needed: a name server that does not answer must not hold up others. As many as there can
+# be lookups: one takes up to half a minute, and goes on when the try that asked for it has ended.
+LOOKUPS = 128
+_resolving = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="resolve")
 
 
 class RefusedError(Exception):

@@ -23,6 +23,7 @@ from service.worker import wrong_lines
 from service.worker.intake import CREATE_TIMEOUT_S, Intake, Rows, file_place, fill
 from service.worker.offer import AwayError
 from service.worker.state import WorkerState
+from service.worker.wakeup import Wakeup
 
 LOOK_INTERVAL_S = 1.0
 # A batch for which there is no room, or which could not be checked, is looked at again after this long.
@@ -65,6 +66,7 @@ class Checking:
     holder: Holder
     state: WorkerState
     on_stored: Callable[[], None]
+    _arrival: Wakeup = field(default_factory=Wakeup)
     _availability: AvailabilityLog = field(default_factory=lambda: AvailabilityLog(log))
 
     async def follow(self) -> None:
@@ -72,7 +74,11 @@ class Checking:
         while True:
             may_take = self.state.phase is Phase.READY and not self.state.is_drained
             if not may_take or not await self._once():
-                await asyncio.sleep(LOOK_INTERVAL_S)
+                await self._arrival.wait(LOOK_INTERVAL_S)
+
+    def look(self) -> None:
+        """Looks for one at once. Call it in the loop of `follow`."""
+        self._arrival.set()
 
     async def _once(self) -> bool:
         """True: there was one."""

@@ -1,5 +1,6 @@
 """Builds the parts of a worker from its settings. Only the engine's thread runs already; nothing connects yet."""
 
+import asyncio
 import os
 from dataclasses import dataclass
 from uuid import UUID
@@ -14,7 +15,7 @@ from service.db.connection import CALL_FACTOR, Database, connect
 from service.db.heartbeats import Beat, Phase
 from service.db.hosts import Drain
 from service.db.limits import Limits
-from service.db.sharing import Arrival, Wish
+from service.db.sharing import Arrival, Unchecked, Wish
 from service.worker.checking import Checking
 from service.worker.engine import factory
 from service.worker.engine.protocol import Engine
@@ -49,8 +50,8 @@ class Parts:
 
 
 def build(settings: Settings, incarnation: UUID) -> Parts:
-    """Builds the parts for these settings."""
-    clock = SystemClock()
+    """Builds the parts for these settings. Call it in the loop in which all but engine and runner run."""
+    loop, clock = asyncio.get_running_loop(), SystemClock()
     timeout_s = settings.database_timeout_s
     # Computed before our defaults are added to vLLM's variables.
     fingerprint = settings.fingerprint
@@ -112,6 +113,8 @@ def build(settings: Settings, incarnation: UUID) -> Parts:
                 thread.call_soon(lambda: runner.wished(wish))
             case Arrival():
                 thread.call_soon(runner.work_noticed)
+            case Unchecked():
+                loop.call_soon_threadsafe(checking.look)
 
     heart = Heart(
         connection=connect(settings.postgres_url, f"heart-{incarnation}", timeout_s),

@@ -7,16 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psycopg2
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Batch
 
 from tests.support.batches import count, line, lines, ready, run_sql
+from tests.support.cutting import cutting
 from tests.support.servers import ROOT, Stack, new_stack
 from tests.support.waiting import until
 from vllm_batch import Client
@@ -173,34 +176,85 @@ def test_same_create_again_is_the_same_batch(client: OpenAI) -> None:
     assert other.id not in names
 
 
-def test_create_whose_answer_was_lost(whole: Stack) -> None:
-    """Each of many creates whose answer never arrives, sent again by the SDK, is one batch."""
+@pytest.mark.parametrize("tries", [5, pytest.param(200, marks=pytest.mark.thorough)])
+def test_create_whose_answer_was_lost(tries: int, whole: Stack) -> None:
+    """Each of many creates whose answer is cut, at whatever byte, and which the SDK sends again, makes one batch."""
     before = count(whole, "batches")
-    lost: set[str] = set()
-
-    class Losing(httpx.HTTPTransport):
-        def handle_request(self, request: httpx.Request) -> httpx.Response:
-            answer = super().handle_request(request)
-            is_create = request.method == "POST" and request.url.path.endswith("/batches")
-            if is_create and (key := request.content.decode()) not in lost:
-                lost.add(key)
-                answer.read()
-                answer.close()
-                raise httpx.ReadError("the connection broke", request=request)
-            return answer
-
-    with OpenAI(
-        base_url=whole.base_url, api_key="none", http_client=httpx.Client(transport=Losing()), max_retries=2
-    ) as client:
+    with (
+        cutting(whole.host, whole.http_port) as line_to_door,
+        OpenAI(base_url=line_to_door.base_url, api_key="none", max_retries=2) as client,
+        ThreadPoolExecutor(8) as threads,
+    ):
         file = client.files.create(file=("in.jsonl", line("a")), purpose="batch")
-        names = {
-            client.batches.create(
-                input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"n": str(i)}
+
+        def create(number: int) -> str:
+            return client.batches.create(
+                input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"n": str(number)}
             ).id
-            for i in range(5)
-        }
-    assert len(lost) == len(names) == 5
-    assert count(whole, "batches") == before + 5
+
+        names = set(threads.map(create, range(tries)))
+    assert (line_to_door.cuts, len(names), count(whole, "batches") - before) == (tries, tries, tries)
+
+
+@pytest.mark.parametrize(
+    "failpoint", ["file_batch.after_commit", pytest.param("file_batch.before_commit", marks=pytest.mark.thorough)]
+)
+def test_door_dies_at_a_create(failpoint: str, stack: Stack) -> None:
+    """A create whose door dies before it can answer, and which the SDK sends to its next life, makes one batch."""
+    door = stack.http()
+    with OpenAI(base_url=stack.base_url, api_key="none", max_retries=10) as client, ThreadPoolExecutor(1) as threads:
+        file = client.files.create(file=("in.jsonl", line("a")), purpose="batch")
+        door.terminate()
+        door.arm(failpoint)
+        door.start()
+        creating = threads.submit(client.batches.create, input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        until(lambda: door.process.poll() is not None, "the door to die")
+        assert count(stack, "batches") == (1 if failpoint.endswith("after_commit") else 0)
+        door.disarm()
+        door.start()
+        name = creating.result(60).id
+        assert count(stack, "batches") == 1
+        assert [batch.id for batch in client.batches.list()] == [name]
+
+
+@pytest.mark.parametrize("table", ["file_pieces", "batches"])
+def test_connection_is_cut(table: str, client: OpenAI, whole: Stack) -> None:
+    """A file and a create whose connection to Postgres is cut are stored over another one, and nobody is refused."""
+    content = b"".join(lines(20, padding="x" * 100_000))
+    before = count(whole, "batches")
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+
+    def store() -> Batch:
+        if table == "file_pieces":
+            return created(client, content)
+        return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+
+    waiting = (
+        "SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted"
+        f" AND relation = '{table}'::regclass AND application_name = 'vllm-batch-http'"
+    )
+    with (
+        closing(psycopg2.connect(whole.database_url)) as holding,
+        closing(psycopg2.connect(whole.database_url)) as looking,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        # Within a transaction it would see the same sessions again and again.
+        looking.autocommit = True
+        seen = looking.cursor()
+
+        def found() -> list[tuple[int]]:
+            seen.execute(waiting)
+            return seen.fetchall()
+
+        with holding, holding.cursor() as cursor:
+            cursor.execute(f"LOCK TABLE {table} IN SHARE MODE")
+            storing = threads.submit(store)
+            [(pid,)] = until(found, "the door to wait for the table", 8)
+            cursor.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        batch = storing.result(60)
+    assert ended(client, batch.id).status == "completed"
+    assert count(whole, "batches") == before + 1
+    assert client.files.content(batch.input_file_id).read() == content
 
 
 def test_pages_and_both_doors(client: OpenAI, whole: Stack) -> None:

@@ -595,3 +595,19 @@ def test_a_gap_in_the_order_of_the_requests_ends_a_page(database: Database) -> N
             lines = [database.call(results.read_lines, "index", "all", batch.id, span).splitlines() for span in spans]
             assert read == expected
             assert (sum(map(len, lines)), [span.last for span in spans]) == (len(expected), expected[-1:])
+
+
+def test_a_batch_that_is_newer_than_its_statistics(database: Database) -> None:
+    """A chunk's requests are read one by one, even if Postgres believes that their batch has next to none."""
+    mine = holder()
+    stored(database, 3000)
+    for chunk in database.call(chunks.claim, mine, ["tiny"], 100):
+        indexes = range(chunk.first_index, chunk.first_index + chunk.count)
+        database.call(results.write, answers(chunk, indexes), mine.incarnation)
+    database.call(lambda db: db.execute_sql("ANALYZE"))
+    stored(database, 3000)
+    [chunk] = database.call(chunks.claim, mine, ["tiny"], 1)
+    query = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {chunks.UNANSWERED}"
+    [[plan]] = database.call(lambda db: db.execute_sql(query, {"chunk": chunk.id}).fetchone())
+    assert plan["Plan"]["Actual Rows"] == chunk.count == len(database.call(chunks.unanswered, chunk))
+    assert plan["Plan"]["Shared Hit Blocks"] < 10 * chunk.count

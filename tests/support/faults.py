@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -231,10 +232,12 @@ class Faults:
         until(self._engine, "the engine to run", 120).send_signal(number)
 
     def _engine(self) -> psutil.Process | None:
-        for child in psutil.Process(self._pid("worker")).children(recursive=True):
-            command = child.cmdline()
-            if "simulated-engine" in command or (command and "VLLM::EngineCore" in command[0]):
-                return child
+        # One that was killed a moment ago is a zombie, or gone.
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._pid("worker")).children(recursive=True):
+                command = child.cmdline()
+                if "simulated-engine" in command or (command and "VLLM::EngineCore" in command[0]):
+                    return child
         return None
 
     def _postgres(self) -> list[psutil.Process]:

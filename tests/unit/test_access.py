@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import AsyncMock
@@ -12,7 +13,7 @@ import grpc
 import pytest
 
 from service import machine
-from service.auth import roles, tokens
+from service.auth import new_token, roles, tokens
 from service.auth.callers import ANYBODY, Caller
 from service.auth.roles import Role
 from service.config import Settings
@@ -148,6 +149,25 @@ def test_new_token(tmp_path: Path) -> None:
     os.chmod(file, 0o644)
     assert "chmod 600" in run("carol", "read").stderr
     assert len(tokens.parse(file.read_text())) == 2
+
+
+def test_two_new_tokens_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is lost: commands that run at the same time wait for each other's line."""
+    file, parse, begun = tmp_path / "hashes", tokens.parse, threading.Event()
+    other = threading.Thread(target=new_token.main, args=([str(file), "bob", "read"],))
+
+    def slowly(text: str) -> tuple[tokens.Token, ...]:
+        if not begun.is_set():
+            begun.set()
+            other.start()
+            # Without waiting it would be done by then.
+            other.join(1)
+        return parse(text)
+
+    monkeypatch.setattr(tokens, "parse", slowly)
+    assert new_token.main([str(file), "alice", "submit"]) == 0
+    other.join()
+    assert [token.name for token in parse(file.read_text())] == ["alice", "bob"]
 
 
 def test_rate_limit() -> None:

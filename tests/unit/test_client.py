@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 import vllm_batch
 from service.errors import ApiError
+from tests.support.loops import in_loop
 from vllm_batch import AsyncClient, CallError, Client
 from vllm_batch.requests import Lines, Listing
 from vllm_batch.retries import retry_rules
@@ -97,6 +99,59 @@ def test_calls_that_end_with_their_channel(retry: Callable[[Callable[[], str], d
         with pytest.raises(CallError) as caught:
             retry(call, rules)
         assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
+class Cut:
+    """A stub whose channel is closed under its first calls: gRPC raises asyncio's own error then."""
+
+    def __init__(self, closed: int) -> None:
+        self.closed = closed
+
+    async def GetBatch(self, *_: object, **__: object) -> pb.GetBatchResponse:
+        return await self.read()
+
+    def WatchBatch(self, *_: object) -> "Cut":
+        return self
+
+    async def read(self) -> Any:
+        self.closed -= 1
+        if self.closed >= 0:
+            raise asyncio.CancelledError
+        return pb.GetBatchResponse(batch=pb.Batch(id="a"))
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@in_loop
+async def test_asyncio_calls_that_end_with_their_channel(is_stream: bool) -> None:
+    """Such a call is tried again or, once the client was closed, a CallError: its task was cancelled by nobody."""
+
+    async def ask(client: AsyncClient) -> str:
+        return (await anext(client.watch("a")) if is_stream else await client.get("a")).id
+
+    client = AsyncClient("127.0.0.1:1", token="")
+    client._rules["wait"] = lambda _: 0
+    client._stub = cast("Any", Cut(2))
+    assert await ask(client) == "a"
+    await client.close()
+    client._stub = cast("Any", Cut(1))
+    with pytest.raises(CallError) as caught:
+        await ask(client)
+    assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
+@in_loop
+async def test_asyncio_calls_that_are_cancelled() -> None:
+    """Whoever cancels the task of a call has cancelled it."""
+    client = AsyncClient("127.0.0.1:1", token="")
+    task = asyncio.create_task(client._retry(asyncio.Event().wait))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await client.close()
 
 
 def test_patience_ends() -> None:

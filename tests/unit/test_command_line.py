@@ -1,15 +1,17 @@
 """The command's own part: what it refuses before any call, and the standard streams that a shell has closed."""
 
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.progress import DownloadColumn
 
-from vllm_batch.cli import main
+from vllm_batch.cli import main, results, terminal
 
 CLI = Path(sys.executable).parent / "vllm-batch"
 
@@ -73,10 +75,12 @@ def test_a_closed_stdout_is_an_error(argument: str, others: tuple[int, ...]) -> 
     assert done.stderr == (b"" if 2 in others else b"Bad file descriptor\n")
 
 
-def test_a_full_stdout_is_an_error_of_help_too() -> None:
-    """What is printed before any command runs may fail like the rest."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_stdout_is_an_error_of_help_too(unbuffered: str) -> None:
+    """What is printed before any command runs may fail like the rest, also where Python keeps it in a buffer."""
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([CLI, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run([CLI, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60, env=env)
     assert (done.returncode, done.stderr) == (5, b"No space left on device\n")
 
 
@@ -90,3 +94,27 @@ def test_nothing_takes_the_place_of_a_closed_stream(tmp_path: Path, numbers: tup
     made = tmp_path / "number"
     subprocess.run([sys.executable, "-c", program, made], preexec_fn=closed(*numbers), check=True, timeout=60)
     assert int(made.read_text()) > 2
+
+
+def test_two_commands_that_write_the_same_output(tmp_path: Path) -> None:
+    """Each output is complete, of whichever command: what is under the name can be trusted at any moment."""
+    output = tmp_path / "out.jsonl"
+
+    def lines() -> Iterator[bytes]:
+        yield b"a1\n"
+        results._write_file(output, [b"b1\n", b"b2\n"])
+        assert output.read_bytes() == b"b1\nb2\n"
+        yield b"a2\n"
+
+    results._write_file(output, lines())
+    assert output.read_bytes() == b"a1\na2\n"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_file_whose_name_looks_like_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is shown as it is, and does not end the upload."""
+    shown = io.StringIO()
+    monkeypatch.setattr(terminal, "err", terminal.Terminal(file=shown, force_terminal=True, width=200))
+    with terminal.progress_bar(DownloadColumn()) as progress:
+        progress.add_task("uploading a[/b].jsonl", total=1)
+    assert "uploading a[/b].jsonl" in shown.getvalue()

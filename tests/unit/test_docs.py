@@ -257,7 +257,7 @@ STATEMENTS = [
     ("docs/webhooks.md", f"After {webhook_retries.FAILURES} failures in a row"),
     ("docs/webhooks.md", f"up to {webhook_retries.LONGEST_REST_S / 60:.0f} minutes"),
     ("docs/webhooks.md", f"At most {webhook_retries.PER_TARGET} deliveries to one target are under way at once"),
-    ("docs/webhooks.md", f"and {deliverer.CONCURRENCY} in all"),
+    ("docs/webhooks.md", f"and {deliverer.CONCURRENCY} in all, {deliverer.PER_TENANT} of one tenant"),
     ("docs/troubleshooting.md", f"the limit ({mib(results.MAX_BODY_BYTES)};"),
     ("docs/troubleshooting.md", f"up to {lines.MAX_VIOLATIONS}. Nothing was stored"),
     ("docs/troubleshooting.md", f"exits with {terminal.EXIT_REFUSED}"),

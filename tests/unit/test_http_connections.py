@@ -20,6 +20,7 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.aborted = asyncio.Event()
+        self.closed = asyncio.Event()
 
     def abort(self) -> None:
         self.aborted.set()
@@ -28,7 +29,7 @@ class Transport(asyncio.Transport):
         """Goes nowhere."""
 
     def close(self) -> None:
-        """Of no interest."""
+        self.closed.set()
 
     def pause_reading(self) -> None:
         """All is there already."""
@@ -37,7 +38,7 @@ class Transport(asyncio.Transport):
         """The same."""
 
     def is_closing(self) -> bool:
-        return self.aborted.is_set()
+        return self.aborted.is_set() or self.closed.is_set()
 
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:
@@ -77,6 +78,66 @@ def test_a_connection_with_whole_headers_is_left_alone(sent: bytes) -> None:
         assert protocol._silence is None
         protocol.connection_lost(None)
         assert not transport.aborted.is_set()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("first", [b"GET /" + b"a" * 1000, REQUEST[:-2], REQUEST + REQUEST[:-2]])
+def test_headers_without_an_end(first: bytes) -> None:
+    """Before it is known who calls, nobody fills the memory: URL and headers have a size limit."""
+
+    async def run() -> None:
+        protocol, transport = connected()
+        protocol.data_received(first)
+        more = b"a" * 1000 if first.startswith(b"GET /a") else b"X-More: " + b"a" * 990 + b"\r\n"
+        sent = 0
+        while not transport.aborted.is_set():
+            protocol.data_received(more)
+            sent += len(more)
+            assert sent < 2 * certified.MAX_HEADERS_BYTES
+
+    asyncio.run(run())
+
+
+def test_headers_with_a_large_body() -> None:
+    """What arrives together with the headers does not count as one of them."""
+
+    async def run() -> None:
+        protocol, transport = connected()
+        size = 2 * certified.MAX_HEADERS_BYTES
+        protocol.data_received(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + b"a" * size)
+        assert not transport.aborted.is_set()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("rest", [b"a", b"a" * 9])
+def test_a_body_that_goes_on_after_its_answer(rest: bytes) -> None:
+    """A request that is refused before its body has come does not keep its connection for ever."""
+
+    async def run() -> None:
+        protocol, transport = connected()
+        protocol.timeout_keep_alive = 0.01
+        protocol.data_received(b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
+        await asyncio.wait(protocol.tasks)
+        assert protocol.cycle.response_complete
+        protocol.data_received(rest)
+        await asyncio.wait_for(transport.closed.wait(), 30)
+
+    asyncio.run(run())
+
+
+def test_nothing_is_kept_of_a_connection_that_is_reset() -> None:
+    """Proxies reset idle connections: no clock holds the memory of one that is gone."""
+
+    async def run() -> None:
+        protocol, _ = connected()
+        protocol.data_received(REQUEST)
+        await asyncio.wait(protocol.tasks)
+        timer = protocol.timeout_keep_alive_task
+        assert timer is not None
+        protocol.connection_lost(ConnectionResetError())
+        assert timer.cancelled()
 
     asyncio.run(run())
 

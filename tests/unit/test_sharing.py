@@ -3,7 +3,7 @@
 from typing import Any
 
 from service.db.chunks import Chunk, Request
-from service.db.sharing import Arrival, Part, Wish, parse
+from service.db.sharing import Arrival, Part, Unchecked, Wish, parse
 from service.db.work import Work
 from service.worker.held_chunks import HeldChunks
 from service.worker.sharing import ASK_INTERVAL_S, SCARCE_S, WISH_S, Sharing, look_again_s
@@ -81,6 +81,7 @@ def test_scarcity_ends_by_itself() -> None:
 def test_notices_of_other_versions_are_passed_over() -> None:
     """Whatever else is said on the channel, the heart goes on."""
     assert parse('{"type": "arrival"}') == Arrival()
+    assert parse('{"type": "unchecked"}') == Unchecked()
     assert parse('{"type": "wish", "worker_id": "a", "room": 1, "batches": [7]}') == Wish("a", 1, frozenset({7}))
     assert [parse(text) for text in ("", "[]", '{"type": "later"}', '{"type": "wish"}')] == [None] * 4
 

@@ -1,8 +1,13 @@
 """What webhooks decide without I/O: targets, retries, targets that rest, what is signed."""
 
+import asyncio
 import json
+import socket
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -12,9 +17,11 @@ from openai import InvalidWebhookSignatureError, OpenAI
 
 from service import config, tenants, webhook_targets
 from service.auth import key_files
+from service.clock import SystemClock
 from service.config import Settings
 from service.db import webhooks
-from service.tenants import Webhook
+from service.db.webhooks import Delivery
+from service.tenants import Quotas, Webhook
 from service.webhooks import deliverer, retries, sender, signing
 from service.webhooks.retries import FAILURES, LONGEST_REST_S, PER_TARGET, REST_S, Breaker
 from tests.support.webhook_receiver import SECRET
@@ -124,6 +131,55 @@ def test_targets_at_work_are_full() -> None:
     assert breaker.full([TARGET] * PER_TARGET, 0) == [TARGET]
 
 
+def test_a_tenant_whose_targets_do_not_answer_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many targets a tenant names, and although they are due longest, the events of others go on."""
+    now = datetime.now(UTC)
+
+    def due(tenant: str, number: int) -> Delivery:
+        url = f"https://{number}.example/"
+        return Delivery(
+            UUID(int=number),
+            *(number, number, tenant, "batch.completed", url, True, "pending", 0, None, "", now, None, now, None, None),
+        )
+
+    waiting = [*(due("many", number) for number in range(100)), due("one", 100)]
+    under_way: list[int] = []
+
+    def run(function: Any, *args: Any) -> asyncio.Future[Any]:
+        found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if function is webhooks.due:
+            _, limit, full, busy = args
+            found.set_result(
+                [
+                    each
+                    for each in waiting
+                    if each.number not in under_way
+                    and each.tenant not in busy
+                    and (each.tenant, webhook_targets.origin(each.url or "")) not in full
+                ][:limit]
+            )
+        else:
+            under_way.extend(one.int for one in args[0])
+            found.set_result([waiting[one.int] for one in args[0]])
+        return found
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(deliverer.Deliverer, "_deliver", never)
+
+    async def rounds() -> None:
+        database = cast("Any", SimpleNamespace(run=run))
+        delivering = deliverer.Deliverer(database, [], deliverer.Signer(Quotas, SystemClock()), str)
+        while await delivering._round():
+            pass
+        for task in delivering._tasks:
+            task.cancel()
+
+    asyncio.run(rounds())
+    assert under_way == [*range(deliverer.PER_TENANT), 100]
+
+
 def test_remembered_targets_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who invents targets does not fill the memory."""
     monkeypatch.setattr(retries, "TARGETS", 3)
@@ -135,7 +191,51 @@ def test_remembered_targets_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_two_tries_overlap() -> None:
     """A lease outlasts a try, so that a batch's event is never sent twice at once."""
-    assert webhooks.LEASE_S > sender.DEADLINE_S + 2 * deliverer.INTERVAL_S
+    assert webhooks.LEASE_S > deliverer.SIGN_S + sender.DEADLINE_S + 2 * deliverer.INTERVAL_S
+
+
+def test_names_that_are_not_resolved_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try has a thread for its lookup, also while those of earlier ones wait for their name server."""
+    end = threading.Event()
+
+    def resolved(host: str, port: int, **_: object) -> list[object]:
+        if host == "silent.example":
+            end.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    # A lookup may take about three times as long as a try.
+    tries = 3 * (deliverer.CONCURRENCY + deliverer.TESTS)
+
+    async def run() -> None:
+        silent = [asyncio.create_task(sender.resolve("silent.example", 443)) for _ in range(tries)]
+        try:
+            assert await asyncio.wait_for(sender.resolve("a.example", 443), 10) == ["192.0.2.1"]
+        finally:
+            end.set()
+            await asyncio.gather(*silent)
+
+    asyncio.run(run())
+
+
+def test_a_secret_that_cannot_be_read_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that hangs fails the try, within the lease: other tenants' events do not wait for it."""
+    monkeypatch.setattr(deliverer, "SIGN_S", 0.01)
+    end = threading.Event()
+
+    class Slow(deliverer.Signer):
+        def signed(self, tenant: str, event: UUID, body: str) -> dict[str, str]:
+            end.wait()
+            return {}
+
+    async def run() -> webhooks.Outcome:
+        sending = deliverer.Deliverer(cast("Any", None), [], Slow(Quotas, SystemClock()), str)
+        try:
+            return await asyncio.wait_for(sending._send("a", UUID(int=1), "https://a.example", "{}"), 10)
+        finally:
+            end.set()
+
+    assert "cannot be signed" in asyncio.run(run()).error
 
 
 def test_signed_as_openai_does() -> None:

@@ -117,7 +117,16 @@ def file_errors(hint: str = "") -> Iterator[None]:
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         err.print(f"{name}{error.strerror or error}{hint}", style="red")
+        _finish_stdout()
         sys.exit(EXIT_OUTPUT)
+
+
+def _finish_stdout() -> None:
+    """Writes what is left in the buffer of stdout, or drops it: the interpreter would end with status 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_or_fail(target: str) -> grpc.Channel:

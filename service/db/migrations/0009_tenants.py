@@ -9,7 +9,7 @@ ALTER TABLE batches
     ADD COLUMN estimated_tokens bigint NOT NULL DEFAULT 0,
     -- True once it has ended and its tokens are in `tenants`.
     ADD COLUMN is_counted boolean NOT NULL DEFAULT false,
-    -- Programs of before name the constraint on request_id alone, which 0024 drops.
+    -- Programs of before name the constraint on request_id alone, which 0026 drops.
     ADD CONSTRAINT batches_tenant_request_id_key UNIQUE (tenant, request_id);
 CREATE INDEX batches_by_tenant ON batches (tenant, id);
 -- The open ones and the few that ended just now: what a tenant has in the queue is found without the batches of before.

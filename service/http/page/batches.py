@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from service.api import messages
 from service.api.servicer import BatchServicer
-from service.db import file_batches, requests, results
+from service.db import file_batches, files, requests, results
 from service.db.connection import Database
 from service.db.file_batches import FileBatch
 from service.errors import not_found
@@ -125,7 +125,8 @@ async def file_batch(database: Database, batch_id: str) -> FileBatch:
 async def _lines(database: Database, file_id: int | None, wanted: Set[int]) -> dict[int, str]:
     """The lines of a file with these numbers, from 1, as far as they are near enough to its begin."""
     found: dict[int, str] = {}
-    if file_id is None or not wanted:
+    if file_id is None or not wanted or await database.run(files.get, None, file_id) is None:
+        # Of a file that was deleted or has expired the pieces are removed later.
         return found
     number, rest = 1, b""
     read = content.of_input(database, file_id, 0, SEARCHED_BYTES)

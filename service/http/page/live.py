@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -35,6 +36,8 @@ CHECK_S = 10.0
 RETRY_MS = 1000
 # Streams that this process serves at once.
 MAX_STREAMS = 200
+# And of one token: nobody shuts others out.
+MAX_STREAMS_EACH = 50
 PAGE_SIZE = 50
 
 _STATES: Mapping[States, "list[pb.BatchState]"] = {
@@ -65,7 +68,8 @@ class Live:
     presence: Presence
     clock: Clock
     ending: asyncio.Event
-    streams: int = field(default=0)
+    # By the caller's name; all the same where no token is required.
+    streams: Counter[str] = field(default_factory=Counter)
 
     async def parts(self, view: View, states: States, page: str, batch: str) -> dict[str, Any]:
         """All parts of a view by name. Raises what BatchService raises."""
@@ -107,14 +111,20 @@ def router(live: Live, sessions: Sessions) -> APIRouter:
     made = APIRouter(prefix="/page/api", include_in_schema=False)
 
     async def slot() -> AsyncIterator[None]:
-        if live.streams >= MAX_STREAMS:
+        who, text = call_context.current().caller.name, ""
+        if live.streams.total() >= MAX_STREAMS:
             text = f"{MAX_STREAMS} pages are open at this server"
+        elif who and live.streams[who] >= MAX_STREAMS_EACH:
+            text = f"{who} has {MAX_STREAMS_EACH} pages open at this server"
+        if text:
             raise ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, text, "LIMIT_REACHED", retry_delay_s=10)
-        live.streams += 1
+        live.streams[who] += 1
         try:
             yield
         finally:
-            live.streams -= 1
+            live.streams[who] -= 1
+            # Names of tokens come and go.
+            live.streams += Counter()
 
     @made.get("/live", name="/page/Follow", response_class=EventSourceResponse, dependencies=[Depends(slot)])
     async def follow(
@@ -131,7 +141,8 @@ def router(live: Live, sessions: Sessions) -> APIRouter:
             try:
                 if live.clock.monotonic() - checked_s > CHECK_S:
                     checked_s = live.clock.monotonic()
-                    await sessions.caller("/page/Follow", headers)
+                    # A token may have another role or tenant by now.
+                    call_context.current().caller = await sessions.caller("/page/Follow", headers)
                 found = await live.parts(view, states, page, batch) | {"problem": ""}
             except ApiError as error:
                 yield _event("refused", {"code": error.code.name, "message": error.message})

@@ -8,9 +8,9 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 
 import grpc
+from starlette.requests import cookie_parser
 
 from service.auth import roles, tokens
 from service.auth.callers import ANYBODY, Caller
@@ -84,11 +84,8 @@ class Sessions:
 
 def secret_of(headers: Mapping[str, str]) -> str:
     """The secret in a request's cookie; empty if there is none."""
-    try:
-        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return found.value if found else ""
+    # Not http.cookies, which finds none where another program of this host has set one that is not as the RFC wants it.
+    return cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
 
 
 def _digest(secret: str) -> bytes:
