@@ -279,7 +279,7 @@ def test_a_role_that_is_read_only_for_a_while(stack: Stack, client: Client) -> N
     worker = stack.worker()
     until(lambda: worker.events("database_away"), "the worker to report Postgres as away")
     assert "read-only transaction" in str(worker.events("database_away")[0]["cause"])
-    assert refused(lambda: client.submit([{"custom_id": "a", "url": "/x", "body": {}}])).code
+    assert refused(lambda: client.submit_lines([{"custom_id": "a", "url": "/x", "body": {}}])).code
     with psycopg2.connect(stack.database_url) as connection, connection.cursor() as cursor:
         cursor.execute("SET transaction_read_only = off")
         cursor.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
