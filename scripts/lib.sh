@@ -53,8 +53,11 @@ write_supervisord_conf() {
 # Not the programs in .venv/bin: the path in their first line cannot have every character.
 supervisorctl() { "$python" -m supervisor.supervisorctl -c "$conf" "$@"; }
 
+# The pid of supervisord if it answers, which a frozen one never does.
+supervisord_pid() { timeout 60 "$python" -m supervisor.supervisorctl -c "$conf" pid 2>/dev/null; }
+
 # True while supervisord answers.
-is_up() { supervisorctl pid >/dev/null 2>&1; }
+is_up() { supervisord_pid >/dev/null; }
 
 # The torch version that vLLM was built for.
 torch_version() { sed -n 's/^ *torch==\([0-9.]*\)\.\*$/\1.0/p' setup.cfg; }

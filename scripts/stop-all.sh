@@ -6,7 +6,7 @@ takes_none "$@"
 [[ -x $python ]] || exit 0
 know_home
 
-if pid=$(supervisorctl pid 2>/dev/null); then
+if pid=$(supervisord_pid); then
   # One after the other, the watchdog first: it would take the other stops for failures.
   PYTHONUNBUFFERED=1 supervisorctl stop 'watchdog:*' 'http:*' 'worker:*' 'gateway:*' 'postgres:*' 2>/dev/null |
     sed -u -n 's/^\(.*\): stopped$/stop: \1/p' || true

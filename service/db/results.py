@@ -65,6 +65,9 @@ class StoredResult(msgspec.Struct, frozen=True):
 MAX_BODY_BYTES = 480 << 20
 # Each may wait for one that was sent before it, and there are seldom two.
 ATTEMPTS = 3
+# How many sequence numbers of a batch are taken. Earlier versions may have left gaps, which the last attempt looks for.
+FINISHED = "completed + failed"
+LAST_SEQUENCE = f"greatest({FINISHED}, (SELECT max(sequence) FROM results r WHERE r.batch_id = batches.id))"
 # A larger body is stored in a column of its own, as uncompressed bytes, and is a page of its own; as a line it is read
 # in pieces of this size.
 LARGE_BYTES = 1 << 20
@@ -122,7 +125,7 @@ WITH given (
     WHERE id IN (SELECT chunk_id FROM given) AND state = 'leased' AND incarnation = '{incarnation}'::uuid
     ORDER BY id FOR UPDATE
 ), batch AS MATERIALIZED (
-    SELECT id, completed + failed AS finished, prompt_tokens + completion_tokens AS tokens FROM batches
+    SELECT id, {finished} AS finished, prompt_tokens + completion_tokens AS tokens FROM batches
     WHERE id IN (SELECT batch_id FROM held) AND state IN ('in_progress', 'cancelling') ORDER BY id FOR UPDATE
 ), written AS (
     INSERT INTO results
@@ -224,13 +227,14 @@ def write(db: peewee.PostgresqlDatabase, results: Sequence[Result], incarnation:
     is_large = sum(len(result.body or "") for result in results) > LARGE_BYTES
     # In a transaction of the caller's, who holds the locks already, nothing can come in between.
     for attempt in range(1 if db.in_transaction() else ATTEMPTS, 0, -1):
+        attempted = sql.replace("{finished}", FINISHED if attempt > 1 else LAST_SEQUENCE)
         try:
             with ExitStack() as stack:
                 if is_large:
                     stack.enter_context(db.atomic())
                     allow(db, LARGE_TIMEOUT_S)
                 cursor = stack.enter_context(db.cursor())
-                written = execute_values(cursor, sql, rows, template=TEMPLATE, page_size=len(rows), fetch=True)
+                written = execute_values(cursor, attempted, rows, template=TEMPLATE, page_size=len(rows), fetch=True)
             break
         except psycopg2.errors.UniqueViolation:
             if attempt == 1:

@@ -144,6 +144,21 @@ def test_an_attempt_beside_the_one_before_it(database_url: str) -> None:
     second.close()
 
 
+def test_a_gap_of_before(database: Database) -> None:
+    """A batch whose results have a gap in their sequence, as an earlier version could leave one, is completed."""
+    batch = stored(database, 4)
+    mine = holder()
+    [chunk] = database.call(chunks.claim, mine, ["tiny"], 1)
+    database.call(results.write, answers(chunk, range(2)), mine.incarnation)
+    database.call(lambda db: db.execute_sql("UPDATE results SET sequence = 3 WHERE index = 1"))
+    assert database.call(results.write, answers(chunk, range(4)), mine.incarnation) == 2
+    done = database.call(batches.get, batch.id)
+    assert done is not None
+    assert (done.state, done.completed) == ("completed", 4)
+    page = database.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
+    assert [(result.sequence, result.index) for result in page] == [(1, 0), (3, 1), (4, 2), (5, 3)]
+
+
 def test_two_results_of_one_request(database: Database) -> None:
     """Of two results of a request in one group one is stored, and the sequence has no gap."""
     batch = stored(database, 2)
