@@ -110,14 +110,17 @@ def _take_over(db: peewee.PostgresqlDatabase, worker_id: str, incarnation: str) 
         ).fetchone()
         if row is None:
             return None
-        db.execute_sql(
-            "UPDATE file_batches SET lease_until = clock_timestamp() WHERE incarnation = %s::uuid", (incarnation,)
-        )
+        files = db.execute_sql(
+            "UPDATE file_batches SET lease_until = clock_timestamp()"
+            " WHERE incarnation = %s::uuid AND lease_until > clock_timestamp()",
+            (incarnation,),
+        ).rowcount
         burial = suspects.bury_lost(db, worker_id, incarnation)
         db.execute_sql(
             "DELETE FROM losses WHERE report_time < clock_timestamp() - make_interval(secs => %s)", (KEPT_S,)
         )
-    return Loss(worker_id, incarnation, burial)
+    # Of several workers that saw it at once, the others find nothing left.
+    return Loss(worker_id, incarnation, burial) if files or burial != Burial(0, 0, 0) else None
 
 
 def release_expired(db: peewee.PostgresqlDatabase, lease_s: float) -> list[Loss]:

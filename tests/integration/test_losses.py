@@ -71,6 +71,15 @@ def test_all_evidence_ends_leases(database: Database) -> None:
     assert taken_over(database) == []
 
 
+def test_two_workers_see_a_loss_at_once(database: Database) -> None:
+    """The one that comes second takes nothing over, and says nothing."""
+    stored(database, 100)
+    lost = working(database)
+    see(database, lost, False)
+    both = [database.call(losses._take_over, lost.worker_id, str(lost.incarnation)) for _ in range(2)]
+    assert [loss is not None for loss in both] == [True, False]
+
+
 @pytest.mark.parametrize("missing", ["beats", "is_reached", "nobody_looks", "own_gateway", "old_report", "session"])
 def test_less_evidence_ends_none(database: Database, database_url: str, missing: str) -> None:
     """A heartbeat, a gateway that reaches it, no report of another host or a session that is used: it is not lost."""
