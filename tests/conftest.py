@@ -14,8 +14,8 @@ IS_THOROUGH = os.environ.get("THOROUGH") == "1"
 # 10,000 examples against a stack take an hour.
 THOROUGH_TIMEOUT_S = 7200
 
-# The duration of an example depends on the machine more than on the code.
-settings.register_profile("short", deadline=None)
+# The duration of an example depends on the machine more than on the code. The long profile finds what the short misses.
+settings.register_profile("short", deadline=None, max_examples=50)
 settings.register_profile("long", deadline=None, max_examples=10_000)
 settings.load_profile("long" if IS_THOROUGH else "short")
 

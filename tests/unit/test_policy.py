@@ -663,7 +663,7 @@ def play(history: History, limits: Limits = LIMITS) -> tuple[list[tuple[Evidence
 
 
 @given(histories, st.integers(0, 4))
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_never_more_restarts_than_the_budget_in_any_hour(history: History, budget: int) -> None:
     """No sequence of evidence leads to more restarts in any hour than the budget, and each intent is continued once."""
     limits = replace(LIMITS, max_restarts_per_hour=budget, backoff_max_s=2)
@@ -686,7 +686,7 @@ gaps = st.lists(st.tuples(steps_s, missing, st.integers(1, 200)), min_size=1, ma
 
 
 @given(gaps)
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_missing_evidence_never_restarts(history: History) -> None:
     """However long supervisord or Postgres is away, that alone never restarts a worker."""
     made, _ = play(history)
@@ -702,7 +702,7 @@ healthy = observations(
 
 
 @given(histories, healthy)
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_healthy_worker_is_never_touched(history: History, evidence: Evidence) -> None:
     """Whatever happened before, a worker that serves and beats is left alone."""
     made, _ = play([*history, (0.1, evidence, 1)])
@@ -710,7 +710,7 @@ def test_healthy_worker_is_never_touched(history: History, evidence: Evidence) -
 
 
 @given(histories)
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_paused_never_restarts(history: History) -> None:
     """While recovery is paused nothing is restarted, whatever the evidence."""
     made, _ = play([(step_s, replace(kind, pause_left_s=1), times) for step_s, kind, times in history])
@@ -718,7 +718,7 @@ def test_paused_never_restarts(history: History) -> None:
 
 
 @given(histories)
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_another_machine_restarts_nothing(history: History) -> None:
     """While another machine runs under the name nothing here is restarted, whatever else is seen of it."""
     made, _ = play([(step_s, replace(kind, name_taken_by="b"), times) for step_s, kind, times in history])
@@ -726,7 +726,7 @@ def test_another_machine_restarts_nothing(history: History) -> None:
 
 
 @given(histories, st.booleans())
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_operator_stop_stays(history: History, is_loading: bool) -> None:
     """A STOPPED process stays stopped, unless a restart of ours was interrupted between stop and start."""
     stopped = in_state(State.STOPPED, Step.LOADING if is_loading else None)
@@ -735,7 +735,7 @@ def test_operator_stop_stays(history: History, is_loading: bool) -> None:
 
 
 @given(histories)
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_only_what_fails_alike_or_recurs_gives_up_early(history: History) -> None:
     """START_FAILED takes three different lives that failed alike, or one that recurs with the settings of now, or
     settings that were refused and still are wrong, in any sequence of evidence.
@@ -753,7 +753,7 @@ def test_only_what_fails_alike_or_recurs_gives_up_early(history: History) -> Non
 
 
 @given(histories)
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_what_has_served_is_never_given_up_early(history: History) -> None:
     """A worker whose settings have served has its whole budget, whatever failed to start before or with others."""
     for evidence, decision in play(history)[0]:
