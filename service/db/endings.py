@@ -85,6 +85,8 @@ def settle_cancelled(db: peewee.PostgresqlDatabase) -> int:
 def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
     """Ends batches whose completion window is over: requests without a result get `batch_expired`. Returns their ids.
 
+    One that is running at a time, in a transaction of its own: no result of it can be stored until that has ended.
+
     Those that no worker has checked by then have no requests yet.
 
     The same transaction removes their chunks, so that a worker still working on one cannot store anything.
@@ -94,7 +96,7 @@ def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
         allow(db, timeout_s)
         due = db.execute_sql(
             "SELECT id FROM batches WHERE state = 'in_progress' AND expire_time < clock_timestamp()"
-            " ORDER BY id LIMIT 10"
+            " ORDER BY id LIMIT 1"
         ).fetchall()
         # All chunks before all batches, as writing results does.
         ids = [batch_id for (batch_id,) in due]

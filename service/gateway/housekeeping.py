@@ -74,12 +74,16 @@ class Housekeeping:
             await asyncio.sleep(0 if is_more else INTERVAL_S)
 
     def once(self, db: peewee.PostgresqlDatabase) -> bool:
-        """One round. True: there is more to remove. Does nothing while another gateway does it."""
+        """One round. True: there is more to do. Does nothing while another gateway does it."""
         with db.atomic():
             if not lock_housekeeping(db):
                 return False
-            for batch_id in endings.expire(db, EXPIRE_TIMEOUT_S):
-                log.info("batch_expired", batch=messages.batch_name(batch_id))
+            expired = endings.expire(db, EXPIRE_TIMEOUT_S)
+        for batch_id in expired:
+            log.info("batch_expired", batch=messages.batch_name(batch_id))
+        with db.atomic():
+            if not lock_housekeeping(db):
+                return bool(expired)
             endings.settle_cancelled(db)
             self._unserved.note(unserved.find(db, self.is_unserved), self.clock.monotonic())
             counted = usage.count_ended(db, COUNTED)
@@ -91,9 +95,9 @@ class Housekeeping:
             webhooks.delete_unaddressed(db)
             if self.retention_s:
                 webhooks.delete_old(db, self.retention_s)
-            if expired := files.expire(db):
-                log.info("files_expired", files=expired)
-        is_more = endings.purge(db, SLICE)
+            if expired_files := files.expire(db):
+                log.info("files_expired", files=expired_files)
+        is_more = endings.purge(db, SLICE) or bool(expired)
         return files.purge(db, SLICE_PIECES) or is_more or counted == COUNTED
 
     def look_after_queue(self, db: peewee.PostgresqlDatabase) -> None:
