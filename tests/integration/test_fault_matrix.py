@@ -226,7 +226,7 @@ IN_CI = {
     ("freeze_worker", DRAINING),
     ("block_loop", SATURATED),
     ("stop_heart", IDLE),
-    ("freeze_engine", STARTING),
+    ("freeze_engine", SATURATED),
     ("refuse_shm", STARTING),
     ("overflow_shm", IDLE),
     ("stop_postgres", SATURATED),
