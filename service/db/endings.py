@@ -95,8 +95,7 @@ def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
     with db.atomic():
         allow(db, timeout_s)
         due = db.execute_sql(
-            "SELECT id FROM batches WHERE state = 'in_progress' AND expire_time < clock_timestamp()"
-            " ORDER BY id LIMIT 1"
+            "SELECT id FROM batches WHERE state = 'in_progress' AND expire_time < clock_timestamp() ORDER BY id LIMIT 1"
         ).fetchall()
         # All chunks before all batches, as writing results does.
         ids = [batch_id for (batch_id,) in due]
