@@ -16,7 +16,7 @@ from contextlib import ExitStack
 import psycopg2
 import pytest
 
-from tests.support.faults import AT_RANDOM, Faults
+from tests.support.faults import AT_RANDOM, RECOVERS_SOON, Faults
 from tests.support.stacks import FullStack, full_stack
 from tests.support.waiting import until
 from vllm_batch import Client
@@ -64,19 +64,9 @@ def is_right(result: pb.Result, batch: int) -> bool:
 
 @pytest.fixture
 def stack() -> Iterator[FullStack]:
-    settings = {
-        "BATCH_ENGINE": ENGINE,
-        "BATCH_HEARTBEAT_INTERVAL_S": "1",
-        "BATCH_HEARTBEAT_TIMEOUT_S": "15",
-        "BATCH_LEASE_S": "15",
-        "BATCH_CHECK_INTERVAL_S": "5",
-        "BATCH_MAX_RESTARTS_PER_HOUR": "1000",
-        "BATCH_RESTART_BACKOFF_MAX_S": "2",
-    }
-    with full_stack(**settings) as stack:
+    with full_stack(BATCH_ENGINE=ENGINE, **RECOVERS_SOON) as stack:
         stack.require_tokens(*TENANTS)
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         yield stack
 
 

@@ -17,7 +17,7 @@ import pytest
 from openai import OpenAI
 
 from tests.support.batches import line
-from tests.support.faults import Faults
+from tests.support.faults import RECOVERS_SOON, Faults
 from tests.support.stacks import FullStack, full_stack
 from tests.support.waiting import until
 
@@ -56,19 +56,8 @@ class DoorFaults(Faults):
 
 @pytest.fixture
 def stack() -> Iterator[FullStack]:
-    settings = {
-        "BATCH_ENGINE": "simulated",
-        "BATCH_HEARTBEAT_INTERVAL_S": "1",
-        "BATCH_HEARTBEAT_TIMEOUT_S": "15",
-        "BATCH_LEASE_S": "15",
-        "BATCH_CHECK_INTERVAL_S": "5",
-        "BATCH_MAX_RESTARTS_PER_HOUR": "1000",
-        "BATCH_RESTART_BACKOFF_MAX_S": "2",
-        "BATCH_MAX_OPEN_BATCHES": "100000",
-    }
-    with full_stack(**settings) as stack:
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+    with full_stack(BATCH_ENGINE="simulated", BATCH_MAX_OPEN_BATCHES="100000", **RECOVERS_SOON) as stack:
+        stack.start_all()
         yield stack
 
 

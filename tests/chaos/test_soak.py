@@ -136,8 +136,7 @@ def stack() -> Iterator[FullStack]:
         "PYTHONPATH": str(ROOT / "tests" / "chaos" / "inject"),
     }
     with full_stack(**settings) as stack:
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         yield stack
 
 

@@ -33,8 +33,7 @@ def test_poison_costs_only_itself() -> None:
         "BATCH_RESTART_BACKOFF_MAX_S": "1",
     }
     with full_stack(**settings) as stack:
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         with Client(stack.target) as client:
             poisoned = client.submit_lines(lines(with_killer=True))
             other = client.submit_lines(lines(with_killer=False))

@@ -31,8 +31,7 @@ def tokens(number: int) -> int:
 def stack() -> Iterator[FullStack]:
     """One stack for all tests: a start takes half a minute."""
     with full_stack(BATCH_WINDOW="8", BATCH_RESTART_BACKOFF_MAX_S="1") as stack:
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         yield stack
 
 

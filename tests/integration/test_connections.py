@@ -38,8 +38,7 @@ def host(postgres: str) -> Iterator[FullStack]:
         ending.callback(lambda: cursor.execute(f"DROP DATABASE {name} WITH (FORCE)"))
         url = (postgres % name).replace("user=postgres", f"user={name}")
         stack = ending.enter_context(full_stack(BATCH_ENGINE="simulated", DATABASE_URL=url))
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         yield stack
 
 

@@ -443,8 +443,7 @@ def stack() -> Iterator[FullStack]:
     """One stack for all cells of a class."""
     with full_stack(**SETTINGS) as stack:
         stack.require_tokens("alpha", "beta")
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         yield stack
 
 

@@ -92,8 +92,7 @@ def walled(postgres: str) -> Iterator[Walled]:
             ):
                 with psycopg2.connect(url) as connection, connection.cursor() as cursor:
                     cursor.execute(ANNOUNCE % worker.port)
-                started = stack.script("start-all.sh")
-                assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+                stack.start_all()
                 pids = {name: stack.pid(name) for name in ("gateway", "worker", "watchdog")}
                 yield Walled(stack, database, worker, gateway, pids)
                 assert stack.restarts() == []

@@ -38,8 +38,7 @@ def test_each_of_several_gateways_is_guarded() -> None:
     timing = {"BATCH_HEARTBEAT_INTERVAL_S": "0.5", "BATCH_CHECK_INTERVAL_S": "2"}
     with full_stack(BATCH_ENGINE="simulated", BATCH_GATEWAY_PORT=f"{port}0", **timing) as stack:
         stack.target = f"127.0.0.1:{port}0"
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         head, mark, tail = stack.conf.read_text().partition("[program:gateway]\n")
         stack.conf.write_text(head + mark + added + re.sub(r"^environment=.*\n", "", tail, count=1, flags=re.MULTILINE))
         stack.supervisorctl("update", "gateway")

@@ -30,8 +30,7 @@ def test_a_batch_over_ipv6_alone(tmp_path: Path) -> None:
         assert refused.returncode == 2
         assert "BATCH_METRICS_HOST: 127.0.0.1 is not an address of this machine" in refused.stderr
         stack.env["BATCH_METRICS_HOST"] = "::1"
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         target = f"[::1]:{stack.env['BATCH_GATEWAY_PORT']}"
         command = [BIN / "vllm-batch", "--target", target, "submit", given, "--wait", "-o", results]
         submitted = subprocess.run(command, env=stack.env, capture_output=True, text=True, timeout=60)

@@ -61,8 +61,7 @@ def scraped() -> Iterator[Scraped]:
     ports = {name: free_port() for name in ("GATEWAY", "WORKER", "WATCHDOG", "HTTP")}
     settings = {f"BATCH_{name}_METRICS_PORT": str(port) for name, port in ports.items()}
     with full_stack(BATCH_ENGINE="simulated", BATCH_HEARTBEAT_INTERVAL_S="1", **settings) as stack:
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         stack.sql(
             "INSERT INTO watchdogs (watchdog_id, pid, start_time, last_seen)"
             " VALUES ('gone', 1, now(), now() - interval '5 minutes')"

@@ -36,8 +36,7 @@ def folder(name: str) -> Iterator[Path]:
 def runs_a_batch(stack: FullStack) -> None:
     """Starts the stack, runs a batch, stops it, and checks that no process is left."""
     try:
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         with Client(stack.target) as client:
             *_, done = client.watch(client.submit_lines(lines(5)).id)
         assert done.counts.completed == 5

@@ -26,8 +26,7 @@ pytestmark = pytest.mark.timeout(240)
 def stack() -> Iterator[FullStack]:
     """One stack for the tests that leave it running."""
     with full_stack(BATCH_ENGINE="simulated", BATCH_HEARTBEAT_INTERVAL_S="1") as stack:
-        started = stack.script("start-all.sh")
-        assert started.returncode == 0, started.stdout + started.stderr + stack.logs()
+        stack.start_all()
         yield stack
 
 

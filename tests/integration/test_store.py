@@ -108,6 +108,18 @@ def test_a_result_is_written_once(database: Database) -> None:
     assert (again.completed, count(database, "results")) == (2, 2)
 
 
+def check_completed(database: Database, batch_id: int, completed: int) -> None:
+    done = database.call(batches.get, batch_id)
+    assert done is not None
+    assert (done.state, done.completed) == ("completed", completed)
+
+
+def in_sequence(database: Database, batch_id: int) -> list[tuple[int, int]]:
+    """The numbers of a batch's results in the order in which they were stored, each with its request's index."""
+    page = database.call(results.read_page, "sequence", "all", batch_id, Span(1, 9))
+    return [(result.sequence, result.index) for result in page]
+
+
 def test_an_attempt_beside_the_one_before_it(database_url: str) -> None:
     """A group sent again with more, while its first attempt has not committed yet, is stored once and without a gap."""
     first, second = Database(database_url, "first"), Database(database_url, "second")
@@ -135,11 +147,8 @@ def test_an_attempt_beside_the_one_before_it(database_url: str) -> None:
         one.result()
         assert other.result() == 1
     assert first.call(results.write, answers(chunk, range(4)), mine.incarnation) == 1
-    done = first.call(batches.get, batch.id)
-    assert done is not None
-    assert (done.state, done.completed) == ("completed", 4)
-    page = first.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
-    assert [(result.sequence, result.index) for result in page] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    check_completed(first, batch.id, 4)
+    assert in_sequence(first, batch.id) == [(1, 0), (2, 1), (3, 2), (4, 3)]
     first.close()
     second.close()
 
@@ -152,11 +161,8 @@ def test_a_gap_of_before(database: Database) -> None:
     database.call(results.write, answers(chunk, range(2)), mine.incarnation)
     database.call(lambda db: db.execute_sql("UPDATE results SET sequence = 3 WHERE index = 1"))
     assert database.call(results.write, answers(chunk, range(4)), mine.incarnation) == 2
-    done = database.call(batches.get, batch.id)
-    assert done is not None
-    assert (done.state, done.completed) == ("completed", 4)
-    page = database.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
-    assert [(result.sequence, result.index) for result in page] == [(1, 0), (3, 1), (4, 2), (5, 3)]
+    check_completed(database, batch.id, 4)
+    assert in_sequence(database, batch.id) == [(1, 0), (3, 1), (4, 2), (5, 3)]
 
 
 def test_two_results_of_one_request(database: Database) -> None:
@@ -166,8 +172,7 @@ def test_two_results_of_one_request(database: Database) -> None:
     [chunk] = database.call(chunks.claim, mine, ["tiny"], 1)
     group = [*answers(chunk, range(1)), *answers(chunk, range(2))]
     assert database.call(results.write, group, mine.incarnation) == 2
-    page = database.call(results.read_page, "sequence", "all", batch.id, Span(1, 9))
-    assert [(result.sequence, result.index) for result in page] == [(1, 0), (2, 1)]
+    assert in_sequence(database, batch.id) == [(1, 0), (2, 1)]
 
 
 def test_results_of_a_request_under_two_leases(database: Database) -> None:

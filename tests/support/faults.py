@@ -34,6 +34,15 @@ AT_RANDOM = (
     "kill_worker",
     "redeploy_worker",
 )
+# Settings of a stack that is to recover from many faults in a row, each soon.
+RECOVERS_SOON = {
+    "BATCH_HEARTBEAT_INTERVAL_S": "1",
+    "BATCH_HEARTBEAT_TIMEOUT_S": "15",
+    "BATCH_LEASE_S": "15",
+    "BATCH_CHECK_INTERVAL_S": "5",
+    "BATCH_MAX_RESTARTS_PER_HOUR": "1000",
+    "BATCH_RESTART_BACKOFF_MAX_S": "2",
+}
 # Faults after which the watchdog has to restart the worker.
 OF_THE_WORKER = frozenset({"kill_worker", "kill_engine", "freeze_worker", "freeze_engine"})
 

@@ -92,6 +92,11 @@ class FullStack:
             timeout=timeout_s,
         )
 
+    def start_all(self) -> None:
+        """Starts the stack, and waits until it accepts new work."""
+        started = self.script("start-all.sh")
+        assert started.returncode == 0, started.stdout + started.stderr + self.logs()
+
     def supervisorctl(self, *arguments: str) -> str:
         """Runs supervisorctl with an empty environment. Returns its output."""
         command = [str(BIN / "supervisorctl"), "-c", str(self.conf), *arguments]
