@@ -179,8 +179,9 @@ def main(conf: str) -> int:
         while not (health := is_serving(channel, BATCH_SERVICE)):
             why = refusal(client) if may_ask else Refusal(NO_TOKEN)
             now_s, states = time.monotonic(), programs(settings)
-            if patience.is_over(now_s, why, states, is_silent=health is None, listens=listens(settings)):
-                silent = ["gateway"] if health is None else ["worker"]
+            is_silent = health is None
+            if patience.is_over(now_s, why, states, is_silent=is_silent, listens=not is_silent or listens(settings)):
+                silent = ["gateway"] if is_silent else ["worker"]
                 return gave_up(settings.log_dir, patience.failing(now_s, states) or silent, why)
             # Print a message that differs only in numbers at most every 5 s.
             kind = re.sub(r"\d+", "", why.message)
@@ -209,7 +210,8 @@ def wait_for_part(settings: Settings, patience: Patience) -> int:
 
     def is_over(now_s: float, why: Missing, is_silent: bool) -> bool:
         refused = Refusal(why.text, "RECOVERY_GAVE_UP" if why.gave_up else "")
-        return patience.is_over(now_s, refused, programs(settings), is_silent=is_silent, listens=listens(settings))
+        is_listening = not is_silent or listens(settings)
+        return patience.is_over(now_s, refused, programs(settings), is_silent=is_silent, listens=is_listening)
 
     why = wait(settings, lambda: programs(settings), is_over)
     if why is None:

@@ -295,8 +295,17 @@ def probe_clock() -> bool:
     return bool(answer not in (-1, TIME_ERROR))
 
 
-def probe_supervisord(home: Path) -> tuple[bool, dict[str, str] | None, bool]:
-    """Returns whether it is installed, its programs' states (None if not running), and whether its socket exists."""
+def probe_supervisord(home: Path) -> tuple[bool, dict[str, str] | None, bool, int]:
+    """Returns whether it is installed, its programs' states, whether its socket exists, and a pid.
+
+    States are None if it does not answer; the pid is that of one that runs all the same, 0 for none.
+    """
+    is_installed, states, has_socket = _ask_supervisord(home)
+    pid = next((process.pid for process in supervisords(home)), 0) if is_installed and states is None else 0
+    return is_installed, states, has_socket, pid
+
+
+def _ask_supervisord(home: Path) -> tuple[bool, dict[str, str] | None, bool]:
     conf = supervisord_conf(home)
     has_socket = (home / "run" / "supervisor.sock").exists()
     if find_spec("supervisor") is None:
@@ -318,11 +327,6 @@ def probe_supervisord(home: Path) -> tuple[bool, dict[str, str] | None, bool]:
     return True, states or None, has_socket
 
 
-def _pid_of_supervisord(home: Path) -> int:
-    """Its pid, whether it answers or not; 0 if there is none."""
-    return next((process.pid for process in supervisords(home)), 0)
-
-
 def probe_embedded_postgres() -> str:
     """Returns why the embedded Postgres cannot start; "" if it can."""
     try:
@@ -336,6 +340,7 @@ def quick(settings: Settings) -> list[Finding]:
     """Runs the checks of this file; all are fast."""
     env_file = config.ENV_FILE
     folders = probe_home(settings.home)
+    installed, states, has_socket, pid = probe_supervisord(settings.home)
     findings = [
         judge_env_file(env_file, probe_mode(env_file)),
         judge_programs(settings),
@@ -344,7 +349,7 @@ def quick(settings: Settings) -> list[Finding]:
         judge_ports(probe_ports(settings), settings.host),
         judge_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         judge_clock(time.time(), is_synchronized=probe_clock()),
-        judge_supervisord(*probe_supervisord(settings.home), settings.home, _pid_of_supervisord(settings.home)),
+        judge_supervisord(installed, states, has_socket, settings.home, pid),
     ]
     if settings.database_url is None:
         error = probe_embedded_postgres()

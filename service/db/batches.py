@@ -18,10 +18,13 @@ COLUMNS = (
 # A number that is never given twice, not even by a standby that took over without the last batches, or a restored
 # backup, whose sequence begins again at numbers that clients know: the milliseconds since 2025 come first, then 20 bits
 # of the sequence.
-NEW_ID = """
-(((extract(epoch FROM clock_timestamp() - timestamptz '2025-01-01 00:00+00') * 1000)::bigint << 20)
+_BEGIN = "timestamptz '2025-01-01 00:00+00'"
+NEW_ID = f"""
+(((extract(epoch FROM clock_timestamp() - {_BEGIN}) * 1000)::bigint << 20)
  | (nextval(pg_get_serial_sequence('batches', 'id')) & ((1 << 20) - 1)))
 """
+# When such an id was made, to the millisecond.
+TIME_OF_ID = f"({_BEGIN} + ({{id}}::bigint >> 20) * interval '1 millisecond')"
 
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 

@@ -91,10 +91,9 @@ def stage(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes, lease_s: fl
         # By the time in the id: once earlier pieces have been removed, the rest must not count as all of it. An update,
         # because that locks the row: until these rows can be seen, a purge must not take its work for done.
         db.execute_sql(
-            """
+            f"""
             INSERT INTO purges (batch_id, due_time)
-            VALUES (%s, timestamptz '2025-01-01 00:00+00' + (%s::bigint >> 20) * interval '1 millisecond'
-                        + make_interval(secs => %s))
+            VALUES (%s, {batches.TIME_OF_ID.format(id="%s")} + make_interval(secs => %s))
             ON CONFLICT (batch_id) DO UPDATE SET due_time = least(purges.due_time, EXCLUDED.due_time)
             """,
             (batch_id, batch_id, lease_s),

@@ -7,7 +7,7 @@ from typing import Literal
 
 import peewee
 
-from service.db.batches import IN_SCOPE
+from service.db.batches import IN_SCOPE, TIME_OF_ID
 
 Kind = Literal["input", "output", "error"]
 Order = Literal["asc", "desc"]
@@ -41,9 +41,7 @@ SELECT o.create_time FROM output_files o JOIN batches b ON b.id = o.batch_id
 WHERE o.kind = %(kind)s AND o.batch_id = %(number)s AND {IN_SCOPE}
 """
 # Of an input file of which nothing is left its id has the millisecond. Rather one file twice than one not at all.
-MADE_BY_ID = """
-SELECT timestamptz '2025-01-01 00:00+00' + ((%(number)s::bigint >> 20) + %(more)s) * interval '1 millisecond'
-"""
+MADE_BY_ID = f"SELECT {TIME_OF_ID.format(id='%(number)s')} + %(more)s * interval '1 millisecond'"
 
 
 def page(

@@ -61,6 +61,8 @@ class Upload:
                         model = named_models.of_line(line)
                         if not model:
                             return Named(frozenset(names))
+                        if model in names:
+                            continue
                         names.add(model)
                         if is_enough(model):
                             return Named(frozenset(names))

@@ -13,7 +13,7 @@ import peewee
 from service import announce
 from service.announce import AddressError
 from service.api.named_models import ANY, Named
-from service.clock import Clock
+from service.clock import Clock, is_set_within
 from service.db import heartbeats, recoveries, standby, unserved
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseAwayError, DatabaseUnfitError, first_line
 from service.db.connection import Database, check_schema
@@ -237,10 +237,7 @@ class Presence:
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
     """Waits for an event and clears it. False: it was not set within `timeout_s`."""
-    with contextlib.suppress(TimeoutError):
-        # Not wait_for: before Python 3.12 that loses a cancellation which comes with the event.
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
+    if await is_set_within(event, timeout_s):
         event.clear()
         return True
     return False

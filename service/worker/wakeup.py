@@ -1,7 +1,8 @@
 """The event that an idle runner waits for."""
 
 import asyncio
-import contextlib
+
+from service.clock import is_set_within
 
 # How long to wait before looking again after finding no work or no Postgres.
 IDLE_S = 1.0
@@ -19,8 +20,5 @@ class Wakeup:
 
     async def wait(self, timeout_s: float = IDLE_S) -> None:
         """Waits until something has happened, for at most `timeout_s`."""
-        # Not wait_for: before Python 3.12 that loses a cancellation which comes when it is woken.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._event.wait()
+        await is_set_within(self._event, timeout_s)
         self._event.clear()

@@ -13,7 +13,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from service.api.servicer import BatchServicer
 from service.auth.roles import Role
-from service.clock import Clock
+from service.clock import Clock, is_set_within
 from service.db import files
 from service.db.availability import DATABASE_ERRORS, first_line
 from service.db.connection import Database
@@ -152,7 +152,7 @@ def router(live: Live, sessions: Sessions) -> APIRouter:
             if changes := changed(sent, found):
                 yield _event("parts", changes)
             sent = found
-            await _sleep(live.ending)
+            await is_set_within(live.ending, INTERVAL_S)
 
     return made
 
@@ -165,10 +165,3 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
 
 def _event(name: str, data: Mapping[str, Any]) -> ServerSentEvent:
     return ServerSentEvent(event=name, raw_data=json.dumps(data, separators=(",", ":")))
-
-
-async def _sleep(ending: asyncio.Event) -> None:
-    try:
-        await asyncio.wait_for(ending.wait(), INTERVAL_S)
-    except TimeoutError:
-        return
