@@ -32,6 +32,7 @@ CLAIMS = (
     "failover",
     "throughput",
     "recovery",
+    "large_batch",
 )
 
 

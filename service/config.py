@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     drain_timeout_s: Seconds = 60
 
     # What one client may ask for.
-    max_requests_per_batch: Annotated[int, Field(ge=1, le=2_000_000_000)] = 5_000_000
+    max_requests_per_batch: Annotated[int, Field(ge=1, le=2_000_000_000)] = 50_000_000
     max_line_bytes: Annotated[int, Field(ge=1, le=256 << 20)] = 8 << 20
     max_batch_bytes: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 50 << 30
     max_queued_requests: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 50_000_000
