@@ -24,6 +24,7 @@ from service.db.connection import Database
 from service.db.limits import Limits
 from service.errors import ApiError
 from service.rpc import call_context
+from tests.conftest import IS_THOROUGH
 from tests.support.batches import count, finished, inline, lines, refused
 from tests.support.servers import Stack, new_stack
 from tests.support.store import stored
@@ -283,7 +284,11 @@ async def outcome(answer: Awaitable[Any]) -> object:
 
 
 @given(scene=SCENES, asked=st.one_of(st.just(""), TENANTS))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=2_000 if IS_THOROUGH else 25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_everybody_sees_what_is_theirs(database: Database, scene: Scene, asked: str) -> None:
     """For any callers and batches: each caller sees and changes exactly its tenant's, or as operator all."""
     owned = {stored(database, 1, tenant=owner).id: owner for owner in scene.owners}

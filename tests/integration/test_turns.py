@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 
 from service.db import chunks, endings, sharing, suspects, turns
 from service.db.connection import Database, migrate
+from tests.conftest import IS_THOROUGH
 from tests.support.queue import Worker, answer, claim, queued
 from tests.support.store import holder
 
-FEW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Each example fills and empties a queue in Postgres.
+FEW = settings(
+    max_examples=500 if IS_THOROUGH else 8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 TABLES = "batches, requests, chunks, results, pools, pool_tenants, queue, queue_changes, urgent_batches, tenant_weights"
 
 

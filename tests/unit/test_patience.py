@@ -67,7 +67,6 @@ def test_a_gateway_that_runs_and_does_not_answer() -> None:
     assert ends_after_s(starting, is_silent=True, until_s=100) == 100
 
 
-
 def test_late_to_listen_has_time_to_answer() -> None:
     """A gateway that begins to listen after most of a minute still has the whole time to answer."""
     patience, begins_s = Patience(0.0, LOAD_S), 50
