@@ -56,6 +56,7 @@ class AsyncClient:
         self.target = target
         self._is_closed = False
         self._rules = retry_rules(patience_s, on_retry, lambda: self._is_closed)
+        self._stream_rules = retry_rules(patience_s, on_retry, lambda: self._is_closed, of_stream=True)
         self._channel = open_aio_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
         self._host_stub: Any = host_service_pb2_grpc.HostServiceStub(self._channel)
@@ -310,7 +311,7 @@ class AsyncClient:
                 request.resume_token = page.resume_token
                 yield page
 
-    async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, call: Callable[[], Awaitable[T]], *, of_stream: bool = False) -> T:
         async def attempt() -> T:
             try:
                 return await call()
@@ -323,7 +324,7 @@ class AsyncClient:
                 # What gRPC raises in a task that nobody has cancelled when the channel of its call is closed.
                 raise CallError(_CLOSED) from None
 
-        return await tenacity.AsyncRetrying(**self._rules)(attempt)
+        return await tenacity.AsyncRetrying(**(self._stream_rules if of_stream else self._rules))(attempt)
 
     async def _stream(self, call: Callable[[], Any]) -> AsyncGenerator[Any, None]:
         """The responses of a stream; `call` opens it, again after each failure that is retried."""
@@ -340,7 +341,7 @@ class AsyncClient:
                 raise
 
         try:
-            while (response := await self._retry(advance)) is not grpc.aio.EOF:
+            while (response := await self._retry(advance, of_stream=True)) is not grpc.aio.EOF:
                 yield response
         finally:
             if stream is not None:
