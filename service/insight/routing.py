@@ -115,10 +115,10 @@ def spread(
 ) -> Sequence[SeenBeat]:
     """The workers in the order in which to try them: those that serve all of the models, then some, then none.
 
-    Among these first the one with the fewest calls of this gateway under way, of several the one that had none for longest, and
-    among equals by chance: gateways do not know of each other, and all begin alike. Queues do not count: what is
-    stored is claimed by whoever has room, and heartbeats tell their length too late. Those whose heartbeats are
-    missing come after the others.
+    Among these, those whose heartbeats are missing come last. First comes the one with the fewest calls of this gateway
+    under way, of several the one that had none for longest, and among equals by chance: gateways do not know of each
+    other, and all begin alike. Queues do not count: what is stored is claimed by whoever has room, and heartbeats tell
+    their length too late.
     """
 
     def place(seen: SeenBeat) -> tuple[int, bool, int, float, float]:
