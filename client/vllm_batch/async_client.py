@@ -97,10 +97,27 @@ class AsyncClient:
         upload = Upload(file, options)
 
         async def call() -> pb.Batch:
+            # No thread waits for it: uploads may take an hour, and the loop has few threads, which others need too.
+            loop = asyncio.get_running_loop()
+            answer: asyncio.Future[pb.UploadBatchResponse] = loop.create_future()
             sending: Any = self._upload_stub.UploadBatch.future(upload.messages(), timeout=UPLOAD_TIMEOUT_S)
+
+            def hand_over() -> None:
+                if answer.done():
+                    return
+                try:
+                    answer.set_result(sending.result())
+                except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                    answer.set_exception(error)
+
+            def ended(_: object) -> None:
+                # Of a call that was cancelled the loop may be closed by now.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(hand_over)
+
+            sending.add_done_callback(ended)
             try:
-                answer: pb.UploadBatchResponse = await asyncio.to_thread(sending.result)
-                return answer.batch
+                return (await answer).batch
             finally:
                 sending.cancel()
 

@@ -6,7 +6,9 @@ import inspect
 import io
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -153,6 +155,46 @@ async def test_asyncio_calls_that_are_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     await client.close()
+
+
+class Sending:
+    """An upload under way, as gRPC's blocking API has it; its own stub, too."""
+
+    def __init__(self) -> None:
+        self.has_ended = threading.Event()
+        self.callbacks: list[Callable[[object], None]] = []
+        self.UploadBatch = self
+
+    def future(self, *_: object, **__: object) -> "Sending":
+        return self
+
+    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+        self.callbacks.append(callback)
+
+    def result(self) -> pb.UploadBatchResponse:
+        self.has_ended.wait()
+        return pb.UploadBatchResponse(batch=pb.Batch(id="a"))
+
+    def cancel(self) -> None:
+        self.has_ended.set()
+
+
+@in_loop
+async def test_asyncio_uploads_take_no_threads() -> None:
+    """However many uploads are under way, the loop's own threads are there for others, such as name resolution."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    client, sending = AsyncClient("127.0.0.1:1", token=""), Sending()
+    client._upload_stub = cast("Any", sending)
+    uploading = asyncio.create_task(client.submit(io.BytesIO()))
+    await asyncio.sleep(0)
+    try:
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "others"), 5) == "others"
+        sending.has_ended.set()
+        await asyncio.to_thread(sending.callbacks[0], sending)
+        assert (await uploading).id == "a"
+    finally:
+        sending.has_ended.set()
+        await client.close()
 
 
 def test_patience_ends() -> None:
