@@ -56,6 +56,7 @@ class AsyncClient:
         self.target = target
         self._is_closed = False
         self._rules = retry_rules(patience_s, on_retry, lambda: self._is_closed)
+        self._stream_rules = retry_rules(patience_s, on_retry, lambda: self._is_closed, of_stream=True)
         self._channel = open_aio_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
         self._host_stub: Any = host_service_pb2_grpc.HostServiceStub(self._channel)
@@ -96,10 +97,27 @@ class AsyncClient:
         upload = Upload(file, options)
 
         async def call() -> pb.Batch:
+            # No thread waits for it: uploads may take an hour, and the loop has few threads, which others need too.
+            loop = asyncio.get_running_loop()
+            answer: asyncio.Future[pb.UploadBatchResponse] = loop.create_future()
             sending: Any = self._upload_stub.UploadBatch.future(upload.messages(), timeout=UPLOAD_TIMEOUT_S)
+
+            def hand_over() -> None:
+                if answer.done():
+                    return
+                try:
+                    answer.set_result(sending.result())
+                except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                    answer.set_exception(error)
+
+            def ended(_: object) -> None:
+                # Of a call that was cancelled the loop may be closed by now.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(hand_over)
+
+            sending.add_done_callback(ended)
             try:
-                answer: pb.UploadBatchResponse = await asyncio.to_thread(sending.result)
-                return answer.batch
+                return (await answer).batch
             finally:
                 sending.cancel()
 
@@ -310,7 +328,7 @@ class AsyncClient:
                 request.resume_token = page.resume_token
                 yield page
 
-    async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, call: Callable[[], Awaitable[T]], *, of_stream: bool = False) -> T:
         async def attempt() -> T:
             try:
                 return await call()
@@ -323,7 +341,7 @@ class AsyncClient:
                 # What gRPC raises in a task that nobody has cancelled when the channel of its call is closed.
                 raise CallError(_CLOSED) from None
 
-        return await tenacity.AsyncRetrying(**self._rules)(attempt)
+        return await tenacity.AsyncRetrying(**(self._stream_rules if of_stream else self._rules))(attempt)
 
     async def _stream(self, call: Callable[[], Any]) -> AsyncGenerator[Any, None]:
         """The responses of a stream; `call` opens it, again after each failure that is retried."""
@@ -340,7 +358,7 @@ class AsyncClient:
                 raise
 
         try:
-            while (response := await self._retry(advance)) is not grpc.aio.EOF:
+            while (response := await self._retry(advance, of_stream=True)) is not grpc.aio.EOF:
                 yield response
         finally:
             if stream is not None:

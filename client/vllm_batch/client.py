@@ -51,6 +51,7 @@ class Client:
         self.target = target
         self._is_closed = False
         self._rules = retry_rules(patience_s, on_retry, lambda: self._is_closed)
+        self._stream_rules = retry_rules(patience_s, on_retry, lambda: self._is_closed, of_stream=True)
         self._channel = open_channel(target, **security)
         self._stub = batch_service_pb2_grpc.BatchServiceStub(self._channel)
         self._host_stub = host_service_pb2_grpc.HostServiceStub(self._channel)
@@ -265,14 +266,14 @@ class Client:
             request.resume_token = page.resume_token
             yield page
 
-    def _retry(self, call: Callable[[], T]) -> T:
+    def _retry(self, call: Callable[[], T], *, of_stream: bool = False) -> T:
         def attempt() -> T:
             try:
                 return call()
             except grpc.RpcError as error:
                 raise CallError(error) from error
 
-        return tenacity.Retrying(**self._rules)(attempt)
+        return tenacity.Retrying(**(self._stream_rules if of_stream else self._rules))(attempt)
 
     def _stream(self, call: Callable[[], Any]) -> Iterator[Any]:
         """The responses of a stream; `call` opens it, again after each failure that is retried."""
@@ -289,7 +290,7 @@ class Client:
                 raise
 
         try:
-            while (response := self._retry(advance)) is not None:
+            while (response := self._retry(advance, of_stream=True)) is not None:
                 yield response
         finally:
             if stream is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ WEBHOOK_TIMEOUT_S = 60.0
 STATUS_TIMEOUT_S = 5.0
 # How long failed calls are retried: a model of moderate size loads in less.
 PATIENCE_S = 600.0
+# An attempt that lasted longer than this did not fail to connect.
+CONNECTED_S = 30.0
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 10.0
 
@@ -31,25 +34,53 @@ CHANNEL_CLOSED = "Channel closed!"
 
 
 def retry_rules(
-    patience_s: float, on_retry: OnRetry | None = None, is_closed: Callable[[], bool] = lambda: False
+    patience_s: float,
+    on_retry: OnRetry | None = None,
+    is_closed: Callable[[], bool] = lambda: False,
+    *,
+    of_stream: bool = False,
 ) -> dict[str, Any]:
     """Arguments for tenacity's Retrying and AsyncRetrying: retry UNAVAILABLE and rate limits, and little else.
 
-    Calls that ended with their channel are retried too, unless `is_closed`: the caller has closed it.
+    Calls that ended with their channel are retried too, unless `is_closed`: the caller has closed it. Patience begins
+    with the first failure, however long that attempt took; `of_stream`: anew with each attempt that lasted so long that
+    it must have been connected. No wait is longer than what is left of it.
     """
 
     def is_retryable(error: BaseException) -> bool:
         return isinstance(error, CallError) and _is_retryable(error) and not is_closed()
+
+    def left_s(state: tenacity.RetryCallState) -> float:
+        """What is left of the patience after an attempt."""
+        # A dict of this call alone. tenacity calls this twice for an attempt, with the wait in between.
+        noted: dict[str, Any] = state.retry_object.statistics
+        failed_s = state.outcome_timestamp or 0.0
+        if noted.get("noted") != state.attempt_number:
+            lasted_s = failed_s - noted["attempt_s"]
+            if state.attempt_number == 1 or (of_stream and lasted_s > CONNECTED_S):
+                noted["failing_s"] = failed_s
+            noted["noted"] = state.attempt_number
+        return float(patience_s - (failed_s - noted["failing_s"]))
+
+    def wait_s(state: tenacity.RetryCallState) -> float:
+        return max(0.0, min(_wait_s(state), left_s(state)))
+
+    def is_over(state: tenacity.RetryCallState) -> bool:
+        return left_s(state) <= 0
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if on_retry is not None and isinstance(error, CallError) and state.next_action is not None:
             on_retry(error, state.next_action.sleep)
 
+    def before(state: tenacity.RetryCallState) -> None:
+        state.retry_object.statistics["attempt_s"] = time.monotonic()
+
     return {
         "retry": tenacity.retry_if_exception(is_retryable),
-        "wait": _wait_s,
-        "stop": tenacity.stop_after_delay(patience_s),
+        "wait": wait_s,
+        "stop": is_over,
+        "before": before,
         "before_sleep": before_sleep,
         "reraise": True,
     }

@@ -18,6 +18,9 @@ from service.db.run_order import BY_PREFIX, Plan, RunOrder
 from service.db.standby import acknowledged
 from service.tenants import DEFAULT_TENANT
 
+# The index that keeps custom_ids unique in a batch.
+CUSTOM_IDS = "requests_by_custom_id"
+
 
 @dataclass(frozen=True)
 class Options:

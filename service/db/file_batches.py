@@ -206,17 +206,20 @@ def claim(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str]) 
     A worker that serves what the first line names comes first, and any other if no such worker is there. A batch whose
     models were all found to be away waits for a worker that serves one, unless none may any more: then any worker says
     so. What an earlier life of this worker held is free.
+
+    Call it only while this worker checks nothing: what it holds then is a claim or a release whose answer was lost, as
+    in an outage of Postgres. That is free too, and was no attempt.
     """
     failpoints.hit("check.before_claim")
     row = db.execute_sql(
         f"""
         UPDATE file_batches f SET worker_id = %(worker_id)s, incarnation = %(incarnation)s::uuid,
-               lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s), attempts = attempts + 1
+               lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s),
+               attempts = attempts + CASE WHEN incarnation = %(incarnation)s::uuid THEN 0 ELSE 1 END
         FROM batches b WHERE b.id = f.batch_id AND f.batch_id = (
             SELECT v.id FROM batches v JOIN file_batches g ON g.batch_id = v.id
             WHERE v.state = 'validating'
-              AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp()
-                   OR g.worker_id = %(worker_id)s AND g.incarnation <> %(incarnation)s::uuid)
+              AND (g.lease_until IS NULL OR g.lease_until < clock_timestamp() OR g.worker_id = %(worker_id)s)
               AND CASE WHEN g.away IS NULL THEN v.models <@ %(models)s::text[] OR NOT EXISTS (
                        SELECT FROM heartbeats h WHERE v.models <@ h.models AND {IS_LIVE})
                   ELSE g.away && %(models)s::text[] OR NOT EXISTS (
@@ -256,19 +259,25 @@ def renew(db: peewee.PostgresqlDatabase, holder: Holder, batch_id: int) -> bool:
 
 
 def release(
-    db: peewee.PostgresqlDatabase, holder: Holder, batch_id: int, wait_s: float, away: Sequence[str] | None = None
+    db: peewee.PostgresqlDatabase,
+    holder: Holder,
+    batch_id: int,
+    wait_s: float,
+    away: Sequence[str] | None = None,
+    *,
+    is_attempt: bool = False,
 ) -> None:
-    """Gives the batch back, to be taken by anybody after `wait_s`. What was done does not count as an attempt.
+    """Gives the batch back, to be taken by anybody after `wait_s`. What was done counts only if it `is_attempt`.
 
     `away`: it waits for a worker that serves one of these models.
     """
     db.execute_sql(
         """
-        UPDATE file_batches SET worker_id = NULL, incarnation = NULL, attempts = attempts - 1, away = %s::text[],
+        UPDATE file_batches SET worker_id = NULL, incarnation = NULL, attempts = attempts - %s, away = %s::text[],
                lease_until = clock_timestamp() + make_interval(secs => %s)
         WHERE batch_id = %s AND incarnation = %s::uuid
         """,
-        (None if away is None else list(away), wait_s, batch_id, str(holder.incarnation)),
+        (int(not is_attempt), None if away is None else list(away), wait_s, batch_id, str(holder.incarnation)),
     )
 
 

@@ -43,7 +43,7 @@ JUDGED = f"""
                 ELSE 'lost' END AS state
     FROM fresh LEFT JOIN hosts ON hosts.name = host GROUP BY host
 ), served AS MATERIALIZED (
-    SELECT DISTINCT unnest(models) AS model FROM fresh WHERE is_fresh
+    SELECT DISTINCT unnest(models) AS model FROM fresh WHERE is_fresh AND phase NOT IN ('starting', 'loading')
 ), lost AS MATERIALIZED (
     SELECT 'host' AS kind, host AS subject, age_s FROM judged WHERE state = 'lost'
     UNION ALL

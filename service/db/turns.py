@@ -98,6 +98,23 @@ def mend(db: peewee.PostgresqlDatabase) -> None:
         enqueue(db, batch_id)
 
 
+def settle_abandoned(db: peewee.PostgresqlDatabase) -> None:
+    """Takes batches that have ended out of a pool that nobody claims from, as claims would: else they would seem to
+    wait there for ever, for models that are gone. One pool at a time, and none that is locked.
+    """
+    with db.atomic():
+        db.execute_sql(
+            """
+            SELECT take_over_changes(id) FROM (
+                SELECT p.id FROM pools p
+                WHERE last_turn < clock_timestamp() - make_interval(secs => %s)
+                  AND EXISTS (SELECT FROM queue_changes c WHERE c.pool_id = p.id AND c.is_over)
+                LIMIT 1 FOR UPDATE SKIP LOCKED) abandoned
+            """,
+            (ALIVE_S,),
+        )
+
+
 def pull_forward(db: peewee.PostgresqlDatabase) -> list[int]:
     """Decides which entries of the queue are pulled forward from now on. Returns the batches that were not before."""
     before = {row[0] for row in db.execute_sql("SELECT batch_id FROM urgent_batches").fetchall()}

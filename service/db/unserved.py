@@ -32,12 +32,13 @@ SELECT models, array_agg(id ORDER BY id) AS ids FROM (
         OR EXISTS (SELECT FROM chunks c WHERE {ENTRY.format(chunk="c")} AND c.state <> 'done' AND c.deaths > 0))
 ) wanted GROUP BY models ORDER BY min(id)
 """
-# A heartbeat keeps the models of a worker that is gone; those of one that came back with others are gone with it, and
-# the last result tells.
+# A heartbeat keeps the models of a worker that is gone. Once that loads again, or is back with others, it is no sign of
+# them any more: then the last result tells.
 AGE = """
 SELECT extract(epoch FROM clock_timestamp() - greatest(
     (SELECT min(create_time) FROM batches WHERE id = ANY (%(ids)s)),
-    (SELECT max(last_seen) FROM heartbeats h WHERE %(models)s::text[] <@ h.models),
+    (SELECT max(last_seen) FROM heartbeats h
+     WHERE %(models)s::text[] <@ h.models AND h.phase NOT IN ('starting', 'loading')),
     (SELECT max(last.finish_time) FROM unnest(%(ids)s) id
      CROSS JOIN LATERAL (SELECT finish_time FROM results r WHERE r.batch_id = id ORDER BY sequence DESC LIMIT 1) last)
 ))::float8

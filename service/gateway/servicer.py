@@ -82,10 +82,10 @@ class GatewayServicer(ExplainedServicer):
         request.options.request_id = request.options.request_id or str(uuid.uuid4())
 
         async def create(seen: SeenBeat) -> pb.CreateBatchResponse:
-            stub = self._channels.batches(seen.beat.address)
-            timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
-            call = stub.CreateBatch(request, timeout=timeout_s, metadata=_metadata(context))
-            return await self._presence.call(seen, call)
+            async with self._channels.use(seen.beat.address) as worker:
+                timeout_s = _timeout_s(context, CREATE_TIMEOUT_S)
+                call = worker.batches.CreateBatch(request, timeout=timeout_s, metadata=_metadata(context))
+                return await self._presence.call(seen, call)
 
         return await self._forward(context, request.options.request_id, named, create, lambda: True)
 
@@ -103,8 +103,9 @@ class GatewayServicer(ExplainedServicer):
         uploaded = Upload(aiter(request_iterator), str(uuid.uuid4()))
 
         async def send(seen: SeenBeat) -> pb.UploadBatchResponse:
-            stub = self._channels.blocking_batches(seen.beat.address)
-            return await upload.send(stub, uploaded, _timeout_s(context, UPLOAD_TIMEOUT_S), _metadata(context))
+            async with self._channels.use(seen.beat.address) as worker:
+                timeout_s = _timeout_s(context, UPLOAD_TIMEOUT_S)
+                return await upload.send(worker.blocking_batches, uploaded, timeout_s, _metadata(context))
 
         try:
             named = await uploaded.models(self._presence.serves)

@@ -1,6 +1,7 @@
 """Reads a stream of the event loop from a thread."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
@@ -21,11 +22,14 @@ class FromThread(Iterator[T]):
         self._loop = loop
         self._next: Future[tuple[T] | None] | None = None
         self._is_aborted = False
+        # A read that begins while `abort` runs would never be cancelled, and take an item from the next reader.
+        self._lock = threading.Lock()
 
     def __next__(self) -> T:
-        if self._is_aborted:
-            raise ConnectionAbortedError("the stream was aborted")
-        self._next = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
+        with self._lock:
+            if self._is_aborted:
+                raise ConnectionAbortedError("the stream was aborted")
+            self._next = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
         found = self._next.result()
         if found is None:
             raise StopIteration
@@ -42,6 +46,7 @@ class FromThread(Iterator[T]):
 
     def abort(self) -> None:
         """Ends the thread's wait and refuses further reads."""
-        self._is_aborted = True
-        if self._next is not None:
-            self._next.cancel()
+        with self._lock:
+            self._is_aborted = True
+            if self._next is not None:
+                self._next.cancel()

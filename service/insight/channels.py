@@ -1,6 +1,7 @@
-"""The channels to the workers. Opened on first use, and only here."""
+"""The connections to the workers. Opened on first use, and only here."""
 
-import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -8,66 +9,108 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from service.insight.channel_opener import ChannelOpener
+from service.telemetry import logs
 from vllm_batch.v1 import batch_service_pb2_grpc
 
 if TYPE_CHECKING:
     from vllm_batch.v1.batch_service_pb2_grpc import BatchServiceAsyncStub
 
-# How long calls under way may take to finish on a channel whose keys were replaced.
-RENEW_GRACE_S = 60.0
+log = logs.get("channels")
+
+
+@dataclass(eq=False)
+class Connection:
+    """An asyncio and a blocking channel to one worker, with the key files as they were when it was opened."""
+
+    version: object
+    _aio: grpc.aio.Channel
+    _blocking: grpc.Channel
+    uses: int = 0
+
+    @property
+    def batches(self) -> "BatchServiceAsyncStub":
+        """BatchService."""
+        return batch_service_pb2_grpc.BatchServiceStub(self._aio)
+
+    @property
+    def blocking_batches(self) -> batch_service_pb2_grpc.BatchServiceStub:
+        """BatchService, through gRPC's blocking API."""
+        return batch_service_pb2_grpc.BatchServiceStub(self._blocking)
+
+    @property
+    def health(self) -> health_pb2_grpc.HealthStub:
+        """The health service."""
+        return health_pb2_grpc.HealthStub(self._aio)
+
+    async def close(self) -> None:
+        """Ends the calls under way."""
+        await self._aio.close(None)
+        self._blocking.close()
 
 
 @dataclass
 class Channels:
-    """One asyncio and one blocking channel per worker's address; replaced when the key files change."""
+    """One connection per worker's address. When the key files change, the next call begins on a new one; the calls
+    under way end on theirs.
+    """
 
     calling: ChannelOpener
-    _version: object = None
-    _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
-    _blocking: dict[str, grpc.Channel] = field(default_factory=dict)
-    _closing: set["asyncio.Task[None]"] = field(default_factory=set)
+    _current: dict[str, Connection] = field(default_factory=dict)
+    # Those in use for calls that began before the key files changed.
+    _replaced: dict[str, set[Connection]] = field(default_factory=dict)
 
-    def batches(self, address: str) -> "BatchServiceAsyncStub":
-        """BatchService of the worker at `address`."""
-        return batch_service_pb2_grpc.BatchServiceStub(self._channel(address))
+    @asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator[Connection]:
+        """The connection to the worker at `address`, for calls that end within the block.
 
-    def health(self, address: str) -> health_pb2_grpc.HealthStub:
-        """The health service of the worker at `address`."""
-        return health_pb2_grpc.HealthStub(self._channel(address))
+        Raises ValueError or OSError if it cannot be opened, and none is open that could still be used.
+        """
+        connection = await self._connection(address)
+        connection.uses += 1
+        try:
+            yield connection
+        finally:
+            connection.uses -= 1
+            replaced = self._replaced.get(address, set())
+            if not connection.uses and connection in replaced:
+                replaced.discard(connection)
+                if not replaced:
+                    del self._replaced[address]
+                await connection.close()
 
-    def blocking_batches(self, address: str) -> batch_service_pb2_grpc.BatchServiceStub:
-        """BatchService of the worker at `address`, through gRPC's blocking API."""
-        self._renew()
-        if address not in self._blocking:
-            self._blocking[address] = self.calling.open(address)
-        return batch_service_pb2_grpc.BatchServiceStub(self._blocking[address])
+    async def is_current(self, address: str, connection: Connection) -> bool:
+        """False: the key files have changed since it was opened, and new calls begin on another."""
+        return await self._connection(address) is connection
 
     async def close(self, address: str) -> None:
-        """Closes the channels to an address, which ends the calls under way."""
-        if (channel := self._channels.pop(address, None)) is not None:
-            await channel.close(None)
-        if (blocking := self._blocking.pop(address, None)) is not None:
-            blocking.close()
+        """Closes the connections to an address, which ends the calls under way."""
+        current = self._current.pop(address, None)
+        for connection in (*self._replaced.pop(address, ()), *([current] if current else [])):
+            await connection.close()
 
     async def close_all(self) -> None:
-        """Closes all channels."""
-        for address in {*self._channels, *self._blocking}:
+        """Closes all connections."""
+        for address in {*self._current, *self._replaced}:
             await self.close(address)
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        self._renew()
-        if address not in self._channels:
-            self._channels[address] = self.calling.open_aio(address)
-        return self._channels[address]
-
-    def _renew(self) -> None:
-        """Drops the channels if the key files have changed. Calls under way on them may still finish."""
-        version = self.calling.version()
-        if version == self._version:
-            return
-        self._version = version
-        for channel in self._channels.values():
-            task = asyncio.create_task(channel.close(RENEW_GRACE_S))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
-        self._channels, self._blocking = {}, {}
+    async def _connection(self, address: str) -> Connection:
+        before, version = self._current.get(address), self.calling.version()
+        # Files are replaced one after the other: as long as one is missing or does not fit, the old ones serve.
+        if before is not None and version in (before.version, None):
+            return before
+        try:
+            connection = Connection(version, self.calling.open_aio(address), self.calling.open(address))
+        except (OSError, ValueError) as error:
+            if before is None:
+                raise
+            log.error("change_refused", address=address, cause=str(error))
+            before.version = version
+            return before
+        self._current[address] = connection
+        if before is not None:
+            log.info("keys_changed", address=address)
+            if before.uses:
+                self._replaced.setdefault(address, set()).add(before)
+            else:
+                await before.close()
+        return connection

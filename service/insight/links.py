@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from service.clock import Clock
-from service.insight.channels import Channels
+from service.insight.channels import Channels, Connection
 from service.insight.routing import Contact, LinkState
 from service.rpc.services import BATCH_SERVICE
 from service.telemetry import logs
@@ -88,7 +88,11 @@ class Links:
         """Keeps the link up, for ever."""
         while True:
             try:
-                await self._watch(address)
+                async with self.channels.use(address) as worker:
+                    await self._watch(address, worker)
+                    if not await self.channels.is_current(address, worker):
+                        # The link moves to the next connection, and counts as up until that one breaks.
+                        continue
                 cause = "its health stream ended"
             except asyncio.CancelledError:
                 if _is_cancelled():
@@ -99,14 +103,17 @@ class Links:
             self._set(address, LinkState.UNREACHABLE, cause)
             await asyncio.sleep(RETRY_INTERVAL_S)
 
-    async def _watch(self, address: str) -> None:
-        """Follows one Watch to its end. Raises RpcError if it breaks or a Check gets no answer."""
-        stub = self.channels.health(address)
+    async def _watch(self, address: str, worker: Connection) -> None:
+        """Follows one Watch to its end, or until new calls begin on another connection.
+
+        Raises RpcError if it breaks or a Check gets no answer.
+        """
+        stub = worker.health
         request = health_pb2.HealthCheckRequest(service=BATCH_SERVICE)
         watch: Any = stub.Watch(request)
         reading: asyncio.Future[Any] | None = None
         try:
-            while True:
+            while await self.channels.is_current(address, worker):
                 reading = reading or asyncio.ensure_future(watch.read())
                 done, _ = await asyncio.wait({reading}, timeout=CHECK_INTERVAL_S)
                 if done:

@@ -113,12 +113,12 @@ def spread(
     draw: Callable[[], float],
     models: Set[str] = frozenset(),
 ) -> Sequence[SeenBeat]:
-    """The workers in the order in which to try them.
+    """The workers in the order in which to try them: those that serve all of the models, then some, then none.
 
-    First the one with the fewest calls of this gateway under way, of several the one that had none for longest, and
-    among equals by chance: gateways do not know of each other, and all begin alike. Queues do not count: what is
-    stored is claimed by whoever has room, and heartbeats tell their length too late. Workers whose heartbeats are
-    missing come last. Before all that counts how many of the models it serves: all, some or none.
+    Among these, those whose heartbeats are missing come last. First comes the one with the fewest calls of this gateway
+    under way, of several the one that had none for longest, and among equals by chance: gateways do not know of each
+    other, and all begin alike. Queues do not count: what is stored is claimed by whoever has room, and heartbeats tell
+    their length too late.
     """
 
     def place(seen: SeenBeat) -> tuple[int, bool, int, float, float]:
@@ -131,7 +131,7 @@ def spread(
 def live(
     freshness: Freshness, now_s: float, timeout_s: float, models: Set[str] = frozenset(), are_all: bool = False
 ) -> Sequence[SeenBeat]:
-    """The workers that may take a batch naming `models`, those that serve most of them first.
+    """The workers that may take a batch naming `models`. `spread` puts them in order.
 
     A worker is live if its heartbeat is fresh and its link is SERVING. Any of them will do: it checks all lines, and
     knows of the models of others. If these are all the models that the batch names, no live worker serves one, and each
@@ -151,7 +151,7 @@ def live(
         if all(hopes[model] or model in freshness.awaited for model in models):
             hoped_for = [seen for found in hopes.values() for seen in found]
             raise _nobody_serves(freshness, models, hoped_for, now_s, timeout_s)
-    return sorted(serving, key=lambda seen: _misfit(seen, models))
+    return serving
 
 
 def unreachable(seen: SeenBeat, freshness: Freshness, now_s: float, cause: str, request_id: str) -> ApiError:

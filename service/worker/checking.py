@@ -101,9 +101,11 @@ class Checking:
                 log.info("check_lost")
             except DATABASE_ERRORS as error:
                 self._availability.away(error)
-                # What is our fault counts as an attempt: the lease runs out.
+                # What is our fault counts as an attempt.
                 if is_away(error):
                     await self._release(claim, AGAIN_S)
+                else:
+                    await self._release(claim, self.holder.lease_s, is_attempt=True)
             finally:
                 renewing.cancel()
         return True
@@ -147,7 +149,7 @@ class Checking:
         except Exception as error:
             # Whatever is in a file, it must not end the worker; the attempts are counted.
             log.exception("check_failed", cause=repr(error))
-            return
+            return await self._release(claim, self.holder.lease_s, is_attempt=True)
         log.info("batch_stored", requests=batch.total)
         self.on_stored()
 
@@ -170,9 +172,13 @@ class Checking:
         await self.database.run(file_batches.fail, self.holder, claim.batch_id, errors)
         log.info("batch_failed", errors=len(errors))
 
-    async def _release(self, claim: Claim, wait_s: float, away: Sequence[str] | None = None) -> None:
+    async def _release(
+        self, claim: Claim, wait_s: float, away: Sequence[str] | None = None, *, is_attempt: bool = False
+    ) -> None:
         with contextlib.suppress(*DATABASE_ERRORS):
-            await self.database.run(file_batches.release, self.holder, claim.batch_id, wait_s, away)
+            await self.database.run(
+                file_batches.release, self.holder, claim.batch_id, wait_s, away, is_attempt=is_attempt
+            )
 
     async def _renew(self, claim: Claim) -> None:
         while True:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import peewee
 
 from service import processes
-from service.db import chunks, endings, heartbeats, identity, losses, sharing, suspects
+from service.db import chunks, endings, heartbeats, identity, losses, sharing, suspects, turns
 from service.db.availability import AvailabilityLog, DatabaseAwayError, database_away
 from service.db.chunks import Holder
 from service.db.connection import within
@@ -203,6 +203,7 @@ class Heart:
                 self._undropped.update(lost)
         self._drop()
         endings.settle_cancelled(self.connection)
+        turns.settle_abandoned(self.connection)
         self._is_steady = self._clock.is_steady(chunks.time_s(self.connection), time.monotonic())
         if self._is_steady:
             expired = losses.release_expired(self.connection, self.holder.lease_s)

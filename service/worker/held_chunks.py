@@ -22,8 +22,9 @@ class HeldChunks:
     ready: Ready = field(default_factory=Ready)
     # What others are given: it does not run here any more, and Postgres has not confirmed it yet.
     giving: list[Part] = field(default_factory=list)
-    # Number of requests without a stored result, by chunk.
-    _unstored: dict[int, int] = field(default_factory=dict)
+    # The indexes of requests without a stored result, by chunk. No number: after a chunk was lost and had again, a
+    # request may have two results, of which the first may come from before.
+    _unstored: dict[int, set[int]] = field(default_factory=dict)
     # The indexes of requests that are not known to Postgres as begun, in the order in which they start, by chunk.
     _unnoted: dict[int, deque[int]] = field(default_factory=dict)
     # Chunks of which Postgres knows nothing yet.
@@ -59,7 +60,7 @@ class HeldChunks:
         suspects: list[Request] = []
         for chunk, requests in work.chunks:
             if requests and chunk.id not in self:
-                self._unstored[chunk.id] = len(requests)
+                self._unstored[chunk.id] = {request.index for request in requests}
                 if chunk.deaths:
                     suspects += requests
                 else:
@@ -92,19 +93,13 @@ class HeldChunks:
         """What `begin` returned does not count as known: it is returned again with what starts next."""
         self._late |= {chunk_id: index for chunk_id, index in last.items() if chunk_id in self}
 
-    def result_stored(self, chunk_id: int) -> bool:
-        """Counts a stored result. Returns True if it clears a suspect."""
-        unstored = self._unstored.get(chunk_id)
-        if unstored is None:
+    def result_stored(self, chunk_id: int, index: int) -> bool:
+        """Notes a stored result. Returns True if it clears a suspect."""
+        if chunk_id not in self or not self._settle(chunk_id, {index}):
             return False
-        if unstored > 1:
-            self._unstored[chunk_id] = unstored - 1
-            return False
-        self._forget(chunk_id)
-        if chunk_id not in self._suspects:
-            return False
+        is_suspect = chunk_id in self._suspects
         self._suspects.discard(chunk_id)
-        return True
+        return is_suspect
 
     def returned(self, requests: Iterable[Request]) -> None:
         """Has requests wait again that were taken out of the engine."""
@@ -128,11 +123,8 @@ class HeldChunks:
         """These are in the queue now."""
         self.giving = [part for part in self.giving if part not in parts]
         for part in parts:
-            left = self._unstored.get(part.chunk_id, 0) - len(part.indexes)
-            if left > 0:
-                self._unstored[part.chunk_id] = left
-            else:
-                self._forget(part.chunk_id)
+            if part.chunk_id in self:
+                self._settle(part.chunk_id, set(part.indexes))
 
     def drop(self, ids: Set[int]) -> None:
         """Forgets these chunks."""
@@ -151,6 +143,14 @@ class HeldChunks:
         self._late.clear()
         self._suspects.clear()
         self.ready.clear()
+
+    def _settle(self, chunk_id: int, indexes: Set[int]) -> bool:
+        """These requests of a chunk are not waited for any more. True if they were the last: it is forgotten."""
+        unstored = self._unstored[chunk_id]
+        unstored -= indexes
+        if not unstored:
+            self._forget(chunk_id)
+        return not unstored
 
     def _forget(self, chunk_id: int) -> None:
         self._unstored.pop(chunk_id, None)

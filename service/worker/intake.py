@@ -339,6 +339,8 @@ class _Staging:
         try:
             yield
         except psycopg2.errors.UniqueViolation as error:
+            if error.diag.constraint_name != creation.CUSTOM_IDS:
+                raise
             row = _COPY_ROW.search(error.diag.context or "")
             key = _DUPLICATE.search(error.diag.message_detail or "")
             place = self.rows.place_of_row(before + int(row[1])) if row else "requests"

@@ -240,6 +240,9 @@ async def _prepare_database(settings: Settings, parts: Parts) -> None:
     for seen in beats:
         if seen.beat.worker_id == parts.state.worker_id:
             parts.state.failed_before(heartbeats.failure(seen.beat))
+            if seen.beat.settings == settings.fingerprint:
+                # What is about to be served again is not unknown meanwhile.
+                parts.state.offer = Offer(frozenset(seen.beat.models), frozenset(seen.beat.detail.get("urls", ())))
     parts.heart.start()
     timeout_s = max(settings.drain_timeout_s, settings.lease_s) + ENDING_TIMEOUT_S
     await asyncio.to_thread(parts.heart.wait_for_identity, timeout_s)

@@ -293,7 +293,7 @@ class Runner:
     def _results_stored(self, stored: Sequence[Result]) -> None:
         counters.results_stored([result for result in stored if result.chunk_id in self._held])
         for result in stored:
-            if self._held.result_stored(result.chunk_id):
+            if self._held.result_stored(result.chunk_id, result.index):
                 # Few suspects are claimed at a time: now there is room for the next.
                 self._look_at_s = 0
         self._wakeup.set()

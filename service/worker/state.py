@@ -33,6 +33,7 @@ class WorkerState:
     worker_id: str
     incarnation: UUID
     phase: Phase = Phase.STARTING
+    # Until the engine is loaded, what the last life served with the same settings.
     offer: Offer = field(default_factory=lambda: Offer(frozenset(), frozenset()))
     # Why the engine died or did not start, as in the heartbeat's detail; until ready, why the last incarnation failed.
     failure: dict[str, str] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from service.db.run_order import RunOrder
 from service.db.sharing import Part
 from service.worker.intake import Rows
 from service.worker.offer import Offer
-from tests.support.batches import URL, count, finished, line, refused
+from tests.support.batches import URL, count, finished, line, refused, run_sql
 from tests.support.queue import answer, claim
 from tests.support.servers import Stack
 from tests.support.store import SIZES, holder
@@ -259,3 +259,30 @@ def test_a_file_of_two_hosts_models(stack: Stack, client: Client) -> None:
         done = finished(client, waiting.id)
         assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, 40)
         assert answered_by(client, waiting.id) == order
+
+
+def test_a_model_that_is_loaded_again(stack: Stack, client: Client) -> None:
+    """While a worker loads again what it served, its models are away and not unknown, and other names are wrong."""
+    stack.gateway()
+    stack.worker("a", model="alpha")
+    stack.wait_until_accepting()
+    beta = stack.worker("b", model="beta", simulated_load_s=600)
+    loads = "heartbeats WHERE worker_id LIKE '%:b' AND phase = 'loading'"
+    until(lambda: count(stack, loads), "it to load for the first time")
+    mixed = [line("a", model="alpha"), line("b", model="beta")]
+    unknown = refused(lambda: client.submit_lines(mixed))
+    assert (unknown.code, unknown.reason) == (UNAVAILABLE, "WORKER_LOADING")
+    beta.kill()
+    served = f"""models = '{{beta}}', detail = detail || '{{"urls": ["{URL}"]}}'"""
+    run_sql(stack, f"UPDATE heartbeats SET phase = 'ready', {served} WHERE worker_id LIKE '%:b'")
+    beta.start()
+    until(lambda: count(stack, loads), "it to load again")
+    batch = client.submit_lines(mixed)
+    until(lambda: client.get(batch.id).counts.completed == 1, "what alpha serves")
+    until(lambda: client.get(batch.id).wait.reason == pb.WAIT_REASON_WORKER_LOADING, "the reason of the rest")
+    wrong = refused(lambda: client.submit_lines([mixed[0], line("x", model="gamma")]))
+    assert wrong.code is grpc.StatusCode.INVALID_ARGUMENT
+    until(lambda: client.service_status().models == ["alpha"], "only what is served now")
+    beta.kill()
+    stack.worker("b", model="delta", simulated_load_s=600)
+    until(lambda: count(stack, f"{loads} AND models = '{{}}'"), "other settings to make its models unknown")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from uuid import uuid4
 
-from service.db import chunks, heartbeats, results, unserved
+from service.db import chunks, endings, heartbeats, results, turns, unserved
 from service.db.connection import Database
 from service.db.heartbeats import Beat
 from tests.integration.test_cli import run
@@ -12,7 +12,7 @@ from tests.support.batches import lines
 from tests.support.ports import free_port
 from tests.support.queue import claim, queued
 from tests.support.servers import Stack
-from tests.support.store import answers, holder, stored
+from tests.support.store import answers, count, holder, stored
 from tests.support.waiting import until
 from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -71,6 +71,20 @@ def test_models_that_batches_wait_for(database: Database) -> None:
     assert database.call(unserved.awaited) == frozenset()
     database.call(chunks.release, mine, [first.id])
     assert database.call(unserved.awaited) == {"tiny"}
+
+
+def test_what_was_cancelled_waits_for_nothing(database: Database) -> None:
+    """The end of a batch is noted by other workers where nobody serves its models, and not where somebody does."""
+    for models in (("gone",), ("tiny",)):
+        database.call(endings.cancel, queued(database, 2, models=models))
+        queued(database, 1, models=("tiny",))
+    claim(database, holder())
+    database.call(turns.mend)
+    assert database.call(unserved.awaited) == {"gone", "tiny"}
+    for _ in range(3):
+        database.call(turns.settle_abandoned)
+    assert database.call(unserved.awaited) == {"tiny"}
+    assert (count(database, "queue"), count(database, "queue_changes WHERE is_over")) == (3, 1)
 
 
 def test_it_is_said_everywhere(stack: Stack, client: Client) -> None:

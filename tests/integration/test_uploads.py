@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import grpc
 import peewee
+import psycopg2.errors
 import pytest
 
 from service.db import batches, chunks, creation, endings
@@ -94,6 +95,15 @@ def test_a_repeated_name_is_told_by_its_line(database: Database) -> None:
     assert "'c3'" in violation.description
     purge(database)
     assert count(database, "requests") == 0
+
+
+@pytest.mark.usefixtures("small_stages")
+@pytest.mark.parametrize("size", [2, 200])
+def test_another_repetition_is_no_repeated_name(database: Database, size: int) -> None:
+    """What Postgres refuses because of another index than that of custom_ids is told as Postgres tells it."""
+    database.call(lambda db: db.execute_sql("CREATE UNIQUE INDEX by_url ON requests (batch_id, url)"))
+    with pytest.raises(psycopg2.errors.UniqueViolation, match="by_url"):
+        store(database, [line(number) for number in range(size)])
 
 
 def wrong_places(database: Database, file: list[bytes]) -> list[str]:

@@ -31,7 +31,7 @@ class FakePostgres:
         self.others = others
         self.became: list[Any] = []
 
-    def run(self, function: Any, *arguments: Any) -> asyncio.Future[Any]:
+    def run(self, function: Any, *arguments: Any, **_: Any) -> asyncio.Future[Any]:
         return asyncio.ensure_future(self._run(function, *arguments))
 
     async def _run(self, function: Any, *arguments: Any) -> Any:

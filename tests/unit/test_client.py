@@ -6,7 +6,9 @@ import inspect
 import io
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -132,7 +134,8 @@ async def test_asyncio_calls_that_end_with_their_channel(is_stream: bool) -> Non
         return (await anext(client.watch("a")) if is_stream else await client.get("a")).id
 
     client = AsyncClient("127.0.0.1:1", token="")
-    client._rules["wait"] = lambda _: 0
+    for rules in (client._rules, client._stream_rules):
+        rules["wait"] = lambda _: 0
     client._stub = cast("Any", Cut(2))
     assert await ask(client) == "a"
     await client.close()
@@ -154,12 +157,107 @@ async def test_asyncio_calls_that_are_cancelled() -> None:
     await client.close()
 
 
+class Sending:
+    """An upload under way, as gRPC's blocking API has it; its own stub, too."""
+
+    def __init__(self) -> None:
+        self.has_ended = threading.Event()
+        self.callbacks: list[Callable[[object], None]] = []
+        self.UploadBatch = self
+
+    def future(self, *_: object, **__: object) -> "Sending":
+        return self
+
+    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+        self.callbacks.append(callback)
+
+    def result(self) -> pb.UploadBatchResponse:
+        self.has_ended.wait()
+        return pb.UploadBatchResponse(batch=pb.Batch(id="a"))
+
+    def cancel(self) -> None:
+        self.has_ended.set()
+
+
+@in_loop
+async def test_asyncio_uploads_take_no_threads() -> None:
+    """However many uploads are under way, the loop's own threads are there for others, such as name resolution."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    client, sending = AsyncClient("127.0.0.1:1", token=""), Sending()
+    client._upload_stub = cast("Any", sending)
+    uploading = asyncio.create_task(client.submit(io.BytesIO()))
+    await asyncio.sleep(0)
+    try:
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "others"), 5) == "others"
+        sending.has_ended.set()
+        await asyncio.to_thread(sending.callbacks[0], sending)
+        assert (await uploading).id == "a"
+    finally:
+        sending.has_ended.set()
+        await client.close()
+
+
 def test_patience_ends() -> None:
     """Once patience has run out, UNAVAILABLE is raised instead of retried."""
     with pytest.raises(CallError):
         sync(
             lambda: (_ for _ in ()).throw(CallError(Failure(grpc.StatusCode.UNAVAILABLE, 0.01))), retry_rules(0, print)
         )
+
+
+@pytest.mark.parametrize("retry", [sync, aio])
+def test_no_wait_is_longer_than_patience(retry: Callable[[Callable[[], str], dict[str, object]], str]) -> None:
+    """However long a server asks to wait, the last attempt comes when patience ends."""
+    waits: list[float] = []
+    attempts = 0
+
+    def call() -> str:
+        nonlocal attempts
+        attempts += 1
+        raise CallError(Failure(grpc.StatusCode.UNAVAILABLE, 300))
+
+    with pytest.raises(CallError):
+        retry(call, retry_rules(0.05, lambda _, delay_s: waits.append(delay_s)))
+    assert attempts > 1
+    assert 0 < waits[0] <= 0.05
+
+
+@pytest.mark.parametrize("retry", [sync, aio])
+@pytest.mark.parametrize(("of_stream", "most"), [(False, 2), (True, 5)])
+def test_patience_begins_with_a_failure(
+    retry: Callable[[Callable[[], str], dict[str, object]], str],
+    of_stream: bool,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The hours before a stream or an upload broke are no failing; those of a stream that broke again are none
+    either, while an upload that always breaks ends.
+    """
+    now_s = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    attempts = 0
+
+    def call() -> str:
+        nonlocal attempts, now_s
+        attempts += 1
+        if attempts == 5:
+            return "done"
+        now_s += 3600
+        raise CallError(Failure(grpc.StatusCode.UNAVAILABLE, 0))
+
+    rules = retry_rules(600, of_stream=of_stream) | {"sleep": time_free(retry)}
+    with contextlib.nullcontext() if of_stream else pytest.raises(CallError):
+        assert retry(call, rules) == "done"
+    assert attempts == most
+
+
+def time_free(retry: Callable[..., str]) -> Callable[[float], object]:
+    """A sleep that takes no time."""
+
+    async def aio_sleep(_: float) -> None:
+        pass
+
+    return (lambda _: None) if retry is sync else aio_sleep
 
 
 def test_each_try_sends_the_same() -> None:

@@ -1,5 +1,6 @@
 """What a worker holds: which chunks, how many requests of each, and which are suspects."""
 
+from service.db.sharing import Part
 from service.worker.held_chunks import HeldChunks
 from tests.support.engine_fakes import request, work_of
 
@@ -9,11 +10,28 @@ def test_a_chunk_is_held_until_its_last_result_is_stored() -> None:
     held, work = HeldChunks(), work_of(1)
     work.chunks[0][1].append(request(11))  # type: ignore[attr-defined]
     held.load(work)
-    assert not held.result_stored(1)
+    assert not held.result_stored(1, 10)
     assert (held.ids, 1 in held) == ([1], True)
-    assert not held.result_stored(1)
+    assert not held.result_stored(1, 11)
     assert (held.ids, 1 in held) == ([], False)
-    assert not held.result_stored(1)
+    assert not held.result_stored(1, 11)
+
+
+def test_a_second_result_of_a_request_is_none_of_another() -> None:
+    """A chunk that was lost, and had again while results of it were not stored yet, is held until its last request."""
+    held, work = HeldChunks(), work_of(1)
+    work.chunks[0][1].extend((request(11), request(12)))  # type: ignore[attr-defined]
+    held.load(work)
+    held.drop({1})
+    held.load(work)
+    held.offer([held.ready.take_last(1, lambda one: one.index == 12)])
+    for _ in range(2):
+        assert not held.result_stored(1, 10)
+        # As a part whose answer was lost is given again.
+        held.given([Part(1, [12])])
+        assert held.ids == [1]
+    assert not held.result_stored(1, 11)
+    assert held.ids == []
 
 
 def test_a_chunk_without_unanswered_requests_is_not_held() -> None:
@@ -31,7 +49,7 @@ def test_a_chunk_that_is_had_again_runs_once() -> None:
     held.ready.popleft()
     held.load(work_of(1, 2, 3))
     assert [one.chunk_id for one in held.ready] == [2, 3]
-    assert not held.result_stored(1)
+    assert not held.result_stored(1, 10)
     assert held.ids == [2, 3]
 
 
@@ -41,8 +59,8 @@ def test_suspects_are_counted_until_they_are_done_or_lost() -> None:
     held.load(work_of(1))
     held.load(work_of(2, 3, 4, deaths=1))
     assert held.suspects == 3
-    assert not held.result_stored(1)
-    assert held.result_stored(2)
+    assert not held.result_stored(1, 10)
+    assert held.result_stored(2, 20)
     held.drop({3, 99})
     assert (held.suspects, held.ids, [one.chunk_id for one in held.ready]) == (1, [4], [2, 4, 1])
     assert held.waiting == {1, 2, 4}

@@ -1,6 +1,8 @@
 """Links to workers stay, however a worker or a proxy ends the calls on them."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -21,7 +23,15 @@ class Worker:
     def __init__(self) -> None:
         self.watches = 0
 
-    def health(self, address: str) -> "Worker":
+    @asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator["Worker"]:
+        yield self
+
+    async def is_current(self, address: str, worker: "Worker") -> bool:
+        return True
+
+    @property
+    def health(self) -> "Worker":
         return self
 
     def Watch(self, request: object) -> "Watch":

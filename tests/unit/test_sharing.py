@@ -123,7 +123,7 @@ def test_what_is_given_is_held_until_postgres_has_it() -> None:
     assert (held.giving, sorted(held.ids), len(held.ready)) == ([Part(5, [1, 2])], [5, 9], 2)
     held.given([Part(5, [1, 2])])
     assert held.giving == []
-    assert not held.result_stored(5)
+    assert not held.result_stored(5, 0)
     assert held.ids == [9]
     held.returned(requests(5, 7))
     assert len(held.ready) == 2

@@ -69,7 +69,7 @@ class Parts:
 
     def _on_stored(self, stored: Sequence[Result]) -> None:
         for result in stored:
-            self.held.result_stored(result.chunk_id)
+            self.held.result_stored(result.chunk_id, result.index)
         self.wakeup.set()
 
     async def turn(self, direct: Callable[[], Coroutine[Any, Any, None]]) -> None:

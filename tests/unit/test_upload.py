@@ -1,7 +1,10 @@
 """Uploads through the gateway: which model they are for, and that small ones can be sent again."""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 from service.api import named_models
 from service.api.named_models import ANY, Named
+from service.gateway.thread_stream import FromThread
 from service.gateway.upload import KEPT_BYTES, Upload
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -150,3 +154,41 @@ def test_models_of_inline_requests() -> None:
 def test_a_model_that_is_not_utf8_names_none() -> None:
     """The worker reports what is wrong with the line; the gateway forwards it."""
     assert named_models.of_line(LINE.replace(b'"m"', b'"\x80"')) == ""
+
+
+def test_an_aborted_reader_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that is aborted at the moment when it begins to read leaves what comes next to the following one."""
+    begin, has_begun = asyncio.run_coroutine_threadsafe, threading.Event()
+
+    def begin_late(*given: Any) -> Any:
+        aborting.start()
+        # Unless it has to wait, it is over before the read begins.
+        aborting.join(0.2)
+        has_begun.set()
+        return begin(*given)
+
+    def read() -> None:
+        with contextlib.suppress(CancelledError):
+            next(reader)
+
+    async def test() -> None:
+        nonlocal reader, aborting
+        client = Client()
+        upload = Upload(aiter(client), "made")
+        messages = upload.messages()
+        await anext(messages)
+        reader = FromThread(messages, asyncio.get_running_loop())
+        aborting = threading.Thread(target=reader.abort)
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", begin_late)
+        reading = asyncio.create_task(asyncio.to_thread(read))
+        await asyncio.to_thread(has_begun.wait)
+        await asyncio.to_thread(aborting.join)
+        following = asyncio.create_task(received(upload))
+        client.send(b"1")
+        client.end()
+        assert await following == [b"1"]
+        await reading
+
+    reader: FromThread[pb.UploadBatchRequest]
+    aborting: threading.Thread
+    run(test())
