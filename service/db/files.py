@@ -12,7 +12,7 @@ import peewee
 import psycopg2.errors
 
 from service import failpoints
-from service.db import limits
+from service.db import file_lists, limits
 from service.db.batches import IN_SCOPE
 from service.db.connection import allow
 from service.db.limits import Limits
@@ -319,6 +319,7 @@ def purge(db: peewee.PostgresqlDatabase, pieces: int) -> bool:
             (row[0], pieces),
         ).rowcount
         if not removed:
+            file_lists.remember(db, row[0])
             db.execute_sql("DELETE FROM file_parts WHERE file_id = %s", row)
             db.execute_sql("DELETE FROM files WHERE id = %s", row)
         return True
