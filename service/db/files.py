@@ -134,9 +134,15 @@ def finish(
     size: int,
     lifetime_s: float | None,
     allowed: Limits,
+    is_repeated: bool = False,
 ) -> File | None:
-    """Makes a file that has arrived visible. None: it took too long and is gone. Raises FullError."""
+    """Makes a file that has arrived visible. None: it took too long and is gone. Raises FullError.
+
+    `is_repeated`: it may be visible already.
+    """
     with db.atomic():
+        if is_repeated and (made := get(db, None, file_id)):
+            return made
         db.execute_sql("UPDATE file_parts SET bytes = %s WHERE id = %s", (size, part_id))
         failpoints.hit("file.before_commit")
         owner = db.execute_sql("SELECT tenant FROM files WHERE id = %s", (file_id,)).fetchone()

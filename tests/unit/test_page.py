@@ -138,7 +138,7 @@ def test_lines_of_a_file_that_was_deleted() -> None:
         found.set_result(None if function.__name__ == "get" else b"secret\n")
         return found
 
-    database = cast("Any", SimpleNamespace(run=run))
+    database = cast("Any", SimpleNamespace(read=run, run=run))
     assert asyncio.run(batches._lines(database, 1, {1})) == {}
 
 
