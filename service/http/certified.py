@@ -1,20 +1,29 @@
 """Connections: who is at the other end, by its client certificate, as gRPC has it; silent ones are closed."""
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from service.telemetry import logs
+
 # Of what ASGI calls the state of a request.
 _IDENTITIES = "identities"
-
 
 # How long the headers of a request may take, from the connection or from their first byte on: uvicorn has no limit, and
 # connections that send nothing would take all that a process can have.
 HEADERS_TIMEOUT_S = 60.0
 # How large they may be, the URL included. uvicorn has no limit here either, and who calls is not known before.
 MAX_HEADERS_BYTES = 64 << 10
+# How often to look whether a client takes in what is there for it. One that has taken in nothing since is not waited
+# for: uvicorn would, for ever, with a piece of the answer in memory and what makes the rest.
+ANSWER_TIMEOUT_S = 60.0
+# Of TCP_INFO: how many bytes the other side has acknowledged.
+_ACKNOWLEDGED = slice(120, 128)
+
+log = logs.get("http")
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -24,6 +33,9 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     timeout_keep_alive_task: asyncio.TimerHandle | None
     _silence: asyncio.TimerHandle | None = None
     _awaited_bytes = 0
+    _answer: asyncio.TimerHandle | None = None
+    # How much was not sent yet at the last look, and how much was acknowledged.
+    _untaken: tuple[int, bytes] = (0, b"")
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Looks at the certificate once: the handshake is over."""
@@ -33,6 +45,7 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         peer = connection.getpeercert() if connection is not None else None
         self.app_state = {**self.app_state, _IDENTITIES: identities(peer or {})}
         self._await_headers()
+        self._look_at_answer()
 
     def data_received(self, data: bytes) -> None:
         """Part of a request. Ends the connection when its headers are too large."""
@@ -62,6 +75,8 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing comes any more."""
         self._end_silence()
+        if self._answer is not None:
+            self._answer.cancel()
         super().connection_lost(exc)
         # uvicorn lets it run when the client resets the connection, and it holds all that belongs to that.
         if self.timeout_keep_alive_task is not None:
@@ -74,6 +89,21 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         # uvicorn's other parser, for machines without httptools, does not tell where headers end.
         if hasattr(AutoHTTPProtocol, "on_headers_complete"):
             self._silence = asyncio.get_running_loop().call_later(HEADERS_TIMEOUT_S, self.transport.abort)
+
+    def _look_at_answer(self) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size:
+            # What is left in the buffer is not enough to tell: TLS and the system have their own.
+            connection = self.transport.get_extra_info("socket")
+            found = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.stop)
+            last, self._untaken = self._untaken, (size, found[_ACKNOWLEDGED])
+            if self._untaken == last:
+                log.info("answer_not_read", peer=str(self.client))
+                self.transport.abort()
+                return
+        else:
+            self._untaken = (0, b"")
+        self._answer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT_S, self._look_at_answer)
 
     def _end_silence(self) -> None:
         if self._silence is not None:

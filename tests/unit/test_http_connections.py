@@ -1,6 +1,8 @@
 """Connections to OpenAI's door: what stays silent is ended, wherever in a request it does."""
 
 import asyncio
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -21,6 +23,9 @@ class Transport(asyncio.Transport):
         super().__init__()
         self.aborted = asyncio.Event()
         self.closed = asyncio.Event()
+        # What is not sent yet, and what the other side says, look after look, to have of the rest.
+        self.unsent = 0
+        self.acknowledged: Iterator[int] = itertools.repeat(0)
 
     def abort(self) -> None:
         self.aborted.set()
@@ -30,6 +35,20 @@ class Transport(asyncio.Transport):
 
     def close(self) -> None:
         self.closed.set()
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self if name == "socket" else default
+
+    def getsockopt(self, *_: int) -> bytes:
+        return bytes(120) + next(self.acknowledged).to_bytes(8, "little")
+
+    def getsockname(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    getpeername = getsockname
 
     def pause_reading(self) -> None:
         """All is there already."""
@@ -138,6 +157,43 @@ def test_nothing_is_kept_of_a_connection_that_is_reset() -> None:
         assert timer is not None
         protocol.connection_lost(ConnectionResetError())
         assert timer.cancelled()
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes in nothing of its answer is not waited for, also when it took in some before."""
+    monkeypatch.setattr(certified, "ANSWER_TIMEOUT_S", 0.01)
+
+    async def run() -> None:
+        _, transport = connected()
+        transport.acknowledged, transport.unsent = itertools.chain(range(5), itertools.repeat(5)), 9
+        await asyncio.wait_for(transport.aborted.wait(), 30)
+        assert next(transport.acknowledged) == 5
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_is_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes in a byte now and then is left alone, however long it takes."""
+    monkeypatch.setattr(certified, "ANSWER_TIMEOUT_S", 0.001)
+
+    async def run() -> None:
+        protocol, transport = connected()
+        is_seen = asyncio.Event()
+
+        def acknowledged() -> Iterator[int]:
+            yield from range(20)
+            is_seen.set()
+            yield from itertools.count(20)
+
+        transport.acknowledged = acknowledged()
+        transport.unsent = 9
+        await asyncio.wait_for(is_seen.wait(), 30)
+        protocol.connection_lost(None)
+        assert not transport.aborted.is_set()
+        assert protocol._answer is not None
+        assert protocol._answer.cancelled()
 
     asyncio.run(run())
 
