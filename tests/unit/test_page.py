@@ -56,6 +56,7 @@ def test_host_of_somebody_else(host: str) -> None:
         ("POST", {"origin": "http://127.0.0.1:1", "host": "127.0.0.1:1"}, False),
         ("POST", {"origin": "http://127.0.0.1:2", "host": "127.0.0.1:1"}, True),
         ("POST", {"origin": "null", "host": "127.0.0.1:1"}, True),
+        ("POST", {"origin": "http://[", "host": "127.0.0.1:1"}, True),
         ("POST", {"origin": "https://evil.example", "host": "127.0.0.1:1"}, True),
         ("POST", {"sec-fetch-site": "same-origin", "origin": "https://name", "host": "behind:1"}, False),
         ("POST", {"sec-fetch-site": "none"}, False),
