@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     _answer: asyncio.TimerHandle | None = None
     # How much was not sent yet at the last look, and how much was acknowledged.
     _untaken: tuple[int, bytes] = (0, b"")
+    _data = b""
+    _is_resuming = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Looks at the certificate once: the handshake is over."""
@@ -50,7 +53,9 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def data_received(self, data: bytes) -> None:
         """Part of a request. Ends the connection when its headers are too large."""
         self._awaited_bytes += len(data)
+        self._data = data
         super().data_received(data)
+        self._data = b""
         if self.transport.is_closing():
             return
         if self._silence is not None:
@@ -64,13 +69,59 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        self._await_headers()
-        super().on_message_begin()
+        if not self._is_resuming:
+            self._await_headers()
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the URL."""
+        if not self._is_resuming:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header."""
+        if not self._is_resuming:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """What follows is the body, whose pieces have a limit of their own."""
-        self._end_silence()
-        super().on_headers_complete()
+        if not self._is_resuming:
+            self._end_silence()
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The end of a request, unless its body is still to be read, by another parser."""
+        if not self.parser.should_upgrade() or self.scope["method"] == "CONNECT":
+            super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Reads on after the headers of a request that offers another protocol.
+
+        Java's HTTP client offers HTTP/2 in each first request over http. To go on without it is right (RFC 9110, 7.8),
+        but the parser takes what follows for the other protocol, and uvicorn for nothing: the body would be lost.
+        """
+        offer, rest = sys.exc_info()[1], self._data
+        while offer is not None and self.scope["method"] != "CONNECT":
+            rest = rest[offer.args[0] :]
+            offer = self._read_on(rest)
+
+    def _read_on(self, rest: bytes) -> Exception | None:
+        """Reads what follows the headers that were read last. Returns that another protocol is offered there, too."""
+        # There are machines without it.
+        import httptools
+
+        framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        self.parser = httptools.HttpRequestParser(self)
+        try:
+            self._is_resuming = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(b"%s: %s\r\n" % pair for pair in framing))
+            self._is_resuming = False
+            self.parser.feed_data(rest)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as offer:
+            return offer
+        return None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing comes any more."""

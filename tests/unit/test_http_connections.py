@@ -23,6 +23,7 @@ class Transport(asyncio.Transport):
         super().__init__()
         self.aborted = asyncio.Event()
         self.closed = asyncio.Event()
+        self.written = b""
         # What is not sent yet, and what the other side says, look after look, to have of the rest.
         self.unsent = 0
         self.acknowledged: Iterator[int] = itertools.repeat(0)
@@ -30,8 +31,8 @@ class Transport(asyncio.Transport):
     def abort(self) -> None:
         self.aborted.set()
 
-    def write(self, data: object) -> None:
-        """Goes nowhere."""
+    def write(self, data: Any) -> None:
+        self.written += data
 
     def close(self) -> None:
         self.closed.set()
@@ -65,8 +66,18 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def connected() -> tuple[certified.Protocol, Transport]:
-    config = uvicorn.Config(answer, lifespan="off", log_config=None)
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    body, is_complete = b"", False
+    while not is_complete:
+        message = await receive()
+        body, is_complete = body + message["body"], not message["more_body"]
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def connected(app: Any = answer) -> tuple[certified.Protocol, Transport]:
+    config = uvicorn.Config(app, lifespan="off", log_config=None, ws="none")
     config.load()
     protocol, transport = certified.Protocol(config=config, server_state=ServerState(), app_state={}), Transport()
     protocol.connection_made(transport)
@@ -157,6 +168,52 @@ def test_nothing_is_kept_of_a_connection_that_is_reset() -> None:
         assert timer is not None
         protocol.connection_lost(ConnectionResetError())
         assert timer.cancelled()
+
+    asyncio.run(run())
+
+
+OFFER = b"Host: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "bodies"),
+    [
+        (b"POST / HTTP/1.1\r\n" + OFFER + b"Content-Length: 3\r\n\r\nabc", [b"abc"]),
+        (
+            b"POST / HTTP/1.1\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n",
+            [b"abc"],
+        ),
+        (b"GET / HTTP/1.1\r\n" + OFFER + b"\r\n" + REQUEST, [b"", b""]),
+        ((b"POST / HTTP/1.1\r\n" + OFFER + b"Content-Length: 3\r\n\r\nabc") * 3, [b"abc"] * 3),
+    ],
+)
+def test_another_protocol_is_offered(sent: bytes, bodies: list[bytes]) -> None:
+    """A client that offers HTTP/2, as Java's does, is answered as if it had not, wherever its request is cut in two."""
+
+    async def run() -> None:
+        for place in range(1, len(sent)):
+            protocol, transport = connected(echo)
+            for part in (sent[:place], sent[place:]):
+                protocol.data_received(part)
+                await asyncio.sleep(0)
+            while protocol.tasks:
+                await asyncio.wait(protocol.tasks)
+            found = [answer.partition(b"\r\n\r\n")[2] for answer in transport.written.split(b"HTTP/1.1 200 OK")[1:]]
+            assert found == bodies, place
+            protocol.connection_lost(None)
+
+    asyncio.run(run())
+
+
+def test_what_follows_an_offer_is_no_request() -> None:
+    """It is answered as such."""
+
+    async def run() -> None:
+        protocol, transport = connected(echo)
+        protocol.data_received(b"POST / HTTP/1.1\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n")
+        assert transport.written.startswith(b"HTTP/1.1 400 ")
+        protocol.connection_lost(None)
+        await asyncio.wait(protocol.tasks)
 
     asyncio.run(run())
 
