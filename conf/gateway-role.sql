@@ -34,7 +34,7 @@ GRANT INSERT, UPDATE ON tenants TO vllm_batch_gateway;
 GRANT INSERT, DELETE ON requests, results, chunks, purges TO vllm_batch_gateway;
 GRANT USAGE ON SEQUENCE file_ids TO vllm_batch_gateway;
 GRANT INSERT, UPDATE, DELETE ON files, file_parts TO vllm_batch_gateway;
-GRANT INSERT, DELETE ON file_pieces TO vllm_batch_gateway;
+GRANT INSERT, DELETE ON file_pieces, gone_files TO vllm_batch_gateway;
 GRANT INSERT ON file_batches, output_pages TO vllm_batch_gateway;
 GRANT UPDATE (is_measured) ON file_batches TO vllm_batch_gateway;
 GRANT INSERT, UPDATE (is_deleted) ON output_files TO vllm_batch_gateway;

@@ -47,7 +47,7 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
         before = pages.position(request.page_token, "events", "page_token")
         if "\0" in request.worker_id:
             raise invalid([Violation("worker_id", "must not contain NUL")])
-        page = await self._database.run(recoveries.list_page, request.worker_id or None, before, size + 1)
+        page = await self._database.read(recoveries.list_page, request.worker_id or None, before, size + 1)
         more = len(page) > size
         return pb.ListEventsResponse(
             events=[event_message(event) for event in page[:size]],

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 raise invalid([Violation(f"states[{place}]", f"{state} is no state")])
         states = [messages.state_name(state) for state in request.states]
         tenant = asked_tenant(request.tenant, "Listing the batches")
-        page = await self.database.run(batches.list_page, states, before, size + 1, tenant)
+        page = await self.database.read(batches.list_page, states, before, size + 1, tenant)
         more = len(page) > size
         return pb.ListBatchesResponse(
             batches=await self._described(page[:size]),
@@ -165,11 +166,11 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             after = _Begin(span.last, end) if as_lines and end < span.large else _Begin(span.last + 1)
             page: asyncio.Future[Any]
             if not as_lines:
-                page = self.database.run(results.read_page, order, which, batch_id, span, messages.MAX_BODY_BYTES)
+                page = self.database.read(results.read_page, order, which, batch_id, span, messages.MAX_BODY_BYTES)
             elif span.large:
-                page = self.database.run(results.read_piece, order, batch_id, span, offset)
+                page = self.database.read(results.read_piece, order, batch_id, span, offset)
             else:
-                page = self.database.run(results.read_lines, order, which, batch_id, span)
+                page = self.database.read(results.read_lines, order, which, batch_id, span)
             return page, after
 
         async def first() -> tuple[pb.StreamResultsResponse, _Begin]:
@@ -182,7 +183,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             following: int | None = position
             while following is not None:
                 position = following
-                spans, following = await self.database.run(
+                spans, following = await self.database.read(
                     results.divide, order, which, batch_id, position, size, may_skip
                 )
                 if offset and not (spans and spans[0].last == position and offset < spans[0].large):
@@ -213,7 +214,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         batch = await self._get(messages.batch_id(request.batch_id))
         if not batch.failed:
             return pb.ListErrorsResponse()
-        return error_kinds.response(await self.database.run(failures.count, batch.id), batch.failed)
+        return error_kinds.response(await self.database.read(failures.count, batch.id), batch.failed)
 
     async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
         """Returns the result of one request."""
@@ -221,7 +222,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         if not request.custom_id or "\0" in request.custom_id:
             raise invalid([Violation("custom_id", "is required, without NUL")])
         name, scope = request.custom_id, call_context.scope()
-        result = await self.database.run(results.read_one, batch_id, name, messages.MAX_BODY_BYTES, scope)
+        result = await self.database.read(results.read_one, batch_id, name, messages.MAX_BODY_BYTES, scope)
         if result is None:
             await self._get(batch_id)
             raise not_found(f"a result of {name!r} in {request.batch_id}")
@@ -231,7 +232,9 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Cancels a batch; one already cancelled stays so."""
         batch_id = messages.batch_id(request.batch_id)
         with _conflicts():
-            batch = await self.database.run(endings.cancel, batch_id, call_context.scope())
+            batch = await self.database.twice(
+                lambda _: self.database.run(endings.cancel, batch_id, call_context.scope())
+            )
         if batch is None:
             raise not_found(f"batch {request.batch_id!r}")
         log.info("batch_cancelled", batch=request.batch_id, state=batch.state)
@@ -240,27 +243,22 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
     async def DeleteBatch(self, request: pb.DeleteBatchRequest, context: Context) -> pb.DeleteBatchResponse:
         """Deletes a batch that has ended."""
         batch_id = messages.batch_id(request.batch_id)
+        await self._get(batch_id)
         with _conflicts():
-            is_deleted = await self.database.run(endings.delete, batch_id, call_context.scope())
-        if not is_deleted:
-            raise not_found(f"batch {request.batch_id!r}")
+            # What is not there any more by then is deleted.
+            await self.database.twice(lambda _: self.database.run(endings.delete, batch_id, call_context.scope()))
         log.info("batch_deleted", batch=request.batch_id)
         return pb.DeleteBatchResponse()
 
     async def RetryBatch(self, request: pb.RetryBatchRequest, context: Context) -> pb.RetryBatchResponse:
         """Creates a batch of another's failed requests."""
         batch_id = messages.batch_id(request.batch_id)
-        request_id = messages.options(pb.BatchOptions(request_id=request.request_id)).request_id
+        # Under one id, it can be made again.
+        request_id = messages.options(pb.BatchOptions(request_id=request.request_id)).request_id or str(uuid.uuid4())
+        trace, scope = call_context.current().traceparent, call_context.scope()
+        given = batch_id, request_id, RETRY_TIMEOUT_S, self._limits, trace, scope
         with _conflicts():
-            batch = await self.database.run(
-                creation.retry,
-                batch_id,
-                request_id,
-                RETRY_TIMEOUT_S,
-                self._limits,
-                call_context.current().traceparent,
-                call_context.scope(),
-            )
+            batch = await self.database.twice(lambda _: self.database.run(creation.retry, *given))
         if batch is None:
             raise not_found(f"batch {request.batch_id!r}")
         log.info("batch_retried", batch=request.batch_id, retried_as=messages.batch_name(batch.id))
@@ -269,7 +267,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
     async def ListTenants(self, request: pb.ListTenantsRequest, context: Context) -> pb.ListTenantsResponse:
         """Returns the caller's tenant, or all: those that ever had a batch and those in the file of tenants."""
         caller, quotas = call_context.current().caller, self._limits.quotas()
-        found = {each.tenant: each for each in await self.database.run(usage.take)}
+        found = {each.tenant: each for each in await self.database.read(usage.take)}
         names = {caller.tenant} | ({*found, *quotas.named} if caller.sees_all else set())
         busy = {each.tenant for each in found.values() if each.open_batches}
         return pb.ListTenantsResponse(
@@ -278,7 +276,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
 
     async def _get(self, batch_id: int) -> Batch:
         """One batch. Raises NOT_FOUND also for one of another tenant than the caller's."""
-        batch = await self.database.run(batches.get, batch_id, call_context.scope())
+        batch = await self.database.read(batches.get, batch_id, call_context.scope())
         if batch is None:
             raise not_found(f"batch {messages.batch_name(batch_id)!r}")
         return batch

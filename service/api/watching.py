@@ -78,7 +78,7 @@ class BatchWatch:
                 # The answer does not cover waiters that come during the query.
                 due = dict(self._waiting)
                 try:
-                    found = await self.database.run(batches.get_many, list({each.seen.id for each in due.values()}))
+                    found = await self.database.read(batches.get_many, list({each.seen.id for each in due.values()}))
                     if loop.time() - described_s >= DESCRIBE_INTERVAL_S:
                         described_s = loop.time()
                         _wake(due, await self._news(due, found))

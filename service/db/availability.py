@@ -120,9 +120,12 @@ def is_away(error: Exception) -> bool:
     return meaning_of(error) is Meaning.AWAY
 
 
-def is_cut(error: DatabaseAwayError) -> bool:
-    """True if the connection broke, or could not be made; False if Postgres was too slow, or refused."""
-    cause = error.__cause__
+def is_cut(error: Exception) -> bool:
+    """True if the connection broke, or could not be made; False if Postgres was too slow, or refused.
+
+    `error`: of a call that Postgres did not serve.
+    """
+    cause = error.__cause__ if isinstance(error, DatabaseAwayError) else error
     if cause is None:
         return False
     sqlstate = getattr(getattr(cause, "orig", None) or cause, "pgcode", None)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -10,11 +10,11 @@ import peewee
 import psycopg2
 
 from service.db import schema, sessions, standby
-from service.db.availability import DatabaseAwayError, database_away, is_away, is_read_only
+from service.db.availability import DatabaseAwayError, database_away, is_away, is_cut, is_read_only
 from service.db.deadlines import Deadlines, extend
 from service.db.pool import Pool, Postgres, Turns
 from service.db.servers import SLOW_S
-from service.telemetry import metrics
+from service.telemetry import logs, metrics
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,6 +30,8 @@ HOSTS_LOCK = 0x76626178
 CALL_FACTOR = 3
 # Migrating large tables may take long.
 MIGRATION_TIMEOUT_S = 600.0
+
+log = logs.get("database")
 
 
 class Database:
@@ -87,14 +89,15 @@ class Database:
             yield
 
     def _drop_connections(self, error: Exception) -> None:
-        """Closes this thread's connection and, if it broke or its server takes no writes any more, all idle ones.
+        """Closes this thread's connection and, if it broke or its server takes no writes any more, all others.
 
-        What is wrong with it is probably wrong with the others too, and each would cost a call its whole deadline.
+        What is wrong with it is probably wrong with the others too: each would cost a call its whole deadline, and one
+        that is made again would break again.
         """
         pool: peewee.PostgresqlDatabase = self._pool
         connection = pool.connection()
-        if connection.closed or is_read_only(error):
-            self._pool.close_idle()
+        if connection.closed or is_cut(error) or is_read_only(error):
+            self._pool.renew()
         # A new session may reach another server, and sees corrected settings of its role or database.
         with contextlib.suppress(psycopg2.Error):
             connection.close()
@@ -108,6 +111,29 @@ class Database:
         """
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._threads, lambda: self.call(function, *args, **kwargs))
+
+    def read(
+        self, function: Callable[Concatenate[peewee.PostgresqlDatabase, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """As `run`, for a function that changes nothing: if its connection breaks, it runs again over another one."""
+        return asyncio.ensure_future(self.twice(lambda _: self.run(function, *args, **kwargs)))
+
+    async def twice(self, call: Callable[[bool], Awaitable[T]]) -> T:
+        """The outcome of `call(False)`; of `call(True)` if the connection of that broke: it may have been done already.
+
+        Connections break while Postgres is up, too: a pooler is restarted, an administrator ends sessions. Nobody is
+        refused for that. A call that took as long as a statement may take is not made again.
+
+        Raises what the last of them raises.
+        """
+        until_s = asyncio.get_running_loop().time() + self._timeout_s
+        try:
+            return await call(False)
+        except DatabaseAwayError as error:
+            if not is_cut(error) or asyncio.get_running_loop().time() > until_s:
+                raise
+            log.info("call_made_again", cause=str(error))
+        return await call(True)
 
     def close(self) -> None:
         """Closes all connections. Calls that are under way end first."""

@@ -3,7 +3,7 @@
 import peewee
 
 from service import failpoints
-from service.db import batches, usage
+from service.db import batches, file_lists, usage
 from service.db.batches import Batch, StateError
 from service.db.connection import allow
 from service.db.standby import acknowledged
@@ -158,6 +158,7 @@ def delete(db: peewee.PostgresqlDatabase, batch_id: int, tenant: str | None = No
             raise StateError(batch, f"is {batch.state}")
         usage.count_ended(db, 1, batch_id)
         _purge_later(db, batch_id)
+        file_lists.remember_output(db, [batch_id])
         db.execute_sql("DELETE FROM batches WHERE id = %s", (batch_id,))
         failpoints.hit("delete.before_commit")
     failpoints.hit("delete.after_commit")
@@ -166,18 +167,18 @@ def delete(db: peewee.PostgresqlDatabase, batch_id: int, tenant: str | None = No
 
 def delete_old(db: peewee.PostgresqlDatabase, retention_s: float) -> list[int]:
     """Deletes up to 100 batches that ended more than `retention_s` ago and are counted. Returns their ids."""
-    rows = db.execute_sql(
-        """
-        WITH old AS (
-            SELECT id FROM batches WHERE end_time < clock_timestamp() - make_interval(secs => %s) AND is_counted
-            ORDER BY end_time LIMIT 100 FOR UPDATE SKIP LOCKED
-        ), gone AS (DELETE FROM batches WHERE id IN (SELECT id FROM old) RETURNING id),
-        purged AS (INSERT INTO purges (batch_id) SELECT id FROM gone ON CONFLICT DO NOTHING)
-        SELECT id FROM gone
-        """,
-        (retention_s,),
-    ).fetchall()
-    return [row[0] for row in rows]
+    with db.atomic():
+        old = db.execute_sql(
+            "SELECT id FROM batches WHERE end_time < clock_timestamp() - make_interval(secs => %s) AND is_counted"
+            " ORDER BY end_time LIMIT 100 FOR UPDATE SKIP LOCKED",
+            (retention_s,),
+        ).fetchall()
+        ids = [batch_id for (batch_id,) in old]
+        if ids:
+            file_lists.remember_output(db, ids)
+            db.execute_sql("INSERT INTO purges (batch_id) SELECT unnest(%s) ON CONFLICT DO NOTHING", (ids,))
+            db.execute_sql("DELETE FROM batches WHERE id = ANY(%s)", (ids,))
+    return ids
 
 
 def purge(db: peewee.PostgresqlDatabase, slice_size: int) -> bool:

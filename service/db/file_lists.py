@@ -7,7 +7,7 @@ from typing import Literal
 
 import peewee
 
-from service.db.batches import IN_SCOPE, TIME_OF_ID
+from service.db.batches import IN_SCOPE
 
 Kind = Literal["input", "output", "error"]
 Order = Literal["asc", "desc"]
@@ -39,9 +39,11 @@ SELECT create_time FROM files WHERE 'input' = %(kind)s AND id = %(number)s AND {
 UNION ALL
 SELECT o.create_time FROM output_files o JOIN batches b ON b.id = o.batch_id
 WHERE o.kind = %(kind)s AND o.batch_id = %(number)s AND {IN_SCOPE}
+UNION ALL
+SELECT create_time FROM gone_files WHERE kind = %(kind)s AND number = %(number)s AND {IN_SCOPE}
 """
-# Of an input file of which nothing is left its id has the millisecond. Rather one file twice than one not at all.
-MADE_BY_ID = f"SELECT {TIME_OF_ID.format(id='%(number)s')} + %(more)s * interval '1 millisecond'"
+# How long clients may list on after a file of which nothing is left.
+REMEMBERED_S = 86_400.0
 
 
 def page(
@@ -52,7 +54,7 @@ def page(
     limit: int,
     order: Order,
 ) -> list[Entry] | None:
-    """Up to `limit` files of these kinds behind the one named `after`, by age. None: there was no such file.
+    """Up to `limit` files of these kinds behind the one named `after`, by age. None: there was no such file lately.
 
     `tenant` None, here and below: those of all tenants.
     """
@@ -60,10 +62,8 @@ def page(
     place = ""
     if after is not None:
         kind, number = after
-        names |= {"kind": kind, "number": number, "more": 1 if order == "desc" else 0}
+        names |= {"kind": kind, "number": number}
         found = db.execute_sql(MADE, names).fetchone()
-        if found is None and kind == "input":
-            found = db.execute_sql(MADE_BY_ID, names).fetchone()
         if found is None:
             return None
         names["time"] = found[0]
@@ -85,3 +85,29 @@ def one(db: peewee.PostgresqlDatabase, tenant: str | None, kind: Kind, number: i
         {"tenant": tenant, "kind": kind, "number": number},
     ).fetchone()
     return Entry(*row) if row else None
+
+
+def remember(db: peewee.PostgresqlDatabase, file_id: int) -> None:
+    """Keeps the place in the list of an uploaded file whose row is about to be removed."""
+    db.execute_sql(
+        "INSERT INTO gone_files (kind, number, tenant, create_time)"
+        " SELECT 'input', id, tenant, create_time FROM files WHERE id = %s ON CONFLICT DO NOTHING",
+        (file_id,),
+    )
+
+
+def remember_output(db: peewee.PostgresqlDatabase, batch_ids: Sequence[int]) -> None:
+    """Keeps the places in the list of the output and error files of batches that are about to be deleted."""
+    db.execute_sql(
+        "INSERT INTO gone_files (kind, number, tenant, create_time)"
+        " SELECT o.kind, o.batch_id, b.tenant, o.create_time FROM output_files o JOIN batches b ON b.id = o.batch_id"
+        " WHERE b.id = ANY(%s) AND o.lines > 0 ON CONFLICT DO NOTHING",
+        (list(batch_ids),),
+    )
+
+
+def forget(db: peewee.PostgresqlDatabase) -> None:
+    """Removes the places of files that were removed long ago."""
+    db.execute_sql(
+        "DELETE FROM gone_files WHERE gone_time < clock_timestamp() - make_interval(secs => %s)", (REMEMBERED_S,)
+    )

@@ -12,7 +12,7 @@ import peewee
 import psycopg2.errors
 
 from service import failpoints
-from service.db import limits
+from service.db import file_lists, limits
 from service.db.batches import IN_SCOPE
 from service.db.connection import allow
 from service.db.limits import Limits
@@ -134,9 +134,15 @@ def finish(
     size: int,
     lifetime_s: float | None,
     allowed: Limits,
+    is_repeated: bool = False,
 ) -> File | None:
-    """Makes a file that has arrived visible. None: it took too long and is gone. Raises FullError."""
+    """Makes a file that has arrived visible. None: it took too long and is gone. Raises FullError.
+
+    `is_repeated`: it may be visible already.
+    """
     with db.atomic():
+        if is_repeated and (made := get(db, None, file_id)):
+            return made
         db.execute_sql("UPDATE file_parts SET bytes = %s WHERE id = %s", (size, part_id))
         failpoints.hit("file.before_commit")
         owner = db.execute_sql("SELECT tenant FROM files WHERE id = %s", (file_id,)).fetchone()
@@ -319,6 +325,7 @@ def purge(db: peewee.PostgresqlDatabase, pieces: int) -> bool:
             (row[0], pieces),
         ).rowcount
         if not removed:
+            file_lists.remember(db, row[0])
             db.execute_sql("DELETE FROM file_parts WHERE file_id = %s", row)
             db.execute_sql("DELETE FROM files WHERE id = %s", row)
         return True

@@ -4,12 +4,12 @@ import peewee
 
 
 def begin(db: peewee.PostgresqlDatabase, digest: bytes, token_digest: bytes, lasts_s: float) -> None:
-    """Begins a session, and removes those that have expired."""
+    """Begins a session, also repeatedly, and removes those that have expired."""
     with db.atomic():
         db.execute_sql("DELETE FROM page_sessions WHERE expire_time < clock_timestamp()")
         db.execute_sql(
             "INSERT INTO page_sessions (digest, token_digest, expire_time)"
-            " VALUES (%s, %s, clock_timestamp() + make_interval(secs => %s))",
+            " VALUES (%s, %s, clock_timestamp() + make_interval(secs => %s)) ON CONFLICT DO NOTHING",
             (digest, token_digest, lasts_s),
         )
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import peewee
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
@@ -42,7 +43,16 @@ class Pool(Postgres):
         self._lent = 0
         # With the time since which each is idle. The last one is lent first, so that the others can be closed.
         self._idle: list[tuple[float, Any]] = []
+        # How often `renew` was called, and how often before each connection was opened.
+        self._renewed = 0
+        self._opened: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._closer: threading.Thread | None = None
+
+    def renew(self) -> None:
+        """Closes all connections: the idle ones now, and those that are lent once they come back."""
+        with self._changed:
+            self._renewed += 1
+        self.close_idle()
 
     def close_idle(self, unused_s: float = 0.0) -> None:
         """Closes the connections that nobody has used for `unused_s`."""
@@ -63,7 +73,11 @@ class Pool(Postgres):
                 if _is_alive(connection):
                     return connection
                 _close(connection)
-            return super()._connect()
+            renewed = self._renewed
+            connection = super()._connect()
+            with self._changed:
+                self._opened[connection] = renewed
+            return connection
         except BaseException:
             self._returned(None)
             raise
@@ -74,19 +88,21 @@ class Pool(Postgres):
 
     def _close(self, connection: Any) -> None:
         is_fine = not connection.closed and connection.info.transaction_status == TRANSACTION_STATUS_IDLE
-        if not is_fine:
+        if not self._returned(connection if is_fine else None):
             _close(connection)
-        self._returned(connection if is_fine else None)
 
-    def _returned(self, connection: Any | None) -> None:
+    def _returned(self, connection: Any | None) -> bool:
+        """False: it is not kept."""
         with self._changed:
             self._lent -= 1
-            if connection is not None:
+            is_kept = connection is not None and self._opened.get(connection) == self._renewed
+            if is_kept:
                 self._idle.append((time.monotonic(), connection))
                 if self._closer is None:
                     self._closer = threading.Thread(target=self._close_unused, name="pool", daemon=True)
                     self._closer.start()
             self._changed.notify()
+            return is_kept
 
     def _close_unused(self) -> None:
         while True:

@@ -9,7 +9,7 @@ import peewee
 
 from service.api import messages
 from service.clock import Clock, SystemClock
-from service.db import endings, files, hosts, turns, unserved, usage, webhooks
+from service.db import endings, file_lists, files, hosts, turns, unserved, usage, webhooks
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog
 from service.db.connection import Database, check_schema, lock_housekeeping
 from service.gateway.unserved_log import UnservedLog
@@ -97,6 +97,7 @@ class Housekeeping:
                 webhooks.delete_old(db, self.retention_s)
             if expired_files := files.expire(db):
                 log.info("files_expired", files=expired_files)
+            file_lists.forget(db)
         is_more = endings.purge(db, SLICE) or bool(expired)
         return files.purge(db, SLICE_PIECES) or is_more or counted == COUNTED
 

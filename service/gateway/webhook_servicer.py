@@ -41,7 +41,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         states = [_state(state, place) for place, state in enumerate(request.states)]
         batch = messages.batch_id(request.batch_id) if request.batch_id else None
         tenant = asked_tenant(request.tenant, "Listing the webhooks")
-        found = await self._database.run(webhooks.list_page, tenant, batch, states, before, size + 1)
+        found = await self._database.read(webhooks.list_page, tenant, batch, states, before, size + 1)
         return pb.ListDeliveriesResponse(
             deliveries=_messages(found[:size]),
             next_page_token=pages.token("deliveries", found[size - 1].number) if len(found) > size else "",

@@ -97,6 +97,10 @@ async def serve(settings: Settings) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            # Whoever can connect could say to be another client, or any number of them.
+            proxy_headers=False,
+            # There are none here, and they would have none of the limits of connections.
+            ws="none",
             timeout_keep_alive=KEEP_ALIVE_S,
             ssl_context_factory=None if context is None else lambda *_: context,
             timeout_graceful_shutdown=GRACE_S,

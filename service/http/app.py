@@ -1,6 +1,8 @@
 """The application: OpenAI's operations and the document that describes them, health, and the page."""
 
+import asyncio
 from collections.abc import Set
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +25,26 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, not allowed, or one too many"},
     "5XX": {"model": ErrorBody, "description": "The server failed, or Postgres is away"},
 }
+
+# For how long an answer serves all who ask, which anybody may.
+READY_S = 1.0
+
+
+@dataclass
+class Ready:
+    """Whether what comes in can be kept."""
+
+    database: Database
+    _asked: asyncio.Future[None] | None = None
+    _asked_s: float = 0.0
+
+    async def check(self) -> None:
+        """Asks Postgres once every READY_S at most, and no second time at once. Raises DatabaseAwayError."""
+        now_s = asyncio.get_running_loop().time()
+        if self._asked is None or (self._asked.done() and now_s - self._asked_s >= READY_S):
+            self._asked, self._asked_s = self.database.read(check_schema), now_s
+        # Others wait for it too.
+        await asyncio.shield(self._asked)
 
 
 def made(
@@ -63,6 +85,8 @@ def made(
     for router in (files.router(database, keeping), batches.router(database, keeping.limits, webhook_networks)):
         app.include_router(router, prefix="/page/api", include_in_schema=False)
 
+    ready = Ready(database)
+
     @app.get("/healthz", name="healthz", include_in_schema=False)
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -70,7 +94,7 @@ def made(
     @app.get("/readyz", name="readyz", include_in_schema=False)
     async def readyz() -> dict[str, str]:
         # Also with no worker alive: what is kept is begun later.
-        await database.run(check_schema)
+        await ready.check()
         return {"status": "ok"}
 
     @app.exception_handler(HTTPException)

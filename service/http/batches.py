@@ -14,7 +14,6 @@ from service.db.limits import Limits
 from service.errors import invalid, not_found
 from service.http import objects
 from service.http.objects import BatchObject, CreateBatch, Page
-from service.http.repeating import twice
 from service.rpc import call_context
 from service.telemetry import logs
 from service.webhook_targets import Networks
@@ -44,7 +43,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         kind, file_id = objects.file_of(asked.input_file_id)
         if kind != "input":
             raise objects.wrong("input_file_id", "must be a file with the purpose 'batch'")
-        head = await twice(lambda _: database.run(files.read_piece, file_id, 0))
+        head = await database.read(files.read_piece, file_id, 0)
         named = named_models.of_line(head.removeprefix(BOM).lstrip().partition(b"\n")[0])
         # What Postgres cannot keep no model is called: the check says so.
         models = [named] if named and "\0" not in named else []
@@ -65,7 +64,9 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         )
         # SDKs count how often they have sent a request before.
         is_repeated = retry is not None and retry.isdigit() and int(retry[:9]) > 0
-        found = await twice(lambda is_again: database.run(file_batches.create, spec, limits, is_repeated or is_again))
+        found = await database.twice(
+            lambda is_again: database.run(file_batches.create, spec, limits, is_repeated or is_again)
+        )
         if found is None:
             raise not_found(f"file {asked.input_file_id!r}")
         batch, is_new = found
@@ -78,7 +79,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         after: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE
     ) -> Page[BatchObject]:
         before = objects.number_of(after, "batch_", "batch") if after else None
-        found = await database.run(file_batches.list_page, before, limit + 1, call_context.scope())
+        found = await database.read(file_batches.list_page, before, limit + 1, call_context.scope())
         data = [objects.batch_object(batch) for batch in found[:limit]]
         return Page[BatchObject](**objects.page(data, len(found) > limit))
 
@@ -91,7 +92,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         number = objects.number_of(batch_id, "batch_", "batch")
         await _batch(database, batch_id)
         try:
-            await database.run(endings.cancel, number, call_context.scope())
+            await database.twice(lambda _: database.run(endings.cancel, number, call_context.scope()))
         except StateError as error:
             raise objects.wrong("batch_id", f"{batch_id} {error}: it cannot be cancelled any more") from None
         found = await _batch(database, batch_id)
@@ -104,7 +105,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
 async def _batch(database: Database, batch_id: str) -> FileBatch:
     """A batch of the caller's. Raises NOT_FOUND."""
     number = objects.number_of(batch_id, "batch_", "batch")
-    found = await database.run(file_batches.get, number, call_context.scope())
+    found = await database.read(file_batches.get, number, call_context.scope())
     if found is None:
         raise not_found(f"batch {batch_id!r}")
     return found

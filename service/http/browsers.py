@@ -5,6 +5,7 @@ rebinding), after which the browser takes the two for one site. Programs that ar
 headers, and name this machine by a name that it has.
 """
 
+import contextlib
 from collections.abc import Mapping, Set
 from urllib.parse import urlsplit
 
@@ -38,6 +39,7 @@ def foreign(method: str, headers: Mapping[str, str]) -> str:
     origin = headers.get("origin")
     if origin is None or method in SAFE:
         return ""
-    if urlsplit(origin).netloc == headers.get("host"):
-        return ""
+    with contextlib.suppress(ValueError):
+        if urlsplit(origin).netloc == headers.get("host"):
+            return ""
     return f"it comes from a page of another site ({origin[:100]})"

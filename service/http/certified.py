@@ -1,20 +1,30 @@
 """Connections: who is at the other end, by its client certificate, as gRPC has it; silent ones are closed."""
 
 import asyncio
+import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from service.telemetry import logs
+
 # Of what ASGI calls the state of a request.
 _IDENTITIES = "identities"
-
 
 # How long the headers of a request may take, from the connection or from their first byte on: uvicorn has no limit, and
 # connections that send nothing would take all that a process can have.
 HEADERS_TIMEOUT_S = 60.0
 # How large they may be, the URL included. uvicorn has no limit here either, and who calls is not known before.
 MAX_HEADERS_BYTES = 64 << 10
+# How often to look whether a client takes in what is there for it. One that has taken in nothing since is not waited
+# for: uvicorn would, for ever, with a piece of the answer in memory and what makes the rest.
+ANSWER_TIMEOUT_S = 60.0
+# Of TCP_INFO: how many bytes the other side has acknowledged.
+_ACKNOWLEDGED = slice(120, 128)
+
+log = logs.get("http")
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -24,6 +34,11 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     timeout_keep_alive_task: asyncio.TimerHandle | None
     _silence: asyncio.TimerHandle | None = None
     _awaited_bytes = 0
+    _answer: asyncio.TimerHandle | None = None
+    # How much was not sent yet at the last look, and how much was acknowledged.
+    _untaken: tuple[int, bytes] = (0, b"")
+    _data = b""
+    _is_resuming = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Looks at the certificate once: the handshake is over."""
@@ -33,11 +48,14 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         peer = connection.getpeercert() if connection is not None else None
         self.app_state = {**self.app_state, _IDENTITIES: identities(peer or {})}
         self._await_headers()
+        self._look_at_answer()
 
     def data_received(self, data: bytes) -> None:
         """Part of a request. Ends the connection when its headers are too large."""
         self._awaited_bytes += len(data)
+        self._data = data
         super().data_received(data)
+        self._data = b""
         if self.transport.is_closing():
             return
         if self._silence is not None:
@@ -51,17 +69,65 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        self._await_headers()
-        super().on_message_begin()
+        if not self._is_resuming:
+            self._await_headers()
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the URL."""
+        if not self._is_resuming:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header."""
+        if not self._is_resuming:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """What follows is the body, whose pieces have a limit of their own."""
-        self._end_silence()
-        super().on_headers_complete()
+        if not self._is_resuming:
+            self._end_silence()
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The end of a request, unless its body is still to be read, by another parser."""
+        if not self.parser.should_upgrade() or self.scope["method"] == "CONNECT":
+            super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Reads on after the headers of a request that offers another protocol.
+
+        Java's HTTP client offers HTTP/2 in each first request over http. To go on without it is right (RFC 9110, 7.8),
+        but the parser takes what follows for the other protocol, and uvicorn for nothing: the body would be lost.
+        """
+        offer, rest = sys.exc_info()[1], self._data
+        while offer is not None and self.scope["method"] != "CONNECT":
+            rest = rest[offer.args[0] :]
+            offer = self._read_on(rest)
+
+    def _read_on(self, rest: bytes) -> Exception | None:
+        """Reads what follows the headers that were read last. Returns that another protocol is offered there, too."""
+        # There are machines without it.
+        import httptools
+
+        framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        self.parser = httptools.HttpRequestParser(self)
+        try:
+            self._is_resuming = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(b"%s: %s\r\n" % pair for pair in framing))
+            self._is_resuming = False
+            self.parser.feed_data(rest)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as offer:
+            return offer
+        return None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing comes any more."""
         self._end_silence()
+        if self._answer is not None:
+            self._answer.cancel()
         super().connection_lost(exc)
         # uvicorn lets it run when the client resets the connection, and it holds all that belongs to that.
         if self.timeout_keep_alive_task is not None:
@@ -74,6 +140,21 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         # uvicorn's other parser, for machines without httptools, does not tell where headers end.
         if hasattr(AutoHTTPProtocol, "on_headers_complete"):
             self._silence = asyncio.get_running_loop().call_later(HEADERS_TIMEOUT_S, self.transport.abort)
+
+    def _look_at_answer(self) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size:
+            # What is left in the buffer is not enough to tell: TLS and the system have their own.
+            connection = self.transport.get_extra_info("socket")
+            found = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.stop)
+            last, self._untaken = self._untaken, (size, found[_ACKNOWLEDGED])
+            if self._untaken == last:
+                log.info("answer_not_read", peer=str(self.client))
+                self.transport.abort()
+                return
+        else:
+            self._untaken = (0, b"")
+        self._answer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT_S, self._look_at_answer)
 
     def _end_silence(self) -> None:
         if self._silence is not None:

@@ -33,21 +33,21 @@ async def measured(database: Database, batch_id: int, tenant: str | None = None)
 
     False: there is no such batch, or not of the tenant, or it has not ended.
     """
-    if await database.run(output.is_measured, batch_id):
+    if await database.read(output.is_measured, batch_id):
         return True
-    found = await database.run(file_batches.get, batch_id, tenant)
+    found = await database.read(file_batches.get, batch_id, tenant)
     if found is None or not found.batch.is_terminal:
         return False
     measuring = Measuring(found.batch)
     for source, first in output.stretches(found.batch):
-        await database.run(measuring.measure, source, first)
-    await database.run(measuring.store)
+        await database.read(measuring.measure, source, first)
+    await database.twice(lambda _: database.run(measuring.store))
     return True
 
 
 async def measure_ended(database: Database, tenant: str | None = None) -> bool:
     """Measures the files of batches that have ended since this was last done. True: there may be more."""
-    found = await database.run(output.unmeasured, BATCHES, tenant)
+    found = await database.read(output.unmeasured, BATCHES, tenant)
     for batch in found:
         await measured(database, batch.id)
     return len(found) == BATCHES

@@ -152,6 +152,9 @@ class Door:
         if is_of_page:
             if method not in browsers.SAFE:
                 self._sessions.check(headers)
+            if self._sessions.are_needed:
+                # Before Postgres is asked whose session it is.
+                self._access.count(operation, NOBODY, _peer(scope))
             return await self._sessions.caller(operation, headers)
         # No gateway stands between: nobody calls here for others.
         return self._access.caller(operation, metadata) or self._access.certified(operation, identities, ())

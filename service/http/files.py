@@ -71,14 +71,16 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
 
     @made.post("", name="CreateFile", openapi_extra=FORM)
     async def create(request: Request) -> FileObject:
-        file_id, part_id = await database.run(files.begin, call_context.current().caller.tenant, keeping.limits)
+        tenant = call_context.current().caller.tenant
+        file_id, part_id = await database.twice(lambda _: database.run(files.begin, tenant, keeping.limits))
         writer = PartWriter(database, part_id, keeping.file_bytes)
         try:
             form = await _receive(request, writer)
             await writer.end()
             lifetime_s = _lifetime_s(form, keeping.lifetime_s)
-            made = await database.run(
-                files.finish, file_id, part_id, _filename(form["file"]), writer.size, lifetime_s, keeping.limits
+            file = part_id, _filename(form["file"]), writer.size, lifetime_s
+            made = await database.twice(
+                lambda is_again: database.run(files.finish, file_id, *file, keeping.limits, is_again)
             )
         except PartGoneError:
             made = None
@@ -106,7 +108,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
         if "output" in kinds:
             # Nobody waits for what others' batches have.
             await content.measure_ended(database, call_context.scope())
-        found = await database.run(file_lists.page, call_context.scope(), kinds, place, limit + 1, order)
+        found = await database.read(file_lists.page, call_context.scope(), kinds, place, limit + 1, order)
         if found is None:
             raise not_found(f"file {after!r}")
         data = [objects.file_object(entry) for entry in found[:limit]]
@@ -119,13 +121,12 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     @made.delete("/{file_id}", name="DeleteFile")
     async def delete(file_id: str) -> DeletedFile:
         kind, number = objects.file_of(file_id)
+        await _entry(database, file_id)
+        # What is not there any more by then is deleted.
         if kind == "input":
-            is_deleted = await database.run(files.discard, call_context.scope(), number, "kept") is not None
+            await database.twice(lambda _: database.run(files.discard, call_context.scope(), number, "kept"))
         else:
-            await _entry(database, file_id)
-            is_deleted = await database.run(output.delete, number, kind)
-        if not is_deleted:
-            raise not_found(f"file {file_id!r}")
+            await database.twice(lambda _: database.run(output.delete, number, kind))
         log.info("file_deleted", file=file_id)
         return DeletedFile(id=file_id)
 
@@ -171,7 +172,7 @@ async def _entry(database: Database, file_id: str) -> Entry:
     kind, number = objects.file_of(file_id)
     if kind != "input":
         await content.measured(database, number, call_context.scope())
-    found = await database.run(file_lists.one, call_context.scope(), kind, number)
+    found = await database.read(file_lists.one, call_context.scope(), kind, number)
     if found is None:
         raise not_found(f"file {file_id!r}")
     return found

@@ -26,7 +26,7 @@ def router(database: Database, timeout_s: float) -> APIRouter:
 
     async def served() -> list[ModelObject]:
         names: set[str] = set()
-        for seen in await database.run(heartbeats.read):
+        for seen in await database.read(heartbeats.read):
             if seen.age_s <= timeout_s and seen.beat.phase == Phase.READY:
                 names.update(seen.beat.models)
         return [ModelObject(id=name) for name in sorted(names)]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from service.api.messages import too_large
 from service.db import files
 from service.db.connection import Database
-from service.http.repeating import twice
 
 
 @dataclass
@@ -53,5 +52,7 @@ class PartWriter:
             self.head = data
         self._waiting, self._waiting_bytes = [], 0
         self._storing = asyncio.ensure_future(
-            twice(lambda is_again: self.database.run(files.add_piece, self.part_id, first, data, is_again))
+            self.database.twice(
+                lambda is_again: self.database.run(files.add_piece, self.part_id, first, data, is_again)
+            )
         )

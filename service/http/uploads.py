@@ -49,21 +49,15 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
         if asked.bytes > most:
             raise objects.wrong("bytes", f"is {asked.bytes}, at most {most} are allowed")
         lifetime_s = float(asked.expires_after.seconds) if asked.expires_after else keeping.lifetime_s
-        upload = await database.run(
-            files.begin_upload,
-            call_context.current().caller.tenant,
-            asked.filename,
-            asked.bytes,
-            lifetime_s,
-            keeping.limits,
-        )
+        given = call_context.current().caller.tenant, asked.filename, asked.bytes, lifetime_s, keeping.limits
+        upload = await database.twice(lambda _: database.run(files.begin_upload, *given))
         return objects.upload_object(upload)
 
     @made.post("/{upload_id}/parts", name="AddUploadPart", openapi_extra=FORM)
     async def add(upload_id: str, request: Request) -> PartObject:
         number = objects.number_of(upload_id, "upload_", "upload")
         try:
-            part_id = await database.run(files.begin_part, call_context.scope(), number)
+            part_id = await database.twice(lambda _: database.run(files.begin_part, call_context.scope(), number))
         except PartsError as error:
             raise objects.wrong("data", str(error)) from None
         if part_id is None:
@@ -82,7 +76,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             if not has_data:
                 raise objects.wrong("data", "is required")
             await writer.end()
-            part = await database.run(files.finish_part, part_id, writer.size)
+            part = await database.twice(lambda _: database.run(files.finish_part, part_id, writer.size))
         except PartGoneError:
             raise not_found(f"pending upload {upload_id!r}") from None
         except BaseException as error:
@@ -100,9 +94,13 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
         except ApiError as error:
             raise objects.wrong("part_ids", error.message) from None
         # Looked for only where it matters: a file that fails its checksum.
-        was_complete = asked.md5 is not None and await database.run(files.get, call_context.scope(), number) is not None
+        was_complete = (
+            asked.md5 is not None and await database.read(files.get, call_context.scope(), number) is not None
+        )
         try:
-            upload = await database.run(files.complete, call_context.scope(), number, part_ids)
+            upload = await database.twice(
+                lambda _: database.run(files.complete, call_context.scope(), number, part_ids)
+            )
         except PartsError as error:
             raise objects.wrong("part_ids", str(error)) from None
         if upload is None:
@@ -115,7 +113,10 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     @made.post("/{upload_id}/cancel", name="CancelUpload")
     async def cancel(upload_id: str) -> UploadObject:
         number = objects.number_of(upload_id, "upload_", "upload")
-        upload = await database.run(files.discard, call_context.scope(), number, "pending")
+        scope = call_context.scope()
+        upload = await database.twice(
+            lambda is_again: database.run(files.discard, scope, number, "pending", *(["gone"] if is_again else []))
+        )
         if upload is None:
             raise not_found(f"pending upload {upload_id!r}")
         return objects.upload_object(upload)
@@ -137,12 +138,12 @@ async def _check_md5(database: Database, upload: File, wanted: str, was_complete
     Raises INVALID_ARGUMENT, or NOT_FOUND.
     """
     checksum, at = hashlib.md5(usedforsecurity=False), 0
-    while piece := await database.run(files.read_piece, upload.id, at):
+    while piece := await database.read(files.read_piece, upload.id, at):
         await asyncio.to_thread(checksum.update, piece)
         at += len(piece)
     if at < upload.bytes:
         raise not_found(f"file {objects.file_name('input', upload.id)!r}, which was deleted meanwhile,")
     if checksum.hexdigest() != wanted.lower():
         if not was_complete:
-            await database.run(files.discard, upload.tenant, upload.id, "kept")
+            await database.twice(lambda _: database.run(files.discard, upload.tenant, upload.id, "kept"))
         raise objects.wrong("md5", f"does not fit: what has arrived has {checksum.hexdigest()}")

@@ -67,7 +67,7 @@ class Explainer:
         began_s = self.clock.monotonic()
         pools = [frozenset(worker.models) for worker in self.presence.workers() if worker.condition is Condition.READY]
         models = {batch.id: frozenset(batch.models) for batch in asked.values()}
-        queue, found = await self.database.run(standings.read, models, pools)
+        queue, found = await self.database.read(standings.read, models, pools)
         kept = {each: read for each, read in self._read.items() if began_s - read[0] < FRESH_S}
         self._read = kept | {batch_id: (began_s, queue, standing) for batch_id, standing in found.items()}
 

@@ -33,7 +33,7 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
         after = pages.after(request.page_token, "hosts", "page_token")
         if "\0" in request.name:
             raise invalid([Violation("name", "must not contain NUL")])
-        found = await self._database.run(hosts.read, size + 1, after, request.name)
+        found = await self._database.read(hosts.read, size + 1, after, request.name)
         more = len(found) > size
         return pb.ListHostsResponse(
             hosts=[host_message(host, self._timeout_s, schema.known()) for host in found[:size]],
@@ -74,7 +74,7 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
         """The host. Raises INVALID_ARGUMENT without a name, NOT_FOUND if none of that name was ever seen."""
         if not name or "\0" in name:
             raise invalid([Violation("name", "is required and must not contain NUL")])
-        found = await self._database.run(hosts.read, 1, "", name)
+        found = await self._database.read(hosts.read, 1, "", name)
         if not found:
             raise not_found(f"host {name!r}")
         return found[0]

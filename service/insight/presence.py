@@ -181,7 +181,7 @@ class Presence:
             # Refusals tell why, and for how long.
             is_all = not self._is_accepting or now_s >= self._rest_due_s
             reading = asyncio.ensure_future(
-                self.database.run(_read, self.timeout_s, None if is_all else self.freshness)
+                self.database.read(_read, self.timeout_s, None if is_all else self.freshness)
             )
             if not (await asyncio.wait({reading}, timeout=AWAY_S))[0]:
                 # It still waits: for a frozen server, or to connect.

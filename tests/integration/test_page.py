@@ -130,6 +130,38 @@ def test_session(guarded: tuple[Stack, dict[str, str], Path]) -> None:
         until(lambda: client.get("/page/api/session").status_code == 401, "the session to end with its token")
 
 
+def test_a_browser_behind_a_proxy(guarded: tuple[Stack, dict[str, str], Path]) -> None:
+    """Where TLS ends at a proxy, the cookie still goes over TLS alone: the browser says how it loaded the page."""
+    stack, secrets, _ = guarded
+    with browser(stack) as client:
+        for scheme in ("http", "https"):
+            headers = {"origin": f"{scheme}://127.0.0.1:{stack.http_port}"}
+            answer = client.post("/page/api/session", json={"token": secrets["read"]}, headers=headers)
+            assert answer.status_code == 204
+            assert ("Secure" in answer.headers["set-cookie"]) is (scheme == "https")
+
+
+def test_guesses_are_limited(stack: Stack, tmp_path: Path) -> None:
+    """Whose cookie is wrong, or who says in X-Forwarded-For to be another client each time, asks Postgres no more often
+    than the rate limit allows."""
+    _, token = tokens.new("read", Role.READ)
+    (tmp_path / "hashes").write_text(f"{token.line()}\n")
+    (tmp_path / "hashes").chmod(0o600)
+    stack.http(token_hashes=tmp_path / "hashes", rate_limit_per_s=0.001)
+    with browser(stack) as client:
+        for number in range(100):
+            headers = {"cookie": f"vllm_batch_session={number}", "x-forwarded-for": f"192.0.2.{number}"}
+            answer = client.get("/page/api/session", headers=headers)
+            if answer.status_code == 429:
+                break
+            assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "rate_limited"
+        assert "ipv4:127.0.0.1" in answer.json()["error"]["message"]
+        # There are no web sockets: it is a request like others.
+        headers = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+        assert client.get("/healthz", headers=headers | {"sec-websocket-key": "a" * 24}).status_code == 200
+
+
 def test_stored_sessions_have_no_secrets(guarded: tuple[Stack, dict[str, str], Path]) -> None:
     """Postgres has neither the cookie nor the token; signing out removes the session."""
     stack, secrets, _ = guarded

@@ -14,7 +14,7 @@ import pytest
 
 from service import machine
 from service.auth import new_token, roles, tokens
-from service.auth.callers import ANYBODY, Caller
+from service.auth.callers import ANYBODY, NOBODY, Caller
 from service.auth.roles import Role
 from service.config import Settings
 from service.db.connection import Database
@@ -29,6 +29,7 @@ from service.insight.channels import Channels
 from service.insight.presence import Presence
 from service.rpc.access import Access
 from service.rpc.rate_limit import MAX_CLIENTS, RateLimit
+from service.tenants import Quota, Quotas
 from vllm_batch.v1 import batch_service_pb2, host_service_pb2, recovery_service_pb2, webhook_service_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,17 @@ def test_rate_limit_forgets() -> None:
         if number % 100 == 0:
             assert limit.take("mine", 1, 0) > 0
     assert len(limit._left) == MAX_CLIENTS
+
+
+def test_who_is_not_known_yet_is_of_no_tenant() -> None:
+    """The calls of all who are signing in do not count as those of one tenant without a quota of its own."""
+    access = Access(None, FakeClock(), 9, lambda: Quotas(otherwise=Quota(calls_per_s=0.5)))
+    for number in range(9):
+        access.count("/page/SignIn", NOBODY, f"ipv4:10.0.0.{number}:1000")
+    known = Caller("other", "other", Role.READ)
+    access.count("/page/GetSession", known, "ipv4:10.0.0.1:1000")
+    with pytest.raises(ApiError, match="of tenant other"):
+        access.count("/page/GetSession", known, "ipv4:10.0.0.1:1000")
 
 
 def test_access_counts_by_token_or_else_by_address() -> None:

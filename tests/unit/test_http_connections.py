@@ -1,6 +1,8 @@
 """Connections to OpenAI's door: what stays silent is ended, wherever in a request it does."""
 
 import asyncio
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -21,15 +23,33 @@ class Transport(asyncio.Transport):
         super().__init__()
         self.aborted = asyncio.Event()
         self.closed = asyncio.Event()
+        self.written = b""
+        # What is not sent yet, and what the other side says, look after look, to have of the rest.
+        self.unsent = 0
+        self.acknowledged: Iterator[int] = itertools.repeat(0)
 
     def abort(self) -> None:
         self.aborted.set()
 
-    def write(self, data: object) -> None:
-        """Goes nowhere."""
+    def write(self, data: Any) -> None:
+        self.written += data
 
     def close(self) -> None:
         self.closed.set()
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self if name == "socket" else default
+
+    def getsockopt(self, *_: int) -> bytes:
+        return bytes(120) + next(self.acknowledged).to_bytes(8, "little")
+
+    def getsockname(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    getpeername = getsockname
 
     def pause_reading(self) -> None:
         """All is there already."""
@@ -46,8 +66,18 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def connected() -> tuple[certified.Protocol, Transport]:
-    config = uvicorn.Config(answer, lifespan="off", log_config=None)
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    body, is_complete = b"", False
+    while not is_complete:
+        message = await receive()
+        body, is_complete = body + message["body"], not message["more_body"]
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def connected(app: Any = answer) -> tuple[certified.Protocol, Transport]:
+    config = uvicorn.Config(app, lifespan="off", log_config=None, ws="none")
     config.load()
     protocol, transport = certified.Protocol(config=config, server_state=ServerState(), app_state={}), Transport()
     protocol.connection_made(transport)
@@ -138,6 +168,89 @@ def test_nothing_is_kept_of_a_connection_that_is_reset() -> None:
         assert timer is not None
         protocol.connection_lost(ConnectionResetError())
         assert timer.cancelled()
+
+    asyncio.run(run())
+
+
+OFFER = b"Host: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "bodies"),
+    [
+        (b"POST / HTTP/1.1\r\n" + OFFER + b"Content-Length: 3\r\n\r\nabc", [b"abc"]),
+        (
+            b"POST / HTTP/1.1\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n",
+            [b"abc"],
+        ),
+        (b"GET / HTTP/1.1\r\n" + OFFER + b"\r\n" + REQUEST, [b"", b""]),
+        ((b"POST / HTTP/1.1\r\n" + OFFER + b"Content-Length: 3\r\n\r\nabc") * 3, [b"abc"] * 3),
+    ],
+)
+def test_another_protocol_is_offered(sent: bytes, bodies: list[bytes]) -> None:
+    """A client that offers HTTP/2, as Java's does, is answered as if it had not, wherever its request is cut in two."""
+
+    async def run() -> None:
+        for place in range(1, len(sent)):
+            protocol, transport = connected(echo)
+            for part in (sent[:place], sent[place:]):
+                protocol.data_received(part)
+                await asyncio.sleep(0)
+            while protocol.tasks:
+                await asyncio.wait(protocol.tasks)
+            found = [answer.partition(b"\r\n\r\n")[2] for answer in transport.written.split(b"HTTP/1.1 200 OK")[1:]]
+            assert found == bodies, place
+            protocol.connection_lost(None)
+
+    asyncio.run(run())
+
+
+def test_what_follows_an_offer_is_no_request() -> None:
+    """It is answered as such."""
+
+    async def run() -> None:
+        protocol, transport = connected(echo)
+        protocol.data_received(b"POST / HTTP/1.1\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n")
+        assert transport.written.startswith(b"HTTP/1.1 400 ")
+        protocol.connection_lost(None)
+        await asyncio.wait(protocol.tasks)
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes in nothing of its answer is not waited for, also when it took in some before."""
+    monkeypatch.setattr(certified, "ANSWER_TIMEOUT_S", 0.01)
+
+    async def run() -> None:
+        _, transport = connected()
+        transport.acknowledged, transport.unsent = itertools.chain(range(5), itertools.repeat(5)), 9
+        await asyncio.wait_for(transport.aborted.wait(), 30)
+        assert next(transport.acknowledged) == 5
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_is_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes in a byte now and then is left alone, however long it takes."""
+    monkeypatch.setattr(certified, "ANSWER_TIMEOUT_S", 0.001)
+
+    async def run() -> None:
+        protocol, transport = connected()
+        is_seen = asyncio.Event()
+
+        def acknowledged() -> Iterator[int]:
+            yield from range(20)
+            is_seen.set()
+            yield from itertools.count(20)
+
+        transport.acknowledged = acknowledged()
+        transport.unsent = 9
+        await asyncio.wait_for(is_seen.wait(), 30)
+        protocol.connection_lost(None)
+        assert not transport.aborted.is_set()
+        assert protocol._answer is not None
+        assert protocol._answer.cancelled()
 
     asyncio.run(run())
 

@@ -1,7 +1,7 @@
 """Uploads and files of OpenAI's door while Postgres is played: what is answered when they end before all has come."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,6 +42,11 @@ class Played:
         else:
             found.set_result(answer(*args) if callable(answer) else answer)
         return found
+
+    read = run
+
+    async def twice(self, function: Callable[[bool], Awaitable[Any]]) -> Any:
+        return await function(False)
 
 
 def post(database: Any, path: str, **body: Any) -> httpx.Response:

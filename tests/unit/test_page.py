@@ -56,6 +56,7 @@ def test_host_of_somebody_else(host: str) -> None:
         ("POST", {"origin": "http://127.0.0.1:1", "host": "127.0.0.1:1"}, False),
         ("POST", {"origin": "http://127.0.0.1:2", "host": "127.0.0.1:1"}, True),
         ("POST", {"origin": "null", "host": "127.0.0.1:1"}, True),
+        ("POST", {"origin": "http://[", "host": "127.0.0.1:1"}, True),
         ("POST", {"origin": "https://evil.example", "host": "127.0.0.1:1"}, True),
         ("POST", {"sec-fetch-site": "same-origin", "origin": "https://name", "host": "behind:1"}, False),
         ("POST", {"sec-fetch-site": "none"}, False),
@@ -138,7 +139,7 @@ def test_lines_of_a_file_that_was_deleted() -> None:
         found.set_result(None if function.__name__ == "get" else b"secret\n")
         return found
 
-    database = cast("Any", SimpleNamespace(run=run))
+    database = cast("Any", SimpleNamespace(read=run, run=run))
     assert asyncio.run(batches._lines(database, 1, {1})) == {}
 
 

@@ -92,6 +92,26 @@ def test_what_broke_is_not_used_again(given: Pool, server: Server) -> None:
     assert used(given) is not second
 
 
+def test_all_connections_are_renewed(given: Pool, server: Server) -> None:
+    """Neither a connection that is idle then is used again, nor one that is lent or being opened."""
+
+    def use() -> None:
+        with given.connection_context():
+            given.renew()
+
+    idle, other = used(given), threading.Thread(target=use)
+    with given.connection_context():
+        lent: Any = given.connection()
+        assert lent is idle
+        other.start()
+        other.join(30)
+        assert len(server.opened) == 2
+        assert server.opened[1].closed
+        assert not lent.closed
+    assert lent.closed
+    assert used(given) is server.opened[2]
+
+
 def test_unused_connections_are_closed(given: Pool, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that nobody uses for long is closed, and another is opened when one is needed."""
     monkeypatch.setattr(pool, "IDLE_S", 0.01)

@@ -26,6 +26,8 @@ class Postgres:
         answer.set_result(Freshness())
         return answer
 
+    read = run
+
     def monotonic(self) -> float:
         return self.now_s
 

@@ -64,10 +64,10 @@ def router(database: Database, servicer: BatchServicer) -> APIRouter:
     async def request(batch_id: str, custom_id: Annotated[str, Query(max_length=4096)]) -> dict[str, Any]:
         number, scope = messages.batch_id(batch_id), call_context.scope()
         name = custom_id.replace("\0", "")
-        found = await database.run(requests.read_one, number, name, SHOWN_CHARS, scope)
+        found = await database.read(requests.read_one, number, name, SHOWN_CHARS, scope)
         if found is None:
             raise not_found(f"a request {name[:100]!r} in {batch_id[:100]}")
-        result = await database.run(results.read_one, number, name, SHOWN_BYTES, scope)
+        result = await database.read(results.read_one, number, name, SHOWN_BYTES, scope)
         answer = None if result is None else as_json(messages.result_message(number, result))
         return {"request": vars(found), "result": answer}
 
@@ -116,7 +116,7 @@ def _listed(result: pb.Result) -> dict[str, Any]:
 
 async def file_batch(database: Database, batch_id: str) -> FileBatch:
     """The batch with its file, if the caller may see it. Raises NOT_FOUND."""
-    found = await database.run(file_batches.get, messages.batch_id(batch_id), call_context.scope())
+    found = await database.read(file_batches.get, messages.batch_id(batch_id), call_context.scope())
     if found is None:
         raise not_found(f"batch {batch_id[:100]!r}")
     return found
@@ -125,7 +125,7 @@ async def file_batch(database: Database, batch_id: str) -> FileBatch:
 async def _lines(database: Database, file_id: int | None, wanted: Set[int]) -> dict[int, str]:
     """The lines of a file with these numbers, from 1, as far as they are near enough to its begin."""
     found: dict[int, str] = {}
-    if file_id is None or not wanted or await database.run(files.get, None, file_id) is None:
+    if file_id is None or not wanted or await database.read(files.get, None, file_id) is None:
         # Of a file that was deleted or has expired the pieces are removed later.
         return found
     number, rest = 1, b""

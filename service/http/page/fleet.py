@@ -47,7 +47,7 @@ def router(database: Database, signals: Signals) -> APIRouter:
         worker_id: Annotated[str, Query(max_length=512)] = "", before: Annotated[int | None, Query(ge=1)] = None
     ) -> list[dict[str, Any]]:
         who = worker_id.replace("\0", "") or None
-        return [event_json(event) for event in await database.run(recoveries.list_page, who, before, EVENTS)]
+        return [event_json(event) for event in await database.read(recoveries.list_page, who, before, EVENTS)]
 
     @made.post("/orders", name="/page/OrderRecovery", status_code=202)
     async def order(given: GivenOrder) -> dict[str, str]:

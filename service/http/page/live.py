@@ -85,7 +85,7 @@ class Live:
             found[f"batch:{got.batch.id}"] = as_json(got.batch)
             found["file"] = await self._file(batch)
         elif view == "workers":
-            dogs, orders, events = await self.database.run(fleet.read)
+            dogs, orders, events = await self.database.read(fleet.read)
             found["hosts"] = fleet.hosts(self.presence, self.clock, dogs, orders)
             found["events"] = [fleet.event_json(event) for event in events]
             # HostService answers operators alone.
@@ -97,7 +97,7 @@ class Live:
 
     async def _file(self, batch_id: str) -> dict[str, Any]:
         found = await file_batch(self.database, batch_id)
-        file = None if found.file_id is None else await self.database.run(files.get, None, found.file_id)
+        file = None if found.file_id is None else await self.database.read(files.get, None, found.file_id)
         return {
             "endpoint": found.endpoint,
             "filename": None if file is None else file.filename,

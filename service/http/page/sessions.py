@@ -50,12 +50,13 @@ class Sessions:
         assert found is not None
         assert found.digest is not None
         secret = secrets.token_urlsafe(32)
-        await self.database.run(page_sessions.begin, _digest(secret), found.digest, LASTS_S)
+        session = _digest(secret), found.digest, LASTS_S
+        await self.database.twice(lambda _: self.database.run(page_sessions.begin, *session))
         return secret, found.caller
 
     async def end(self, headers: Mapping[str, str]) -> None:
         """Ends the session of a request."""
-        await self.database.run(page_sessions.end, _digest(secret_of(headers)))
+        await self.database.twice(lambda _: self.database.run(page_sessions.end, _digest(secret_of(headers))))
 
     async def caller(self, method: str, headers: Mapping[str, str]) -> Caller:
         """Who makes a request, by its cookie. Raises UNAUTHENTICATED or PERMISSION_DENIED."""
@@ -68,7 +69,7 @@ class Sessions:
         return token.caller
 
     async def _token(self, secret: str) -> Token | None:
-        digest = await self.database.run(page_sessions.token_of, _digest(secret)) if secret else None
+        digest = await self.database.read(page_sessions.token_of, _digest(secret)) if secret else None
         known = self.access.tokens() if self.access.tokens is not None else ()
         return next((token for token in known if token.role and digest and token.digest == digest), None)
 

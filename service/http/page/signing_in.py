@@ -36,7 +36,8 @@ def router(sessions: Sessions) -> APIRouter:
             secret,
             max_age=round(LASTS_S),
             path=PATH,
-            secure=request.url.scheme == "https",
+            # As the browser sees it: TLS may end at a proxy.
+            secure=request.url.scheme == "https" or request.headers.get("origin", "").startswith("https://"),
             httponly=True,
             samesite="strict",
         )
