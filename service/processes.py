@@ -20,11 +20,25 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
     """Has the kernel send this process `signal_number` when its parent dies, as when supervisord is killed.
 
-    Survives exec, but not fork or a change of user (prctl(2)). Raises OSError.
+    Sends it at once if the parent is dead already: the kernel signals deaths from now on. Survives exec, but not fork
+    or a change of user (prctl(2)). Raises OSError.
     """
+    parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent or _is_adopted(parent):
+        os.kill(os.getpid(), signal_number)
+
+
+def _is_adopted(parent: int) -> bool:
+    """True if `parent` did not start this process, but got it when its parent died: it is of another session."""
+    # Who leads its session may have begun it, away from its parent. 0: the parent is outside of this pid namespace.
+    if not parent or os.getsid(0) == os.getpid():
+        return False
+    with suppress(OSError):
+        return os.getsid(parent) != os.getsid(0)
+    return False
 
 
 def told_to_end() -> asyncio.Event:

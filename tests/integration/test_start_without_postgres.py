@@ -12,10 +12,10 @@ from vllm_batch import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.thorough]
 
 # Less than the outage lasts, and than what is left of the deadline of a process that has waited so long.
-LOAD_TIMEOUT_S = 25
+LOAD_TIMEOUT_S = 45
 SETTINGS = {
     "BATCH_ENGINE": "simulated",
     "BATCH_SIMULATED_LOAD_S": "8",
