@@ -5,16 +5,24 @@ import ctypes
 import os
 import resource
 import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import psutil
 
 PR_SET_PDEATHSIG = 1
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+# The kernel answers at once, unless it waits for the process that it is asked about.
+ANSWER_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
 
 
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
@@ -39,6 +47,56 @@ def _is_adopted(parent: int) -> bool:
     with suppress(OSError):
         return os.getsid(parent) != os.getsid(0)
     return False
+
+
+class _Caller(threading.Thread):
+    """Makes calls for others, which need not wait for them to return."""
+
+    def __init__(self) -> None:
+        super().__init__(name="caller", daemon=True)
+        self.calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            future, call = self.calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+
+
+_idle: list[_Caller] = []
+# What was asked of which process, and is not answered yet.
+_unanswered: set[tuple[str, int]] = set()
+
+
+def answer(what: str, pid: int, ask: Callable[[], T]) -> T:
+    """Returns what `ask` learns about a process. Raises TimeoutError after ANSWER_TIMEOUT_S.
+
+    To read its memory, such as its environment or its arguments, the kernel takes a lock that a process in
+    uninterruptible sleep may hold for good. As long as it does, `what` of it is not asked for again.
+    """
+    question = (what, pid)
+    if question in _unanswered:
+        raise TimeoutError(f"{what} of process {pid} cannot be read: the kernel does not answer")
+    try:
+        caller = _idle.pop()
+    except IndexError:
+        caller = _Caller()
+    future: Future[T] = Future()
+    caller.calls.put((future, ask))
+    if not wait([future], ANSWER_TIMEOUT_S).done:
+        _unanswered.add(question)
+
+        def end(_: object) -> None:
+            _unanswered.discard(question)
+            _idle.append(caller)
+
+        future.add_done_callback(end)
+        raise TimeoutError(f"{what} of process {pid} could not be read within {ANSWER_TIMEOUT_S:g} s")
+    _idle.append(caller)
+    return future.result()
 
 
 def told_to_end() -> asyncio.Event:
@@ -174,13 +232,13 @@ def _others() -> Iterator[psutil.Process]:
 
 def _environ(process: psutil.Process) -> dict[str, str]:
     with suppress(psutil.Error, OSError):
-        return process.environ()
+        return answer("environ", process.pid, process.environ)
     return {}
 
 
 def _command(process: psutil.Process) -> list[str]:
     with suppress(psutil.Error, OSError):
-        return process.cmdline()
+        return answer("cmdline", process.pid, process.cmdline)
     return []
 
 

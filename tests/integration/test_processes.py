@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from service import processes
 from service.processes import Leader, Mark
+from tests.support.waiting import until
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -93,6 +95,33 @@ def test_what_starts_later_is_not_left_over(tmp_path: Path, start: Start) -> Non
     ticks = known(new.pid).start_ticks
     assert processes.left_over(Mark(tmp_path), None, ticks) == []
     assert pids(processes.left_over(Mark(tmp_path), None, ticks + 1)) == {new.pid}
+
+
+def test_a_process_that_the_kernel_does_not_answer_for_holds_up_nobody(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of a process in uninterruptible sleep is given up, and not begun again; all others are found, and so is it
+    by its group."""
+    leader, foreign, mine = start(marks(tmp_path)), start({}), start(marks(tmp_path))
+    stuck = {leader.pid, foreign.pid}
+    answered, asked, environ = threading.Event(), list[int](), psutil.Process.environ
+
+    def hang(process: psutil.Process) -> Any:
+        if process.pid in stuck:
+            asked.append(process.pid)
+            assert answered.wait(100)
+        return environ(process)
+
+    monkeypatch.setattr(psutil.Process, "environ", hang)
+    mark, late = Mark(tmp_path, "worker"), processes.now_ticks() + 1
+    try:
+        for _ in range(3):
+            assert pids(processes.left_over(mark, known(leader.pid), late)) == {leader.pid, mine.pid}
+            assert pids(processes.marked(mark)) == {mine.pid}
+        assert sorted(asked) == sorted(stuck)
+    finally:
+        answered.set()
+    until(lambda: pids(processes.marked(mark)) == {leader.pid, mine.pid}, "the answers")
 
 
 def test_end_goes_from_asking_to_killing() -> None:

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,11 +17,14 @@ import psutil
 from service import processes
 from service.processes import Mark
 from service.telemetry import logs
+from watchdog.act import commands
 
 KEPT_FOLDERS = 20
 LOG_TAIL_BYTES = 256 << 10
 # For everything together: a worker waiting for its restart serves nobody.
 TIMEOUT_S = 10.0
+# Of it, for writing what there is.
+WRITE_S = 1.0
 
 log = logs.get("evidence")
 
@@ -35,19 +38,43 @@ def keep(
     heartbeat: Mapping[str, Any] | None,
     log_files: Sequence[Path],
 ) -> Path | None:
-    """Writes the folder and returns it; None if it cannot be created. A part that fails contains its error instead.
+    """Writes the folder and returns it; None if it cannot be created, or not in time. Returns after TIMEOUT_S.
 
-    `event` is the restart's event id, or its key while it has none; `told` its content; `heartbeat` the worker's row
-    as last read. Covers the processes with `mark`. py-spy dumps their stacks from outside, so it works on frozen
-    processes.
+    A part that fails, or hangs, contains its error instead. `event` is the restart's event id, or its key while it has
+    none; `told` its content; `heartbeat` the worker's row as last read. Covers the processes with `mark`. py-spy dumps
+    their stacks from outside, so it works on frozen processes.
     """
+    kept: list[Path | None] = []
+    # Disks and processes may hang the thread that reads them, and no deadline ends that.
+    thread = threading.Thread(
+        target=lambda: kept.append(_keep(home, mark, now, event, told, heartbeat, log_files)),
+        name="evidence",
+        daemon=True,
+    )
+    thread.start()
+    thread.join(TIMEOUT_S)
+    if not kept:
+        log.warning("evidence_not_kept", cause=f"not done within {TIMEOUT_S:g} s")
+        return None
+    return kept[0]
+
+
+def _keep(
+    home: Path,
+    mark: Mark,
+    now: datetime,
+    event: str,
+    told: Mapping[str, Any],
+    heartbeat: Mapping[str, Any] | None,
+    log_files: Sequence[Path],
+) -> Path | None:
     folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event}"
     try:
         folder.mkdir(parents=True, mode=0o700)
     except OSError as error:
         log.warning("evidence_not_kept", cause=str(error))
         return None
-    deadline_s = time.monotonic() + TIMEOUT_S
+    deadline_s = time.monotonic() + TIMEOUT_S - WRITE_S
     parts: dict[str, Callable[[], str]] = {
         "event.json": lambda: json.dumps(told, indent=2, default=str),
         "heartbeat.json": lambda: json.dumps(heartbeat, indent=2, default=str),
@@ -61,11 +88,14 @@ def keep(
     for process in found:
         parts[f"stack-{process.pid}.txt"] = lambda pid=process.pid: _stack(pid, deadline_s)  # type: ignore[misc]
     # In parallel: each stack takes a good part of a second.
-    with ThreadPoolExecutor(4) as threads:
-        for name, text in zip(parts, threads.map(_safely, parts.values()), strict=True):
-            if text:
-                with suppress(OSError):
-                    (folder / name).write_text(text)
+    threads = ThreadPoolExecutor(4)
+    futures = {name: threads.submit(_safely, part) for name, part in parts.items()}
+    wait(futures.values(), deadline_s - time.monotonic())
+    threads.shutdown(wait=False, cancel_futures=True)
+    for name, future in futures.items():
+        if text := _text(future):
+            with suppress(OSError):
+                (folder / name).write_text(text)
     prune(folder)
     log.info("evidence_kept", folder=str(folder), processes=[process.pid for process in found])
     return folder
@@ -86,6 +116,10 @@ def _safely(part: Callable[[], str]) -> str:
         return part()
     except Exception as error:  # noqa: BLE001 - partial evidence is still worth keeping
         return f"{type(error).__name__}: {error}\n"
+
+
+def _text(future: "Future[str]") -> str:
+    return future.result() if future.done() and not future.cancelled() else "not read in time\n"
 
 
 def _tail(file: Path) -> str:
@@ -115,6 +149,5 @@ def _stack(pid: int, deadline_s: float) -> str:
 
 
 def _output(command: list[str], deadline_s: float) -> str:
-    left_s = max(0.5, deadline_s - time.monotonic())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=left_s)
+    done = commands.output(command, max(0.5, deadline_s - time.monotonic()))
     return done.stdout or done.stderr
