@@ -181,7 +181,7 @@ def supervisords(home: Path) -> list[psutil.Process]:
         environ = _environ(process)
         is_theirs = os.path.realpath(environ.get("BATCH_HOME", os.devnull)) == os.path.realpath(home)
         # Not what it runs.
-        if is_theirs and "SUPERVISOR_PROCESS_NAME" not in environ and "supervisor.supervisord" in _command(process):
+        if is_theirs and "SUPERVISOR_PROCESS_NAME" not in environ and "supervisor.supervisord" in command(process):
             found.append(process)
     return found
 
@@ -236,7 +236,8 @@ def _environ(process: psutil.Process) -> dict[str, str]:
     return {}
 
 
-def _command(process: psutil.Process) -> list[str]:
+def command(process: psutil.Process) -> list[str]:
+    """Its arguments; none if they cannot be read."""
     with suppress(psutil.Error, OSError):
         return answer("cmdline", process.pid, process.cmdline)
     return []

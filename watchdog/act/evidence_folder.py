@@ -45,12 +45,17 @@ def keep(
     their stacks from outside, so it works on frozen processes.
     """
     kept: list[Path | None] = []
+
+    def run() -> None:
+        try:
+            kept.append(_keep(home, mark, now, event, told, heartbeat, log_files))
+        except Exception:
+            # A restart needs no evidence.
+            log.exception("evidence_not_kept")
+            kept.append(None)
+
     # Disks and processes may hang the thread that reads them, and no deadline ends that.
-    thread = threading.Thread(
-        target=lambda: kept.append(_keep(home, mark, now, event, told, heartbeat, log_files)),
-        name="evidence",
-        daemon=True,
-    )
+    thread = threading.Thread(target=run, name="evidence", daemon=True)
     thread.start()
     thread.join(TIMEOUT_S)
     if not kept:
@@ -84,7 +89,7 @@ def _keep(
     for log_file in log_files:
         parts[log_file.name] = lambda file=log_file: _tail(file)  # type: ignore[misc]
     found = processes.marked(mark)
-    parts["processes.txt"] = lambda: "\n".join(map(_describe, found)) + "\n"
+    parts["processes.txt"] = lambda: "".join(_safely(lambda each=each: _describe(each)) for each in found)  # type: ignore[misc]
     for process in found:
         parts[f"stack-{process.pid}.txt"] = lambda pid=process.pid: _stack(pid, deadline_s)  # type: ignore[misc]
     # In parallel: each stack takes a good part of a second.
@@ -137,7 +142,7 @@ def _describe(process: psutil.Process) -> str:
     with process.oneshot():
         return (
             f"{process.pid} parent {process.ppid()} {process.status()} rss {process.memory_info().rss >> 20} MB"
-            f" threads {process.num_threads()} {process.cpu_times()} {' '.join(process.cmdline())[:200]}"
+            f" threads {process.num_threads()} {process.cpu_times()} {' '.join(processes.command(process))[:200]}\n"
         )
 
 
