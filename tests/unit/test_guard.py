@@ -489,6 +489,11 @@ def test_changed_settings_end_a_give_up_in_the_audit_log() -> None:
         parts.clock.time_s += 60
         snapshot = parts.see(dead_at_start(number))
     assert snapshot.gave_up
+    # Once, however often it is decided while the restart cannot be recorded.
+    parts.record.can_write = False
+    for _ in range(3):
+        assert parts.see(dead_at_start(2, settings="changed")).decision.action is Action.HOLD
+    parts.record.can_write = True
     snapshot = parts.see(dead_at_start(2, settings="changed"))
     assert (snapshot.gave_up, parts.restarter.restarts) == (False, 3)
     assert parts.record.reasons["give_up_ended"] == ["the settings changed"]
