@@ -513,8 +513,11 @@ def _remember_starts(evidence: Evidence, memory: Memory) -> Memory:
     )
     if serves or evidence.has_served or (memory.gave_up_settings and has_changed):
         return memory.with_fresh_starts() if memory.gave_up_settings else replace(memory, failed_starts=())
-    failed = evidence.failed_start
+    failed, process = evidence.failed_start, evidence.process
     if failed is None or failed.incarnation == memory.forgiven:
+        return memory
+    if process is not None and process.state is State.STOPPED:
+        # It did not end by itself.
         return memory
     if any(failed.incarnation == other.incarnation for other in memory.failed_starts):
         return memory

@@ -498,6 +498,16 @@ def test_starts_that_fail_otherwise_have_the_whole_budget(lives: list[FailedStar
     assert dies_at_start(*lives)[0].verdict is Verdict.CRASHED
 
 
+def test_a_start_that_was_stopped_has_not_failed() -> None:
+    """However often a worker is stopped while it loads, and has to be killed for it, none of that counts as failed."""
+    memory = Memory()
+    for number in range(3):
+        stopped = seen(Process(State.STOPPED), failed_start=failed(number), settings="s")
+        decision, memory = decide(replace(stopped, time_s=1000.0 * number), memory, LIMITS)
+        assert decision.verdict is Verdict.OPERATOR_STOP
+    assert dies_at_start(failed(4), failed(5), memory=memory)[0].verdict is Verdict.CRASHED
+
+
 def test_an_engine_that_dies_before_it_ever_served_counts_as_a_failed_start() -> None:
     """A process that stays alive although its engine died while starting counts as a failed start too."""
     memory = Memory(failed_starts=(failed(0), failed(1)))
