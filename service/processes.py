@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -171,14 +172,14 @@ def is_in_group(pid: int, group: int) -> bool:
 
 def marked(mark: Mark) -> list[psutil.Process]:
     """All processes with the mark except this one and its ancestors. A psutil.Process detects a reused pid."""
-    return [process for process in _others() if mark.is_on(_environ(process))]
+    found = list(_others())
+    return [process for process, environ in zip(found, _environs(found), strict=True) if mark.is_on(environ)]
 
 
 def supervisords(home: Path) -> list[psutil.Process]:
     """supervisord of a home, also one that does not answer; several if another was started beside that one."""
-    found = []
-    for process in _others():
-        environ = _environ(process)
+    found, others = [], list(_others())
+    for process, environ in zip(others, _environs(others), strict=True):
         is_theirs = os.path.realpath(environ.get("BATCH_HOME", os.devnull)) == os.path.realpath(home)
         # Not what it runs.
         if is_theirs and "SUPERVISOR_PROCESS_NAME" not in environ and "supervisor.supervisord" in command(process):
@@ -192,15 +193,18 @@ def left_over(mark: Mark, dead: Leader | None, before_ticks: int) -> list[psutil
     These are all processes with the mark, and members of the `dead` leader's group whose environment is unreadable
     because they overwrote it with their title, as vLLM's do without SPT_NOENV.
     """
-    found = []
-    for process in _others():
-        start_ticks = _start_ticks(process.pid)
-        if start_ticks is None or start_ticks >= before_ticks or not is_alive(process):
-            continue
-        environ = _environ(process)
-        if mark.is_on(environ) or (not environ and dead is not None and _is_member(process.pid, start_ticks, dead)):
-            found.append(process)
-    return found
+    starts = ((process, _start_ticks(process.pid)) for process in _others())
+    earlier = [
+        (process, start_ticks)
+        for process, start_ticks in starts
+        if start_ticks is not None and start_ticks < before_ticks and is_alive(process)
+    ]
+    environs = _environs([process for process, _ in earlier])
+    return [
+        process
+        for (process, start_ticks), environ in zip(earlier, environs, strict=True)
+        if mark.is_on(environ) or (not environ and dead is not None and _is_member(process.pid, start_ticks, dead))
+    ]
 
 
 def end(
@@ -230,9 +234,17 @@ def _others() -> Iterator[psutil.Process]:
     return (process for process in psutil.process_iter() if process.pid not in spared)
 
 
-def _environ(process: psutil.Process) -> dict[str, str]:
+def _environs(found: Sequence[psutil.Process]) -> list[dict[str, str]]:
+    """The environment of each; empty if it cannot be read. One by one only if the kernel does not answer for all."""
+    try:
+        return answer("environs", 0, lambda: [_environ(process.environ) for process in found])
+    except TimeoutError:
+        return [_environ(partial(answer, "environ", process.pid, process.environ)) for process in found]
+
+
+def _environ(read: Callable[[], dict[str, str]]) -> dict[str, str]:
     with suppress(psutil.Error, OSError):
-        return answer("environ", process.pid, process.environ)
+        return read()
     return {}
 
 

@@ -115,10 +115,13 @@ def test_a_process_that_the_kernel_does_not_answer_for_holds_up_nobody(
     monkeypatch.setattr(psutil.Process, "environ", hang)
     mark, late = Mark(tmp_path, "worker"), processes.now_ticks() + 1
     try:
+        counts = []
         for _ in range(3):
             assert pids(processes.left_over(mark, known(leader.pid), late)) == {leader.pid, mine.pid}
             assert pids(processes.marked(mark)) == {mine.pid}
-        assert sorted(asked) == sorted(stuck)
+            counts.append(len(asked))
+        assert {*asked} == stuck
+        assert counts == counts[:1] * 3
     finally:
         answered.set()
     until(lambda: pids(processes.marked(mark)) == {leader.pid, mine.pid}, "the answers")
