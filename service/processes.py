@@ -5,26 +5,99 @@ import ctypes
 import os
 import resource
 import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import psutil
 
 PR_SET_PDEATHSIG = 1
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+# The kernel answers at once, unless it waits for the process that it is asked about.
+ANSWER_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
 
 
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
     """Has the kernel send this process `signal_number` when its parent dies, as when supervisord is killed.
 
-    Survives exec, but not fork or a change of user (prctl(2)). Raises OSError.
+    Sends it at once if the parent is dead already: the kernel signals deaths from now on. Survives exec, but not fork
+    or a change of user (prctl(2)). Raises OSError.
     """
+    parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent or _is_adopted(parent):
+        os.kill(os.getpid(), signal_number)
+
+
+def _is_adopted(parent: int) -> bool:
+    """True if `parent` did not start this process, but got it when its parent died: it is of another session."""
+    # Who leads its session may have begun it, away from its parent. 0: the parent is outside of this pid namespace.
+    if not parent or os.getsid(0) == os.getpid():
+        return False
+    with suppress(OSError):
+        return os.getsid(parent) != os.getsid(0)
+    return False
+
+
+class _Caller(threading.Thread):
+    """Makes calls for others, which need not wait for them to return."""
+
+    def __init__(self) -> None:
+        super().__init__(name="caller", daemon=True)
+        self.calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            future, call = self.calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+
+
+_idle: list[_Caller] = []
+# What was asked of which process, and is not answered yet.
+_unanswered: set[tuple[str, int]] = set()
+
+
+def answer(what: str, pid: int, ask: Callable[[], T]) -> T:
+    """Returns what `ask` learns about a process. Raises TimeoutError after ANSWER_TIMEOUT_S.
+
+    To read its memory, such as its environment or its arguments, the kernel takes a lock that a process in
+    uninterruptible sleep may hold for good. As long as it does, `what` of it is not asked for again.
+    """
+    question = (what, pid)
+    if question in _unanswered:
+        raise TimeoutError(f"{what} of process {pid} cannot be read: the kernel does not answer")
+    try:
+        caller = _idle.pop()
+    except IndexError:
+        caller = _Caller()
+    future: Future[T] = Future()
+    caller.calls.put((future, ask))
+    if not wait([future], ANSWER_TIMEOUT_S).done:
+        _unanswered.add(question)
+
+        def end(_: object) -> None:
+            _unanswered.discard(question)
+            _idle.append(caller)
+
+        future.add_done_callback(end)
+        raise TimeoutError(f"{what} of process {pid} could not be read within {ANSWER_TIMEOUT_S:g} s")
+    _idle.append(caller)
+    return future.result()
 
 
 def told_to_end() -> asyncio.Event:
@@ -99,17 +172,17 @@ def is_in_group(pid: int, group: int) -> bool:
 
 def marked(mark: Mark) -> list[psutil.Process]:
     """All processes with the mark except this one and its ancestors. A psutil.Process detects a reused pid."""
-    return [process for process in _others() if mark.is_on(_environ(process))]
+    found = list(_others())
+    return [process for process, environ in zip(found, _environs(found), strict=True) if mark.is_on(environ)]
 
 
 def supervisords(home: Path) -> list[psutil.Process]:
     """supervisord of a home, also one that does not answer; several if another was started beside that one."""
-    found = []
-    for process in _others():
-        environ = _environ(process)
+    found, others = [], list(_others())
+    for process, environ in zip(others, _environs(others), strict=True):
         is_theirs = os.path.realpath(environ.get("BATCH_HOME", os.devnull)) == os.path.realpath(home)
         # Not what it runs.
-        if is_theirs and "SUPERVISOR_PROCESS_NAME" not in environ and "supervisor.supervisord" in _command(process):
+        if is_theirs and "SUPERVISOR_PROCESS_NAME" not in environ and "supervisor.supervisord" in command(process):
             found.append(process)
     return found
 
@@ -120,15 +193,18 @@ def left_over(mark: Mark, dead: Leader | None, before_ticks: int) -> list[psutil
     These are all processes with the mark, and members of the `dead` leader's group whose environment is unreadable
     because they overwrote it with their title, as vLLM's do without SPT_NOENV.
     """
-    found = []
-    for process in _others():
-        start_ticks = _start_ticks(process.pid)
-        if start_ticks is None or start_ticks >= before_ticks or not is_alive(process):
-            continue
-        environ = _environ(process)
-        if mark.is_on(environ) or (not environ and dead is not None and _is_member(process.pid, start_ticks, dead)):
-            found.append(process)
-    return found
+    starts = ((process, _start_ticks(process.pid)) for process in _others())
+    earlier = [
+        (process, start_ticks)
+        for process, start_ticks in starts
+        if start_ticks is not None and start_ticks < before_ticks and is_alive(process)
+    ]
+    environs = _environs([process for process, _ in earlier])
+    return [
+        process
+        for (process, start_ticks), environ in zip(earlier, environs, strict=True)
+        if mark.is_on(environ) or (not environ and dead is not None and _is_member(process.pid, start_ticks, dead))
+    ]
 
 
 def end(
@@ -158,15 +234,24 @@ def _others() -> Iterator[psutil.Process]:
     return (process for process in psutil.process_iter() if process.pid not in spared)
 
 
-def _environ(process: psutil.Process) -> dict[str, str]:
+def _environs(found: Sequence[psutil.Process]) -> list[dict[str, str]]:
+    """The environment of each; empty if it cannot be read. One by one only if the kernel does not answer for all."""
+    try:
+        return answer("environs", 0, lambda: [_environ(process.environ) for process in found])
+    except TimeoutError:
+        return [_environ(partial(answer, "environ", process.pid, process.environ)) for process in found]
+
+
+def _environ(read: Callable[[], dict[str, str]]) -> dict[str, str]:
     with suppress(psutil.Error, OSError):
-        return process.environ()
+        return read()
     return {}
 
 
-def _command(process: psutil.Process) -> list[str]:
+def command(process: psutil.Process) -> list[str]:
+    """Its arguments; none if they cannot be read."""
     with suppress(psutil.Error, OSError):
-        return process.cmdline()
+        return answer("cmdline", process.pid, process.cmdline)
     return []
 
 

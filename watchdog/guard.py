@@ -341,6 +341,8 @@ class Guard:
         """Records that starts may succeed again."""
         why = "it serves" if decision.verdict is Verdict.HEALTHY else "the settings changed"
         self._record.add("give_up_ended", replace(decision, reason=why), evidence)
+        # Also if what follows cannot be recorded, and is decided again.
+        self._memory = self._memory.with_fresh_starts()
         log.info("give_up_ended", worker_id=self.worker_id, reason=why)
 
     def _alert(self, kind: str, verdict: Verdict, level: str, reason: str, told: Mapping[str, object]) -> None:

@@ -8,7 +8,7 @@ from uuid import uuid4
 import peewee
 
 from service.clock import Clock
-from service.db import hosts, recoveries, schema, watchdogs
+from service.db import hosts, losses, recoveries, schema, watchdogs
 from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database, lock_hosts
 from service.db.hosts import Loss, Survey
@@ -18,7 +18,7 @@ from service.telemetry import logs
 from watchdog.alerts import Alerts
 from watchdog.self_report import Report
 
-# Events of hosts that are forgotten are removed this often, so many at a time.
+# Events of hosts that are forgotten are removed this often, so many at a time; and what gateways saw of lost lives.
 PRUNE_INTERVAL_S = 3600.0
 PRUNED = 10_000
 # The events of what is gone, and of what is there again.
@@ -92,6 +92,7 @@ class Neighbours:
                     self.alerts.tell(event.kind, event.kind, event.worker_id, "error", message, {})
             if now_s >= self._prune_at_s:
                 self.database.call(hosts.prune_events, self.kept_s, PRUNED)
+                self.database.call(losses.prune)
                 self._prune_at_s = now_s + PRUNE_INTERVAL_S
         except DATABASE_ERRORS:
             self.survey = Survey()

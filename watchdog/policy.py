@@ -189,7 +189,7 @@ class Limits:
     confirm_interval_s: float = 0.5
     # How long they must agree when the worker itself reports a fault, or nothing of it moves;
     confirm_s: float = 2
-    # when it beats but does not answer: it may be very busy;
+    # when it does not answer, and beats or nobody knows: it may be very busy;
     wedged_confirm_s: float = 20
     # and when all we know is that it does not serve.
     not_ready_confirm_s: float = 60
@@ -234,6 +234,8 @@ class Memory:
     # The phase last reported by process `heard_pid`.
     heard_pid: int = 0
     heard_phase: str = ""
+    # Since when that process could load: it waits for Postgres before it begins. None: not known to be possible yet.
+    able_since_s: float | None = None
     ending_since_s: float | None = None
     transition_since_s: float | None = None
     suspicion: Suspicion | None = None
@@ -414,14 +416,18 @@ def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits:
     health, beat = evidence.health, _beat(evidence, limits)
     phase = memory.heard_phase
     if phase in LOADING_PHASES:
-        reason = f"{phase} for {process.age_s:.0f} s of at most {limits.load_timeout_s:.0f} s"
-        if process.age_s <= limits.load_timeout_s:
+        since_s = process.age_s if memory.able_since_s is None else _elapsed(memory.able_since_s, evidence)
+        reason = f"{phase} for {since_s:.0f} s of at most {limits.load_timeout_s:.0f} s"
+        if since_s <= limits.load_timeout_s:
             return _Finding(Verdict.STARTING, reason)
         return _Finding(Verdict.START_TIMEOUT, reason, patience_s=limits.confirm_s)
     if not phase and _may_not_have_beaten(process, evidence, limits):
         return _Finding(Verdict.STARTING, f"started {process.age_s:.0f} s ago, no heartbeat yet")
 
     heard = _heard(evidence)
+    if not phase and health is ProbeAnswer.NOT_SERVING and evidence.database_up_s is None:
+        # It loads once Postgres has given it its name: another one would only wait again.
+        return _Finding(Verdict.DATABASE_AWAY, f"the worker answers, and cannot start while {heard}")
     if health is ProbeAnswer.SERVING:
         if beat is _Beat.UNKNOWN:
             return _Finding(Verdict.DATABASE_AWAY, f"health is SERVING, {heard}")
@@ -450,9 +456,8 @@ def _judge_running(process: Process, evidence: Evidence, memory: Memory, limits:
         reason = f"the health probe failed with {health}, {heard}"
         if beat is _Beat.FRESH:
             return _Finding(Verdict.RPC_WEDGED, reason, patience_s=limits.wedged_confirm_s)
-        # A worker that is shutting down closes its port some time before it exits.
-        may_be_ending = beat is _Beat.UNKNOWN and phase in ENDING_PHASES
-        patience_s = limits.wedged_confirm_s if may_be_ending else limits.confirm_s
+        # Without Postgres it may be as busy as one that beats, or about to exit, having closed its port.
+        patience_s = limits.confirm_s if beat is _Beat.LOST else limits.wedged_confirm_s
         return _Finding(Verdict.FROZEN, reason, patience_s=patience_s)
     if health is ProbeAnswer.NOT_PROBED and beat is _Beat.UNKNOWN:
         return _Finding(Verdict.DATABASE_AWAY, f"the worker cannot be probed, {heard}")
@@ -475,7 +480,7 @@ def _may_not_have_beaten(process: Process, evidence: Evidence, limits: Limits) -
     """True for a process too young to be overdue. Without Postgres it cannot even report that it is loading."""
     if evidence.database_up_s is None:
         return process.age_s <= limits.load_timeout_s
-    return process.age_s <= max(limits.start_grace_s, limits.heartbeat_timeout_s)
+    return min(process.age_s, evidence.database_up_s) <= max(limits.start_grace_s, limits.heartbeat_timeout_s)
 
 
 def _heard(evidence: Evidence) -> str:
@@ -508,8 +513,11 @@ def _remember_starts(evidence: Evidence, memory: Memory) -> Memory:
     )
     if serves or evidence.has_served or (memory.gave_up_settings and has_changed):
         return memory.with_fresh_starts() if memory.gave_up_settings else replace(memory, failed_starts=())
-    failed = evidence.failed_start
+    failed, process = evidence.failed_start, evidence.process
     if failed is None or failed.incarnation == memory.forgiven:
+        return memory
+    if process is not None and process.state is State.STOPPED:
+        # It did not end by itself.
         return memory
     if any(failed.incarnation == other.incarnation for other in memory.failed_starts):
         return memory
@@ -532,7 +540,11 @@ def _remember(evidence: Evidence, memory: Memory) -> Memory:
         return replace(memory, transition_since_s=since)
     memory = replace(memory, transition_since_s=None)
     if process.pid != memory.heard_pid:
-        memory = replace(memory, heard_pid=process.pid, heard_phase="", ending_since_s=None)
+        memory = replace(memory, heard_pid=process.pid, heard_phase="", able_since_s=None, ending_since_s=None)
+    if not memory.heard_phase:
+        up_s = evidence.database_up_s
+        able_since_s = None if up_s is None else evidence.time_s - min(process.age_s, up_s)
+        memory = replace(memory, able_since_s=able_since_s)
     if evidence.heartbeat is not None and evidence.heartbeat.is_current:
         memory = replace(memory, heard_phase=evidence.heartbeat.phase)
     is_unheard = evidence.database_up_s is None or memory.heard_phase in LOADING_PHASES

@@ -22,6 +22,7 @@ OTHERWISE_INTERVAL_S = 5.0
 REPORT_S = 5.0
 # Until then a report that a worker was reached shows that it lives, although its leases have run out.
 REACHED_S = 30.0
+# What nobody looks at any more.
 KEPT_S = 3600.0
 
 _SILENCE = f"""
@@ -116,9 +117,6 @@ def _take_over(db: peewee.PostgresqlDatabase, worker_id: str, incarnation: str) 
             (incarnation,),
         ).rowcount
         burial = suspects.bury_lost(db, worker_id, incarnation)
-        db.execute_sql(
-            "DELETE FROM losses WHERE report_time < clock_timestamp() - make_interval(secs => %s)", (KEPT_S,)
-        )
     # Of several workers that saw it at once, the others find nothing left.
     return Loss(worker_id, incarnation, burial) if files or burial != Burial(0, 0, 0) else None
 
@@ -154,6 +152,15 @@ def _release_expired(db: peewee.PostgresqlDatabase, worker_id: str, incarnation:
         return suspects.bury_lost(db, worker_id, incarnation, which)
     mine = f"incarnation = %(incarnation)s::uuid AND {which}"
     return Burial(release_where(db, mine, {"incarnation": incarnation}, wait=False), 0, 0)
+
+
+def prune(db: peewee.PostgresqlDatabase) -> int:
+    """Removes what gateways have not repeated for an hour: about lives that were followed by others, or are forgotten.
+
+    Returns how many rows.
+    """
+    which = "report_time < clock_timestamp() - make_interval(secs => %s)"
+    return int(db.execute_sql(f"DELETE FROM losses WHERE {which}", (KEPT_S,)).rowcount)
 
 
 def released(losses: Sequence[Loss]) -> int:

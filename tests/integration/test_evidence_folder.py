@@ -1,5 +1,6 @@
 """The evidence kept of real processes before they are ended."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
 from service.processes import Mark
-from watchdog.act import evidence_folder
+from watchdog.act import commands, evidence_folder
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CODE = """
@@ -53,6 +56,36 @@ def test_what_fails_is_told_in_its_place(tmp_path: Path) -> None:
     assert folder is not None
     assert "FileNotFoundError" in (folder / "none.log").read_text()
     assert (folder / "memory.txt").exists()
+
+
+def test_what_hangs_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log whose disk does not answer holds up neither the rest of the evidence nor the restart."""
+    monkeypatch.setattr(evidence_folder, "TIMEOUT_S", 3.0)
+    hung = tmp_path / "worker.log"
+    os.mkfifo(hung)
+    keep = functools.partial(evidence_folder.keep, tmp_path, Mark(tmp_path, "worker"), WHEN)
+    try:
+        folder = keep("1", {}, None, [hung])
+        assert folder is not None
+        assert "not read in time" in (folder / "worker.log").read_text()
+        assert (folder / "memory.txt").exists()
+        monkeypatch.setattr(evidence_folder.processes, "marked", lambda _: hung.read_text())
+        assert keep("2", {}, None, []) is None
+    finally:
+        # Whoever waits for a writer has one.
+        os.close(os.open(hung, os.O_RDWR))
+
+
+def test_a_command_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that hangs in a driver is not waited for: SIGKILL does not end it."""
+    kill, started = subprocess.Popen.kill, list["subprocess.Popen[str]"]()
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: started.append(process))
+    with pytest.raises(subprocess.TimeoutExpired):
+        commands.output(["sleep", "1000"], 0.1)
+    [process] = started
+    assert process.poll() is None
+    kill(process)
+    process.communicate(timeout=10)
 
 
 def test_old_folders_are_removed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Iterator
 from unittest.mock import Mock
-from uuid import NAMESPACE_OID, uuid5
+from uuid import NAMESPACE_OID, uuid4, uuid5
 
 import peewee
 import pytest
@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from service import machine
 from service.clock import SystemClock
 from service.config import Settings
-from service.db import heartbeats, hosts, schema, server_beats, watchdogs
+from service.db import heartbeats, hosts, losses, schema, server_beats, watchdogs
 from service.db.connection import Database
 from service.db.heartbeats import Beat, Phase
 from service.gateway.housekeeping import Housekeeping
@@ -210,6 +210,16 @@ def test_one_of_those_left_reports_what_is_gone(database: Database, monkeypatch:
         assert set(events(database)[4:]) == {(subject, f"{kind}_back") for subject, kind in LOST}
         alerts.close()
         assert len(receiver.events) == 3
+
+
+def test_what_gateways_saw_of_earlier_lives_is_removed(database: Database) -> None:
+    """Once nobody repeats that a worker is reached or not, as after it was stopped, it is removed."""
+    old, new = uuid4(), uuid4()
+    database.call(losses.report, "b:gateway", {old: False, new: False})
+    sql = "UPDATE losses SET report_time = report_time - interval '2 hours' WHERE incarnation = %s"
+    database.call(lambda db: db.execute_sql(sql, (str(old),)))
+    watching(database, "left", Alerts(Settings())).look()
+    assert database.call(lambda db: db.execute_sql("SELECT incarnation FROM losses").fetchall()) == [(new,)]
 
 
 def test_after_an_outage_nobody_is_reported(database: Database) -> None:

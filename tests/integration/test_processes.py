@@ -1,18 +1,23 @@
 """Finding and ending processes: all of ours, and nobody else's."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from service import processes
 from service.processes import Leader, Mark
+from tests.support.waiting import until
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -92,6 +97,36 @@ def test_what_starts_later_is_not_left_over(tmp_path: Path, start: Start) -> Non
     assert pids(processes.left_over(Mark(tmp_path), None, ticks + 1)) == {new.pid}
 
 
+def test_a_process_that_the_kernel_does_not_answer_for_holds_up_nobody(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of a process in uninterruptible sleep is given up, and not begun again; all others are found, and so is it
+    by its group."""
+    leader, foreign, mine = start(marks(tmp_path)), start({}), start(marks(tmp_path))
+    stuck = {leader.pid, foreign.pid}
+    answered, asked, environ = threading.Event(), list[int](), psutil.Process.environ
+
+    def hang(process: psutil.Process) -> Any:
+        if process.pid in stuck:
+            asked.append(process.pid)
+            assert answered.wait(100)
+        return environ(process)
+
+    monkeypatch.setattr(psutil.Process, "environ", hang)
+    mark, late = Mark(tmp_path, "worker"), processes.now_ticks() + 1
+    try:
+        counts = []
+        for _ in range(3):
+            assert pids(processes.left_over(mark, known(leader.pid), late)) == {leader.pid, mine.pid}
+            assert pids(processes.marked(mark)) == {mine.pid}
+            counts.append(len(asked))
+        assert {*asked} == stuck
+        assert counts == counts[:1] * 3
+    finally:
+        answered.set()
+    until(lambda: pids(processes.marked(mark)) == {leader.pid, mine.pid}, "the answers")
+
+
 def test_end_goes_from_asking_to_killing() -> None:
     """A process that survives SIGTERM is returned as still alive, and SIGKILL ends it."""
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
@@ -128,3 +163,43 @@ def test_die_with_parent() -> None:
         orphan = psutil.Process(int(process.stdout.readline()))
         process.kill()
     assert processes.end([orphan], 10, (signal.SIGCONT,)) == []
+
+
+def test_die_with_a_parent_that_is_dead() -> None:
+    """A child whose parent died before it asked to die with it, as while it was importing, ends too."""
+    child = (
+        "import sys; from service import processes; print(flush=True); sys.stdin.readline();"
+        " processes.die_with_parent(); import signal; signal.pause()"
+    )
+    parent = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE);"
+    parent += "c.stdout.readline(); print(c.pid, flush=True); c.wait()"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", parent], start_new_session=True, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        orphan = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+        process.wait(10)
+        process.stdin.write(b"\n")
+    try:
+        assert processes.end([orphan], 10, (signal.SIGCONT,)) == []
+    finally:
+        processes.end([orphan], 10, (signal.SIGKILL,))
+
+
+def test_die_with_a_parent_that_dies_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent that dies while its child asks to die with it is noticed, even if the next is of the same session."""
+    parents, sent = iter([os.getpid(), os.getpid() + 1]), list[tuple[int, int]]()
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(prctl=lambda *_: 0))
+    processes.die_with_parent(signal.SIGINT)
+    assert sent == [(os.getpid(), signal.SIGINT)]
+
+
+def test_die_with_parent_spares_whoever_has_one() -> None:
+    """A program runs that was started in a session, or in a process group, of its own."""
+    command = [sys.executable, "-c", "from service import processes; processes.die_with_parent(); print('lives')"]
+    kinds: list[dict[str, Any]] = [{"start_new_session": True}, {"process_group": 0}]
+    for how in kinds:
+        assert subprocess.run(command, stdout=subprocess.PIPE, timeout=60, **how).stdout == b"lives\n"

@@ -214,6 +214,7 @@ STATEMENTS = [
     ("docs/recovery.md", f"over at least {LIMITS.confirm_s:g} s"),
     ("docs/recovery.md", f"a tick more than {stall_detector.LATE_S:g} s late"),
     ("docs/recovery.md", f"RPC_WEDGED → confirm for {LIMITS.wedged_confirm_s:g} s"),
+    ("docs/recovery.md", f"FROZEN → confirm for {LIMITS.wedged_confirm_s:g} s"),
     ("docs/recovery.md", f"NOT_READY → confirm for {LIMITS.not_ready_confirm_s:g} s"),
     ("docs/recovery.md", f"draining, within `BATCH_DRAIN_TIMEOUT_S` + {wiring.DRAIN_MARGIN_S:g} s"),
     ("docs/recovery.md", f"asked for one token every {pulse.CANARY_INTERVAL_S:g} s"),

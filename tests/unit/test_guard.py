@@ -338,6 +338,16 @@ def test_verdicts_of_note_are_recorded(first: Evidence, then: Evidence, kinds: l
     assert parts.record.kinds == kinds
 
 
+def test_waiting_for_postgres_is_told_once(parts: Parts) -> None:
+    """A worker that cannot start because Postgres is away is left alone for as long as it takes; one alert tells it."""
+    parts.is_database_away = True
+    for age_s in range(0, 3 * int(LIMITS.load_timeout_s), 100):
+        waiting = replace(beating(NEW), process=Process(State.RUNNING, 9, age_s), health=ProbeAnswer.NOT_SERVING)
+        parts.clock.time_s += 100
+        assert parts.see(waiting).decision.action is Action.HOLD
+    assert parts.alerts.told == [("dependency_away", "DATABASE_AWAY", "warning")]
+
+
 def test_a_person_is_told_once(parts: Parts) -> None:
     """A recovery, a failed one, an outage of Postgres or supervisord, and giving up each raise one alert."""
     parts.see(in_state(State.EXITED))
@@ -479,6 +489,11 @@ def test_changed_settings_end_a_give_up_in_the_audit_log() -> None:
         parts.clock.time_s += 60
         snapshot = parts.see(dead_at_start(number))
     assert snapshot.gave_up
+    # Once, however often it is decided while the restart cannot be recorded.
+    parts.record.can_write = False
+    for _ in range(3):
+        assert parts.see(dead_at_start(2, settings="changed")).decision.action is Action.HOLD
+    parts.record.can_write = True
     snapshot = parts.see(dead_at_start(2, settings="changed"))
     assert (snapshot.gave_up, parts.restarter.restarts) == (False, 3)
     assert parts.record.reasons["give_up_ended"] == ["the settings changed"]

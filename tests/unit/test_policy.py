@@ -30,6 +30,7 @@ from watchdog.policy import (
 LIMITS = Limits()
 RUNNING = Process(State.RUNNING, pid=7, age_s=500)
 YOUNG = replace(RUNNING, age_s=10)
+OLD = replace(RUNNING, age_s=LIMITS.load_timeout_s + 100)
 FRESH = Heartbeat(age_s=3, phase="ready", is_current=True, incarnation="a")
 STALE = replace(FRESH, age_s=61)
 OTHER = replace(FRESH, is_current=False)
@@ -90,6 +91,13 @@ HOLDS = [
     ("ready, and has not written so yet", seen(health=ProbeAnswer.SERVING, heartbeat=beat("loading")), Verdict.HEALTHY),
     ("Postgres away", seen(health=ProbeAnswer.SERVING, database_up_s=None), Verdict.DATABASE_AWAY),
     ("Postgres just back", seen(health=ProbeAnswer.SERVING, heartbeat=STALE, database_up_s=2), Verdict.DATABASE_AWAY),
+    ("waits for Postgres", seen(OLD, ProbeAnswer.NOT_SERVING, database_up_s=None), Verdict.DATABASE_AWAY),
+    ("has waited for Postgres", seen(OLD, ProbeAnswer.NOT_SERVING, OTHER, 2), Verdict.STARTING),
+    (
+        "loading since Postgres is back",
+        seen(OLD, ProbeAnswer.NOT_SERVING, beat("loading"), LIMITS.load_timeout_s - 1),
+        Verdict.STARTING,
+    ),
     ("no address to ask, Postgres away", seen(replace(RUNNING, age_s=9e9), database_up_s=None), Verdict.DATABASE_AWAY),
     ("draining", seen(health=ProbeAnswer.NOT_SERVING, heartbeat=beat("draining")), Verdict.DRAINING),
     ("stopping by itself", seen(health=ProbeAnswer.NOT_SERVING, heartbeat=beat("stopping")), Verdict.DRAINING),
@@ -238,11 +246,30 @@ def test_loaded_while_postgres_is_away_is_not_late() -> None:
     assert {(d.verdict, d.action) for d in decisions} == {(Verdict.DATABASE_AWAY, Action.HOLD)}
 
 
+def test_loading_is_late_by_the_time_in_which_it_could_load() -> None:
+    """A worker that waited for Postgres has its whole deadline from Postgres' return, however often that goes again."""
+    waiting, memory = seen(OLD, ProbeAnswer.NOT_SERVING, database_up_s=None), Memory()
+    _, memory = decide(waiting, memory, LIMITS)
+    back_s = 5000.0
+    loading = replace(waiting, time_s=back_s, heartbeat=beat("starting"), database_up_s=0.0)
+    decision, memory = decide(loading, memory, LIMITS)
+    assert decision.verdict is Verdict.STARTING
+    for after_s, verdict in ((0.9, Verdict.STARTING), (1.1, Verdict.START_TIMEOUT)):
+        time_s = back_s + after_s * LIMITS.load_timeout_s
+        for heartbeat, up_s in ((beat("loading"), 1.0), (None, None)):
+            later = replace(loading, time_s=time_s, heartbeat=heartbeat, database_up_s=up_s)
+            assert decide(later, memory, LIMITS)[0].verdict is verdict
+
+
 def test_frozen_while_postgres_is_away_is_restarted() -> None:
-    """A worker that was ready and no longer answers is restarted even though its heartbeat cannot be read."""
+    """A worker that was ready and no longer answers is restarted even though its heartbeat cannot be read.
+
+    It may be busy, as one that beats: it is given as long.
+    """
     _, memory = decide(seen(health=ProbeAnswer.SERVING, heartbeat=FRESH), Memory(), LIMITS)
-    last = run(seen(health=ProbeAnswer.DEADLINE_EXCEEDED, database_up_s=None), 60, memory)[-1]
+    *before, last = run(seen(health=ProbeAnswer.DEADLINE_EXCEEDED, database_up_s=None), 60, memory)
     assert (last.verdict, last.action) == (Verdict.FROZEN, Action.RESTART)
+    assert sum(decision.check_in_s for decision in before) >= LIMITS.wedged_confirm_s
 
 
 def test_draining_past_its_deadline_is_restarted() -> None:
@@ -471,6 +498,16 @@ def test_starts_that_fail_otherwise_have_the_whole_budget(lives: list[FailedStar
     assert dies_at_start(*lives)[0].verdict is Verdict.CRASHED
 
 
+def test_a_start_that_was_stopped_has_not_failed() -> None:
+    """However often a worker is stopped while it loads, and has to be killed for it, none of that counts as failed."""
+    memory = Memory()
+    for number in range(3):
+        stopped = seen(Process(State.STOPPED), failed_start=failed(number), settings="s")
+        decision, memory = decide(replace(stopped, time_s=1000.0 * number), memory, LIMITS)
+        assert decision.verdict is Verdict.OPERATOR_STOP
+    assert dies_at_start(failed(4), failed(5), memory=memory)[0].verdict is Verdict.CRASHED
+
+
 def test_an_engine_that_dies_before_it_ever_served_counts_as_a_failed_start() -> None:
     """A process that stays alive although its engine died while starting counts as a failed start too."""
     memory = Memory(failed_starts=(failed(0), failed(1)))
@@ -676,12 +713,27 @@ def test_never_more_restarts_than_the_budget_in_any_hour(history: History, budge
     assert all(a.key != b.key for a, b in pairwise(continued) if a and b)
 
 
-missing = observations(process=st.none()) | observations(
-    process=st.builds(Process, state=st.just(State.RUNNING), pid=st.just(7), age_s=st.floats(0, 1e6)),
-    health=st.sampled_from([ProbeAnswer.SERVING, ProbeAnswer.NOT_PROBED]),
-    database_up_s=st.none(),
-    heartbeat=st.none(),
-)
+def running(pids: list[int], **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Evidence]:
+    """Observations of a running worker."""
+    process = st.builds(Process, state=st.just(State.RUNNING), pid=st.sampled_from(pids), age_s=st.floats(0, 1e6))
+    return observations(process=process, beats=st.just(True), **fixed)
+
+
+def unheard(*healths: ProbeAnswer) -> st.SearchStrategy[Evidence]:
+    """Observations of a worker while Postgres is away, which so says nothing about it."""
+    return running(
+        [7],
+        health=st.sampled_from(healths),
+        database_up_s=st.none(),
+        heartbeat=st.none(),
+        failed_start=st.none(),
+        has_served=st.just(False),
+        intent=st.none(),
+        pause_left_s=st.just(0.0),
+    )
+
+
+missing = observations(process=st.none()) | unheard(ProbeAnswer.SERVING, ProbeAnswer.NOT_PROBED)
 gaps = st.lists(st.tuples(steps_s, missing, st.integers(1, 200)), min_size=1, max_size=20)
 
 
@@ -691,6 +743,49 @@ def test_missing_evidence_never_restarts(history: History) -> None:
     """However long supervisord or Postgres is away, that alone never restarts a worker."""
     made, _ = play(history)
     assert {d.action for _, d in made} == {Action.HOLD}
+
+
+waits = st.lists(
+    st.tuples(steps_s, unheard(ProbeAnswer.NOT_SERVING, ProbeAnswer.NOT_PROBED), st.integers(1, 40)), max_size=20
+)
+
+
+@given(waits, st.floats(0, 1e6), st.floats(0, 1), st.sampled_from([None, OTHER, beat("starting"), beat("loading")]))
+@settings(max_examples=max(150, settings.default.max_examples))
+def test_waiting_for_postgres_never_restarts(
+    history: History, age_s: float, lasts: float, heartbeat: Heartbeat | None
+) -> None:
+    """A worker that answers and has nothing to load yet, because Postgres is away, is left alone however long it takes;
+    and so it is after Postgres' return for as long as any start may take.
+    """
+    grace_s = LIMITS.load_timeout_s if heartbeat and heartbeat.is_current else LIMITS.heartbeat_timeout_s
+    up_s = lasts * grace_s
+    back = seen(replace(RUNNING, age_s=age_s + up_s), ProbeAnswer.NOT_SERVING, heartbeat, up_s)
+    made, _ = play([*history, (up_s, back, 1)])
+    assert {d.action for _, d in made} == {Action.HOLD}
+
+
+outages = st.lists(st.tuples(steps_s, unheard(*ProbeAnswer), st.integers(1, 100)), min_size=1, max_size=10)
+
+
+@given(histories, outages, st.floats(0, 1e4))
+@settings(max_examples=max(150, settings.default.max_examples))
+def test_an_outage_of_postgres_hastens_no_restart(before: History, outage: History, age_s: float) -> None:
+    """Whatever restarts a worker while Postgres is away would do so, and no later, if its heartbeats were read and
+    fresh.
+    """
+    _, memory = play(before)
+    read, time_s = memory, sum(step_s * times for step_s, _, times in before)
+    for step_s, kind, times in outage:
+        for _ in range(times):
+            time_s, age_s = time_s + step_s, age_s + step_s
+            evidence = replace(kind, time_s=time_s, process=replace(RUNNING, age_s=age_s))
+            decision, memory = decide(evidence, memory, LIMITS)
+            fresh = replace(FRESH, phase=memory.heard_phase or "starting")
+            told, read = decide(replace(evidence, heartbeat=fresh, database_up_s=1e6), read, LIMITS)
+            if Action.RESTART in (decision.action, told.action):
+                assert told.action is Action.RESTART
+                return
 
 
 healthy = observations(

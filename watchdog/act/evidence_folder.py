@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,11 +17,14 @@ import psutil
 from service import processes
 from service.processes import Mark
 from service.telemetry import logs
+from watchdog.act import commands
 
 KEPT_FOLDERS = 20
 LOG_TAIL_BYTES = 256 << 10
 # For everything together: a worker waiting for its restart serves nobody.
 TIMEOUT_S = 10.0
+# Of it, for writing what there is.
+WRITE_S = 1.0
 
 log = logs.get("evidence")
 
@@ -35,19 +38,48 @@ def keep(
     heartbeat: Mapping[str, Any] | None,
     log_files: Sequence[Path],
 ) -> Path | None:
-    """Writes the folder and returns it; None if it cannot be created. A part that fails contains its error instead.
+    """Writes the folder and returns it; None if it cannot be created, or not in time. Returns after TIMEOUT_S.
 
-    `event` is the restart's event id, or its key while it has none; `told` its content; `heartbeat` the worker's row
-    as last read. Covers the processes with `mark`. py-spy dumps their stacks from outside, so it works on frozen
-    processes.
+    A part that fails, or hangs, contains its error instead. `event` is the restart's event id, or its key while it has
+    none; `told` its content; `heartbeat` the worker's row as last read. Covers the processes with `mark`. py-spy dumps
+    their stacks from outside, so it works on frozen processes.
     """
+    kept: list[Path | None] = []
+
+    def run() -> None:
+        try:
+            kept.append(_keep(home, mark, now, event, told, heartbeat, log_files))
+        except Exception:
+            # A restart needs no evidence.
+            log.exception("evidence_not_kept")
+            kept.append(None)
+
+    # Disks and processes may hang the thread that reads them, and no deadline ends that.
+    thread = threading.Thread(target=run, name="evidence", daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    if not kept:
+        log.warning("evidence_not_kept", cause=f"not done within {TIMEOUT_S:g} s")
+        return None
+    return kept[0]
+
+
+def _keep(
+    home: Path,
+    mark: Mark,
+    now: datetime,
+    event: str,
+    told: Mapping[str, Any],
+    heartbeat: Mapping[str, Any] | None,
+    log_files: Sequence[Path],
+) -> Path | None:
     folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event}"
     try:
         folder.mkdir(parents=True, mode=0o700)
     except OSError as error:
         log.warning("evidence_not_kept", cause=str(error))
         return None
-    deadline_s = time.monotonic() + TIMEOUT_S
+    deadline_s = time.monotonic() + TIMEOUT_S - WRITE_S
     parts: dict[str, Callable[[], str]] = {
         "event.json": lambda: json.dumps(told, indent=2, default=str),
         "heartbeat.json": lambda: json.dumps(heartbeat, indent=2, default=str),
@@ -57,15 +89,18 @@ def keep(
     for log_file in log_files:
         parts[log_file.name] = lambda file=log_file: _tail(file)  # type: ignore[misc]
     found = processes.marked(mark)
-    parts["processes.txt"] = lambda: "\n".join(map(_describe, found)) + "\n"
+    parts["processes.txt"] = lambda: "".join(_safely(lambda each=each: _describe(each)) for each in found)  # type: ignore[misc]
     for process in found:
         parts[f"stack-{process.pid}.txt"] = lambda pid=process.pid: _stack(pid, deadline_s)  # type: ignore[misc]
     # In parallel: each stack takes a good part of a second.
-    with ThreadPoolExecutor(4) as threads:
-        for name, text in zip(parts, threads.map(_safely, parts.values()), strict=True):
-            if text:
-                with suppress(OSError):
-                    (folder / name).write_text(text)
+    threads = ThreadPoolExecutor(4)
+    futures = {name: threads.submit(_safely, part) for name, part in parts.items()}
+    wait(futures.values(), deadline_s - time.monotonic())
+    threads.shutdown(wait=False, cancel_futures=True)
+    for name, future in futures.items():
+        if text := _text(future):
+            with suppress(OSError):
+                (folder / name).write_text(text)
     prune(folder)
     log.info("evidence_kept", folder=str(folder), processes=[process.pid for process in found])
     return folder
@@ -88,6 +123,10 @@ def _safely(part: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {error}\n"
 
 
+def _text(future: "Future[str]") -> str:
+    return future.result() if future.done() and not future.cancelled() else "not read in time\n"
+
+
 def _tail(file: Path) -> str:
     with file.open("rb") as given:
         given.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
@@ -103,7 +142,7 @@ def _describe(process: psutil.Process) -> str:
     with process.oneshot():
         return (
             f"{process.pid} parent {process.ppid()} {process.status()} rss {process.memory_info().rss >> 20} MB"
-            f" threads {process.num_threads()} {process.cpu_times()} {' '.join(process.cmdline())[:200]}"
+            f" threads {process.num_threads()} {process.cpu_times()} {' '.join(processes.command(process))[:200]}\n"
         )
 
 
@@ -115,6 +154,5 @@ def _stack(pid: int, deadline_s: float) -> str:
 
 
 def _output(command: list[str], deadline_s: float) -> str:
-    left_s = max(0.5, deadline_s - time.monotonic())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=left_s)
+    done = commands.output(command, max(0.5, deadline_s - time.monotonic()))
     return done.stdout or done.stderr

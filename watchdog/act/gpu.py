@@ -12,6 +12,8 @@ from typing import Any
 
 import pynvml
 
+from watchdog.act import commands
+
 # Exists wherever the driver is loaded, also in containers with a GPU.
 DEVICE = Path("/dev/nvidiactl")
 TIMEOUT_S = 5.0
@@ -74,7 +76,7 @@ def _ask(*arguments: str) -> str:
         return ""
     command = [sys.executable, "-m", "watchdog.act.gpu", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = commands.output(command, TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -87,9 +87,9 @@ class Leftovers:
 
 
 def _maps(pid: int) -> str | None:
-    """Reads /proc/PID/maps. None if not permitted; "" for a process that is gone."""
+    """Reads /proc/PID/maps. None if not permitted, or not answered; "" for a process that is gone."""
     try:
-        return Path(f"/proc/{pid}/maps").read_text()
+        return processes.answer("maps", pid, Path(f"/proc/{pid}/maps").read_text)
     except (FileNotFoundError, ProcessLookupError):
         return ""
     except OSError:

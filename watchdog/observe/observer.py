@@ -9,7 +9,7 @@ import peewee
 
 from service import processes
 from service.clock import Clock
-from service.db import heartbeats, identity, recoveries
+from service.db import heartbeats, identity, recoveries, schema
 from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database
 from service.db.heartbeats import SeenBeat
@@ -85,6 +85,7 @@ class Observer:
         self._reading: Future[tuple[float, SeenBeat | None]] | None = None
         self._is_database_away = False
         self._database_since_s: float | None = None
+        self._is_schema_there = False
 
     def process(self) -> Process | None:
         """Returns the process as supervisord reports it; None when supervisord is away."""
@@ -178,11 +179,14 @@ class Observer:
         """Reads uptime and heartbeat. Raises TimeoutError, at once while an earlier read is still waiting."""
         if self._reading is not None and not self._reading.done():
             raise TimeoutError
-        self._reading = self._reader.submit(self._database.call, _read, self._worker_id)
+        self._reading = self._reader.submit(self._database.call, self._look)
         return self._reading.result(self._database_timeout_s)
 
-
-def _read(db: peewee.PostgresqlDatabase, worker_id: str) -> tuple[float, SeenBeat | None]:
-    # Fails if Postgres accepts no writes (read-only, or a right is missing): then the worker cannot beat either.
-    db.execute_sql("UPDATE heartbeats SET pid = pid WHERE false")
-    return recoveries.uptime_s(db), next(iter(heartbeats.read(db, worker_id)), None)
+    def _look(self, db: peewee.PostgresqlDatabase) -> tuple[float, SeenBeat | None]:
+        """Fails if the worker cannot beat either: Postgres accepts no writes, a right is missing, or a migration runs,
+        which may take minutes."""
+        if not self._is_schema_there:
+            schema.check(db)
+            self._is_schema_there = True
+        db.execute_sql("UPDATE heartbeats SET pid = pid WHERE false")
+        return recoveries.uptime_s(db), next(iter(heartbeats.read(db, self._worker_id)), None)
