@@ -124,6 +124,7 @@ class Patience:
         self._failing_since_s: dict[str, float] = {}
         self._running_since_s: dict[str, float] = {}
         self._silent_since_s: float | None = None
+        self._unheard_since_s: float | None = None
         self._gave_up_since_s: float | None = None
 
     def failing(self, now_s: float, states: Mapping[str, str]) -> list[str]:
@@ -146,7 +147,8 @@ class Patience:
         """Returns True once waiting is pointless. `is_silent`: the gateway does not answer, although it `listens`."""
         failing = self.failing(now_s, states)
         is_silent = is_silent and "gateway" in map(_group, self._running_since_s)
-        self._silent_since_s = (self._silent_since_s or now_s) if is_silent else None
+        self._silent_since_s = (self._silent_since_s or now_s) if is_silent and listens else None
+        self._unheard_since_s = (self._unheard_since_s or now_s) if is_silent and not listens else None
         gave_up = why.reason == "RECOVERY_GAVE_UP"
         self._gave_up_since_s = (self._gave_up_since_s or now_s) if gave_up else None
         return (
@@ -155,7 +157,9 @@ class Patience:
                 now_s - since_s > (WORKER_FAILING_S if _group(name) == "worker" else FAILING_S)
                 for name, since_s in self._failing_since_s.items()
             )
-            or now_s - (self._silent_since_s or now_s) > (SILENT_S if listens else NOT_LISTENING_S)
+            # One that has just begun to listen has all the time to answer.
+            or now_s - (self._silent_since_s or now_s) > SILENT_S
+            or now_s - (self._unheard_since_s or now_s) > NOT_LISTENING_S
             # After a manual start the gateway reports the give-up until the worker's first heartbeat.
             or (gave_up and "worker" in map(_group, failing))
             or now_s - (self._gave_up_since_s or now_s) > GAVE_UP_S
