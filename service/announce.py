@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from service.addresses import bare, is_loopback
+from service.db.chunks import host_of
 from service.db.heartbeats import SeenBeat
+from service.db.watchdogs import SeenWatchdog
 from service.machine import Place
 
 
@@ -14,25 +16,37 @@ class AddressError(Exception):
 ADVICE = "Set BATCH_HOST to an address of this host that the others reach."
 
 
-def is_elsewhere(seen: SeenBeat, place: Place) -> bool:
-    """True for a worker that does not share our 127.0.0.1, as far as that is known."""
-    network = seen.beat.place.network
-    return bool(network and place.network) and network != place.network
+def is_elsewhere(network: str, ours: str) -> bool:
+    """True if what runs in this network does not share our 127.0.0.1, as far as that is known."""
+    return bool(network and ours) and network != ours
 
 
-def is_reachable(seen: SeenBeat, place: Place) -> bool:
-    """False for a worker elsewhere that announces its own loopback address: at that address there is another."""
-    return not (is_elsewhere(seen, place) and is_loopback(_host(seen.beat.address)))
+def is_reachable(address: str, network: str, ours: str) -> bool:
+    """False for what announces a loopback address in a network that is not ours: at that address there is another."""
+    return not (is_elsewhere(network, ours) and is_loopback(bare(address.rpartition(":")[0])))
 
 
-def problem(host: str, beats: Sequence[SeenBeat], place: Place) -> str:
-    """Why a host that announces `host` cannot work with those that beat now; "" if it can."""
-    others = [seen for seen in beats if seen.lease_left_s > 0 and is_elsewhere(seen, place)]
-    if not is_loopback(bare(host)) or not others:
+def problem(host: str, name: str, place: Place, beats: Sequence[SeenBeat], dogs: Sequence[SeenWatchdog] = ()) -> str:
+    """Why the host `name`, which announces `host`, cannot work with those that beat now; "" if it can.
+
+    What ran under its name or on its machine is its own past: a reboot changes the network, and may be faster than the
+    end of a lease. A host without workers is known by its watchdog.
+    """
+    if not is_loopback(bare(host)):
         return ""
-    beat = others[0].beat
-    return f"other hosts use this Postgres ({beat.worker_id} at {beat.address}), and they cannot reach {host}"
 
+    def is_other(its_name: str, machine: str, network: str) -> bool:
+        is_ours = its_name == name or (bool(machine) and machine == place.machine)
+        return not is_ours and is_elsewhere(network, place.network)
 
-def _host(address: str) -> str:
-    return bare(address.rpartition(":")[0])
+    others = [
+        f"{beat.worker_id} at {beat.address}"
+        for beat, left_s in ((seen.beat, seen.lease_left_s) for seen in beats)
+        if left_s > 0 and is_other(host_of(beat.worker_id), beat.place.machine, beat.place.network)
+    ]
+    others += [
+        f"{dog.watchdog_id} at {dog.address}"
+        for dog in dogs
+        if dog.is_alive and is_other(dog.watchdog_id, dog.machine, dog.network)
+    ]
+    return f"other hosts use this Postgres ({others[0]}), and they cannot reach {host}" if others else ""

@@ -251,6 +251,11 @@ class Settings(BaseSettings):
             wrong.append("BATCH_HEARTBEAT_TIMEOUT_S must be at least twice BATCH_HEARTBEAT_INTERVAL_S")
         if self.lease_s < 2 * self.heartbeat_interval_s:
             wrong.append("BATCH_LEASE_S must be at least twice BATCH_HEARTBEAT_INTERVAL_S, which renews it")
+        if self.host_forgotten_s < max(self.heartbeat_timeout_s, self.lease_s):
+            wrong.append(
+                "BATCH_HOST_FORGOTTEN_S must be at least BATCH_HEARTBEAT_TIMEOUT_S and BATCH_LEASE_S: until then the"
+                " host may live"
+            )
         metrics_ports = [
             *(self.gateway_metrics_port, self.worker_metrics_port, self.watchdog_metrics_port, self.http_metrics_port)
         ]

@@ -121,11 +121,21 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         lambda name: factory.make(name, GATEWAY_GROUP),
         gateways_of if "gateway" in settings.runs else _none,
     )
+    place = machine.settle(settings.home)
+    report = Report(
+        supervisor,
+        workers,
+        gateways,
+        settings.max_restarts_per_hour,
+        gpu.devices,
+        place.network,
+        settings.advertised_host,
+    )
     neighbours = Neighbours(
         database,
         socket.gethostname(),
-        machine.settle(settings.home).machine,
-        Report(supervisor, workers, gateways, settings.max_restarts_per_hour, gpu.devices),
+        place.machine,
+        report,
         settings.heartbeat_timeout_s,
         settings.host_forgotten_s,
         SystemClock(),

@@ -8,9 +8,10 @@ from uuid import uuid4
 import peewee
 
 from service.clock import Clock
-from service.db import hosts, losses, recoveries, schema, watchdogs
+from service.db import chunks, hosts, losses, recoveries, schema, watchdogs
 from service.db.availability import DATABASE_ERRORS
 from service.db.connection import Database, lock_hosts
+from service.db.database_clock import DatabaseClock
 from service.db.hosts import Loss, Survey
 from service.db.recoveries import Event
 from service.db.schema import TooOldError
@@ -21,6 +22,8 @@ from watchdog.self_report import Report
 # Events of hosts that are forgotten are removed this often, so many at a time; and what gateways saw of lost lives.
 PRUNE_INTERVAL_S = 3600.0
 PRUNED = 10_000
+# A watchdog that is gone has left its name to others by then.
+NAMESAKE_S = 15.0
 # The events of what is gone, and of what is there again.
 LOST = {"host": "host_lost", "watchdog": "watchdog_lost", "model": "model_lost"}
 BACK = {"host": "host_back", "watchdog": "watchdog_back", "model": "model_back"}
@@ -47,15 +50,22 @@ class Neighbours:
     on_too_old: Callable[[], None]
     # As last looked at, for metrics.
     survey: Survey = field(default_factory=Survey)
+    # Since when another machine's watchdog has our name, as far as that was not told.
+    _namesake_since_s: float | None = None
     # Since when each beat has reached Postgres.
     _steady_since_s: float | None = None
     _prune_at_s: float = 0.0
+    _database_clock: DatabaseClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._database_clock = DatabaseClock(self.timeout_s, self.timeout_s)
 
     def beat(self) -> None:
         """Writes this watchdog's heartbeat with what it knows about its host."""
         try:
             self.database.call(schema.check_version)
-            self.database.call(watchdogs.write, self.host, os.getpid(), self.machine, self.report.detail())
+            detail = self.report.detail()
+            is_ours = self.database.call(watchdogs.write, self.host, os.getpid(), self.machine, detail)
         except TooOldError as error:
             log.error("start_failed", cause=str(error))
             self.on_too_old()
@@ -64,27 +74,44 @@ class Neighbours:
             # While Postgres is away nobody could read it, and the guards already report that.
             self._steady_since_s = None
             return
+        now_s = self.clock.monotonic()
         if self._steady_since_s is None:
-            self._steady_since_s = self.clock.monotonic()
+            self._steady_since_s = now_s
+        # Where a worker's name is taken too, its guard tells.
+        is_told = any(str(guard.get("verdict", "")).endswith("NAME_TAKEN") for guard in detail["guards"])
+        self._note_namesake(is_ours or is_told, now_s)
+
+    def _note_namesake(self, is_ours: bool, now_s: float) -> None:
+        """Says once that another machine's watchdog has our name, when that one can no longer be gone."""
+        if is_ours:
+            self._namesake_since_s = None
+        elif self._namesake_since_s is None:
+            self._namesake_since_s = now_s
+        elif now_s - self._namesake_since_s > watchdogs.GONE_S + NAMESAKE_S:
+            # Not again before it was gone.
+            self._namesake_since_s = float("inf")
+            message = f"the watchdog of another machine reports as {self.host}: give each host a name of its own"
+            log.error("name_taken", host=self.host, cause=message)
+            self.alerts.tell("name_taken", "NAME_TAKEN", self.host, "error", message, {})
 
     def end(self) -> None:
         """Says that this watchdog was stopped, so that nobody looks for it."""
         try:
-            self.database.call(watchdogs.end, self.host, os.getpid())
+            self.database.call(watchdogs.end, self.host, os.getpid(), self.machine)
         except DATABASE_ERRORS as error:
             log.info("end_not_stored", cause=str(error))
 
     def look(self) -> None:
         """Looks at all hosts; reports what is gone or back unless another watchdog has done so.
 
-        After an outage of Postgres all heartbeats are old: it waits until every host had time for another one.
+        After an outage of Postgres, or once its clock was set, all heartbeats are old: it waits until every host had
+        time for another one.
         """
         try:
             self.survey = self.database.call(hosts.survey, self.timeout_s)
             since_s, now_s = self._steady_since_s, self.clock.monotonic()
-            if since_s is None or now_s - since_s < self.timeout_s:
-                return
-            for event in self.database.call(self._report, self.timeout_s):
+            is_known = since_s is not None and now_s - since_s >= self.timeout_s
+            for event in self.database.call(self._report, is_known):
                 level = log.warning if event.kind in LOST.values() else log.info
                 level(event.kind, subject=event.worker_id, reason=event.reason)
                 if event.kind in LOST.values():
@@ -97,13 +124,14 @@ class Neighbours:
         except DATABASE_ERRORS:
             self.survey = Survey()
 
-    def _report(self, db: peewee.PostgresqlDatabase, timeout_s: float) -> list[Event]:
+    def _report(self, db: peewee.PostgresqlDatabase, is_known: bool) -> list[Event]:
         """Adds to the audit log what is gone or back and was not reported yet. Returns those events."""
         with db.atomic():
             # One at a time. Postgres that has just started, or stood still, may have missed the beats of all.
-            if not lock_hosts(db) or recoveries.uptime_s(db) < timeout_s:
+            is_steady = self._database_clock.is_steady(chunks.time_s(db), self.clock.monotonic())
+            if not (is_known and is_steady and lock_hosts(db)) or recoveries.uptime_s(db) < self.timeout_s:
                 return []
-            lost, back = hosts.begin_losses(db, timeout_s), hosts.end_losses(db, timeout_s)
+            lost, back = hosts.begin_losses(db, self.timeout_s), hosts.end_losses(db, self.timeout_s)
             events = [self._event(LOST[loss.kind], loss, _lost) for loss in lost]
             events += [self._event(BACK[loss.kind], loss, _back) for loss in back]
             for event in events:
@@ -126,4 +154,4 @@ def _lost(loss: Loss) -> str:
 
 
 def _back(loss: Loss) -> str:
-    return f"it is back after {loss.age_s:.0f} s"
+    return f"it is back, {loss.age_s:.0f} s after that was reported"

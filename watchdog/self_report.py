@@ -21,6 +21,9 @@ class Report:
     gateways: Host
     budget_limit: int
     devices: Callable[[], Sequence[Device]]
+    # Where this host is: its network, as service/machine.py has it, and the address that it announces.
+    network: str = ""
+    address: str = ""
     _devices: Sequence[Device] | None = field(default=None)
 
     def detail(self) -> Mapping[str, Any]:
@@ -29,7 +32,8 @@ class Report:
             self._devices = self.devices()
         gpus = [{"name": device.name, "memory_bytes": device.memory_bytes} for device in self._devices]
         guards = [*self._guards(self.workers, is_gateway=False), *self._guards(self.gateways, is_gateway=True)]
-        return {"programs": self._programs(), "guards": guards, "gpus": gpus}
+        where = {"network": self.network, "address": self.address}
+        return {"programs": self._programs(), "guards": guards, "gpus": gpus, **where}
 
     def _programs(self) -> list[tuple[str, str]]:
         try:

@@ -16,15 +16,15 @@ NEWS_S = 3600.0
 SEEN = """
 seen AS (
     SELECT host_of(worker_id) AS host, 'worker' AS program, worker_id AS id, address, phase, models, queued, detail,
-           version, schema_version, start_time, last_seen, phase = 'stopping' AS is_ended
+           version, schema_version, start_time, last_seen, phase = 'stopping' AS is_ended, machine, network
     FROM heartbeats
     UNION ALL
     SELECT watchdog_id, 'watchdog', watchdog_id || ':watchdog', '', '', '{}', 0, detail,
-           version, schema_version, start_time, last_seen, is_ended
+           version, schema_version, start_time, last_seen, is_ended, machine, ''
     FROM watchdogs
     UNION ALL
     SELECT host_of(server_id), program, server_id, address, '', '{}', 0, '{}',
-           version, schema_version, start_time, last_seen, is_ended
+           version, schema_version, start_time, last_seen, is_ended, '', ''
     FROM servers
 )
 """
@@ -97,7 +97,7 @@ GROUP BY names.host, hosts.drain_reason, hosts.drain_time ORDER BY names.host
 ORDER = """
 INSERT INTO hosts (name, drain_time, drain_reason) VALUES (%s, clock_timestamp(), %s)
 ON CONFLICT (name) DO UPDATE SET drain_time = coalesce(hosts.drain_time, EXCLUDED.drain_time),
-                                 drain_reason = EXCLUDED.drain_reason
+                                 drain_reason = coalesce(nullif(EXCLUDED.drain_reason, ''), hosts.drain_reason)
 """
 # The audit log of hosts that are forgotten.
 PRUNE = f"""
@@ -141,6 +141,9 @@ class Program:
     age_s: float
     life_s: float
     is_ended: bool
+    # Where it runs, as service/machine.py has it; "": it did not say.
+    machine: str = ""
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,6 +272,6 @@ def prune_events(db: peewee.PostgresqlDatabase, kept_s: float, limit: int) -> in
 
 
 def _program(row: Mapping[str, Any]) -> Program:
-    names = ("program", "id", "address", "phase", "queued", "detail", "version", "schema_version", "is_ended")
-    given = {name: row[name] for name in names}
+    names = ["program", "id", "address", "phase", "queued", "detail", "version", "schema_version", "is_ended"]
+    given = {name: row[name] for name in [*names, "machine", "network"]}
     return Program(**given, models=tuple(row["models"]), age_s=float(row["age_s"]), life_s=float(row["life_s"]))

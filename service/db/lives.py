@@ -18,10 +18,10 @@ def beat(
     pid: int,
     more: Mapping[Any, Any],
     where: Any = None,
-) -> None:
+) -> bool:
     """Records that the program of this name was seen now, with `more`. Another pid starts a new life.
 
-    Does nothing if there is a row for which `where` does not hold.
+    Does nothing, and returns False, if there is a row for which `where` does not hold.
     """
     row = {
         model.pid: pid,
@@ -33,12 +33,13 @@ def beat(
     }
     key, table = model._meta.primary_key, model._meta.table_name
     born = peewee.SQL(f"CASE WHEN {table}.pid = EXCLUDED.pid THEN {table}.start_time ELSE EXCLUDED.start_time END")
-    model.insert(row | {key: name, model.start_time: NOW}).on_conflict(
+    query = model.insert(row | {key: name, model.start_time: NOW}).on_conflict(
         conflict_target=[key], preserve=list(row), update={model.start_time: born}, where=where
-    ).execute(db)
+    )
+    return bool(query.as_rowcount().execute(db))
 
 
-def end(db: peewee.PostgresqlDatabase, model: type[Watchdog] | type[Server], name: str, pid: int) -> None:
-    """Records that this life of the program was stopped: nobody has to look for it."""
+def end(db: peewee.PostgresqlDatabase, model: type[Watchdog] | type[Server], name: str, pid: int, *where: Any) -> None:
+    """Records that this life of the program, for which `where` holds, was stopped: nobody has to look for it."""
     row = {model.is_ended: True, model.last_seen: NOW}
-    model.update(row).where(model._meta.primary_key == name, model.pid == pid).execute(db)
+    model.update(row).where(model._meta.primary_key == name, model.pid == pid, *where).execute(db)

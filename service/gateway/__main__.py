@@ -12,6 +12,7 @@ from service.api import messages
 from service.api.server_beat import ServerBeat
 from service.clock import SystemClock
 from service.config import Settings, process_name
+from service.db.chunks import host_of
 from service.db.connection import Database
 from service.db.limits import Limits
 from service.gateway.housekeeping import Housekeeping
@@ -75,8 +76,9 @@ async def serve(settings: Settings) -> int:
         SystemClock(),
         settings.heartbeat_timeout_s,
         accepting_changed,
-        machine.here(),
+        machine.here(settings.home),
         settings.advertised_host,
+        host_of(settings.own_id("gateway")),
     )
     allowed = access.of(settings, SystemClock())
     limits = Limits(settings.max_open_batches, settings.max_queued_requests, allowed.quotas)
@@ -86,7 +88,7 @@ async def serve(settings: Settings) -> int:
     # On the connections of the calls: each statement is short, and what it misses comes again.
     deliverer = Deliverer(database, networks, Signer(allowed.quotas, SystemClock()), messages.batch_name)
     webhook_servicer = WebhookServicer(database, deliverer, networks, allowed.quotas)
-    host_servicer = HostServicer(database, settings.heartbeat_timeout_s)
+    host_servicer = HostServicer(database, settings.heartbeat_timeout_s, machine.here().network)
 
     def add_services(grpc_server: grpc.aio.Server) -> None:
         batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server)

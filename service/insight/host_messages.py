@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from service import announce
 from service.db import heartbeats
 from service.db.hosts import Host, Program, State
 from service.rpc.times import duration
@@ -18,8 +19,8 @@ STATES = {
 }
 
 
-def host_message(host: Host, timeout_s: float, newest: int) -> pb.Host:
-    """Converts a host. `newest`: the schema version of this server."""
+def host_message(host: Host, timeout_s: float, newest: int, network: str = "") -> pb.Host:
+    """Converts a host. `newest`: the schema version of this server; `network`: that in which it runs."""
     detail = _watchdog_detail(host)
     guards = {str(guard["worker_id"]): guard for guard in detail.get("guards", ())}
     message = pb.Host(
@@ -31,7 +32,8 @@ def host_message(host: Host, timeout_s: float, newest: int) -> pb.Host:
         gpus=[pb.Gpu(name=str(gpu["name"]), memory_bytes=int(gpu["memory_bytes"])) for gpu in detail.get("gpus", ())],
         drain=_drain(host, timeout_s),
     )
-    message.notes.extend([*_notes(host, timeout_s, newest), *_notes_of_workers(message), *_notes_of_drain(message)])
+    notes = _notes(host, timeout_s, newest) + _notes_of_place(host, timeout_s, network)
+    message.notes.extend([*notes, *_notes_of_workers(message), *_notes_of_drain(message)])
     return message
 
 
@@ -92,6 +94,30 @@ def _notes(host: Host, timeout_s: float, newest: int) -> list[str]:
     if host.drain_age_s is not None and (deaf := _deaf(workers)):
         notes.append(f"{', '.join(deaf)} is of a version that follows no order to drain: stop it with supervisorctl")
     return notes + _versions(alive, newest)
+
+
+def _notes_of_place(host: Host, timeout_s: float, network: str) -> list[str]:
+    """A line for programs of several machines, and one for workers at an address that only their own host knows."""
+    alive, notes = host.alive(timeout_s), []
+    machines = {each.machine: each for each in alive if each.machine}
+    if len(machines) > 1:
+        where = " and ".join(_where(each) for each in machines.values())
+        notes.append(f"{len(machines)} machines have this name ({where}): give each host a name of its own (hostname)")
+    for each in alive:
+        if not announce.is_reachable(each.address, each.network, network):
+            notes.append(
+                f"its {_name(each)} announces {each.address}, which only that host reaches: correct BATCH_HOST"
+            )
+    return notes
+
+
+def _name(program: Program) -> str:
+    return program.id.rpartition(":")[2]
+
+
+def _where(program: Program) -> str:
+    address = program.address or program.detail.get("address", "")
+    return f"{_name(program)} at {address}" if address else _name(program)
 
 
 def _deaf(workers: Sequence[Program]) -> list[str]:

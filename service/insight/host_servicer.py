@@ -21,11 +21,12 @@ log = logs.get("hosts")
 
 
 class HostServicer(host_service_pb2_grpc.HostServiceServicer):
-    """A program that was not seen for `timeout_s` is gone."""
+    """A program that was not seen for `timeout_s` is gone. `network` is that of this process (service/machine.py)."""
 
-    def __init__(self, database: Database, timeout_s: float) -> None:
+    def __init__(self, database: Database, timeout_s: float, network: str = "") -> None:
         self._database = database
         self._timeout_s = timeout_s
+        self._network = network
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: Context) -> pb.ListHostsResponse:
         """Lists hosts by name, the token being the last name of the page before."""
@@ -36,7 +37,7 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
         found = await self._database.read(hosts.read, size + 1, after, request.name)
         more = len(found) > size
         return pb.ListHostsResponse(
-            hosts=[host_message(host, self._timeout_s, schema.known()) for host in found[:size]],
+            hosts=[host_message(host, self._timeout_s, schema.known(), self._network) for host in found[:size]],
             next_page_token=pages.token_after("hosts", found[size - 1].name) if more else "",
         )
 

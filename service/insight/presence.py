@@ -17,7 +17,7 @@ from service.clock import Clock, is_set_within
 from service.db import heartbeats, recoveries, standby, unserved
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseAwayError, DatabaseUnfitError, first_line
 from service.db.connection import Database, check_schema
-from service.db.heartbeats import SeenBeat
+from service.db.heartbeats import Beat, SeenBeat
 from service.errors import ApiError
 from service.insight import waiting
 from service.insight.channels import Channels
@@ -69,6 +69,8 @@ class Presence:
     # Where this process runs, and what its host announces; None: it does not matter to others.
     place: Place
     host: str | None = None
+    # The name of its host.
+    name: str = ""
     draw: Callable[[], float] = random.random
     freshness: Freshness = field(default_factory=Freshness)
     _links: Links = field(init=False)
@@ -196,7 +198,8 @@ class Presence:
             self._availability.back()
             if is_all:
                 self._rest_due_s = now_s + RARELY_S
-            found = replace(found, beats=self._reachable(found.beats), read_at_s=self.clock.monotonic())
+            beats, unreachable = self._divided(found.beats)
+            found = replace(found, beats=beats, unreachable=unreachable, read_at_s=self.clock.monotonic())
             _tell_news(self.freshness.beats, found.beats)
             self.freshness = found
             self._has_looked = True
@@ -205,18 +208,21 @@ class Presence:
             self._refused = None
             await self._links.keep({seen.beat.address for seen in found.beats if seen.age_s <= self.timeout_s})
 
-    def _reachable(self, beats: Sequence[SeenBeat]) -> list[SeenBeat]:
-        """The workers that can be called from here. Raises AddressError at the first call."""
+    def _divided(self, beats: Sequence[SeenBeat]) -> tuple[list[SeenBeat], list[SeenBeat]]:
+        """The workers that can be called from here, and those that cannot. Raises AddressError at the first call."""
         if not self._are_addresses_checked:
-            if self.host is not None and (why := announce.problem(self.host, beats, self.place)):
+            if self.host is not None and (why := announce.problem(self.host, self.name, self.place, beats)):
                 raise AddressError(f"{why}. {announce.ADVICE}")
             self._are_addresses_checked = True
-        lost = [seen.beat for seen in beats if not announce.is_reachable(seen, self.place)]
-        for beat in lost:
+        lost = [seen for seen in beats if not self._is_reachable(seen.beat)]
+        for beat in (seen.beat for seen in lost):
             if beat.incarnation not in self._unreachable:
                 log.warning("worker_not_reachable", worker_id=beat.worker_id, address=beat.address)
-        self._unreachable = frozenset(beat.incarnation for beat in lost)
-        return [seen for seen in beats if seen.beat.incarnation not in self._unreachable]
+        self._unreachable = frozenset(seen.beat.incarnation for seen in lost)
+        return [seen for seen in beats if seen not in lost], lost
+
+    def _is_reachable(self, beat: Beat) -> bool:
+        return announce.is_reachable(beat.address, beat.place.network, self.place.network)
 
     def _note_away(self, error: Exception) -> None:
         self._availability.away(error)

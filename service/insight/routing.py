@@ -78,6 +78,8 @@ class Freshness:
     contacts: Mapping[str, Contact] = field(default_factory=dict)
     # Models that batches in progress wait for.
     awaited: Set[str] = frozenset()
+    # Workers of other hosts that announce an address at which only their own host reaches them.
+    unreachable: Sequence[SeenBeat] = ()
 
     def age_s(self, seen: SeenBeat, now_s: float) -> float:
         """The present age of a worker's last heartbeat."""
@@ -189,12 +191,23 @@ def _nobody_serves(
 
 def _best_refusal(freshness: Freshness, beats: Sequence[SeenBeat], now_s: float, timeout_s: float) -> ApiError:
     """The refusal of the worker that is likely to be ready first."""
-    if not beats:
-        return _refusal(WORKER_OFFLINE, "worker offline (never seen)", {}, RECOVERY_S)
     order = (WORKER_LOADING, WORKER_STALLED, WORKER_OFFLINE, RECOVERY_GAVE_UP)
     refusals = [(seen, _refusal_of(freshness, seen, now_s, timeout_s)) for seen in beats]
+    fresh = (seen for seen in freshness.unreachable if freshness.age_s(seen, now_s) <= timeout_s)
+    refusals += [(seen, _not_reachable(freshness, seen, now_s)) for seen in fresh]
+    if not refusals:
+        return _refusal(WORKER_OFFLINE, "worker offline (never seen)", {}, RECOVERY_S)
     best = min(refusals, key=lambda pair: (order.index(pair[1].reason), freshness.age_s(pair[0], now_s)))
     return best[1]
+
+
+def _not_reachable(freshness: Freshness, seen: SeenBeat, now_s: float) -> ApiError:
+    """The refusal of a worker that works, but cannot be called from here."""
+    message = (
+        f"worker {seen.beat.worker_id} announces {seen.beat.address}, at which only its own host reaches it:"
+        " correct BATCH_HOST there"
+    )
+    return _refusal(WORKER_OFFLINE, message, _metadata(freshness, seen, now_s), GAVE_UP_S)
 
 
 def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: float) -> ApiError:

@@ -14,11 +14,11 @@ from service.db import chunks, endings, heartbeats, identity, losses, sharing, s
 from service.db.availability import AvailabilityLog, DatabaseAwayError, database_away
 from service.db.chunks import Holder
 from service.db.connection import within
+from service.db.database_clock import DatabaseClock
 from service.db.deadlines import Deadlines
 from service.db.heartbeats import Beat, SeenBeat
 from service.processes import Leader
 from service.telemetry import logs, metrics
-from service.worker.database_clock import DatabaseClock
 from service.worker.ear import Ear
 
 # How often to check whether the phase has changed before the next beat is due, and to look for workers that are lost.

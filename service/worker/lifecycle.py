@@ -19,8 +19,9 @@ from service import announce, config, machine, processes, programs
 from service.announce import AddressError
 from service.clock import SystemClock
 from service.config import Settings, process_name
-from service.db import heartbeats
+from service.db import heartbeats, watchdogs
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseUnfitError
+from service.db.chunks import host_of
 from service.db.connection import migrate
 from service.db.heartbeats import Phase
 from service.rpc import access
@@ -229,7 +230,7 @@ async def _prepare_database(settings: Settings, parts: Parts) -> None:
     while True:
         try:
             await parts.database.run(migrate)
-            beats = await parts.database.run(heartbeats.read)
+            beats, dogs = await parts.database.run(heartbeats.read), await parts.database.run(watchdogs.read)
             availability.back()
             break
         except DATABASE_ERRORS as error:
@@ -246,7 +247,9 @@ async def _prepare_database(settings: Settings, parts: Parts) -> None:
     parts.heart.start()
     timeout_s = max(settings.drain_timeout_s, settings.lease_s) + ENDING_TIMEOUT_S
     await asyncio.to_thread(parts.heart.wait_for_identity, timeout_s)
-    if why := announce.problem(settings.advertised_host, beats, machine.here()):
+    if why := announce.problem(
+        settings.advertised_host, host_of(parts.state.worker_id), machine.here(settings.home), beats, dogs
+    ):
         raise AddressError(why)
 
 

@@ -1,5 +1,7 @@
 """Hosts as things: listed from any gateway, drained and given work again, forgotten; losses are reported by others."""
 
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from unittest.mock import Mock
@@ -14,11 +16,14 @@ from service.clock import SystemClock
 from service.config import Settings
 from service.db import heartbeats, hosts, losses, schema, server_beats, watchdogs
 from service.db.connection import Database
+from service.db.database_clock import DatabaseClock
 from service.db.heartbeats import Beat, Phase
 from service.gateway.housekeeping import Housekeeping
 from service.gateway.metrics import GatewayCollector
+from service.insight.host_messages import host_message
 from service.insight.presence import MOST_GONE, Presence
 from service.insight.routing import Freshness
+from service.machine import Place
 from tests.support.batches import finished, lines, refused
 from tests.support.namespaces import own_name
 from tests.support.sentry_receiver import receiving
@@ -34,6 +39,7 @@ from watchdog.self_report import Report
 from watchdog.supervisor import Supervisor
 
 LIMIT_S = 60.0
+NOWHERE = Place()
 # What is gone in a test, and of which kind it is.
 LOST = (("lost", "host"), ("rare", "model"), ("half", "watchdog"))
 
@@ -129,6 +135,36 @@ def test_a_drained_host_gets_nothing_and_gives_back(fleet: Stack) -> None:
         database.close()
 
 
+def test_an_order_to_drain_outlasts_who_waits_for_it(fleet: Stack) -> None:
+    """Ctrl-C ends `--wait` and not the order, and says so; the order given again keeps its reason."""
+    with Client(fleet.target) as client:
+        batch = client.submit_lines(lines(16, vllm_xargs={"simulate": 60}))
+        until(lambda: client.get(batch.id).counts.running == 16, "both hosts to work")
+        whole = [
+            str(BIN / "vllm-batch"),
+            "--target",
+            fleet.target,
+            "hosts",
+            "drain",
+            "alpha",
+            "--wait",
+            "--reason",
+            "disk",
+        ]
+        with subprocess.Popen(whole, stderr=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stderr is not None
+            until(lambda: next(client.hosts("alpha")).HasField("drain"), "the order")
+            assert "alpha holds" in waiting.stderr.readline()
+            waiting.send_signal(signal.SIGINT)
+            told = waiting.communicate(timeout=30)[1]
+        assert waiting.returncode == 130
+        assert "the order holds; `vllm-batch hosts resume alpha` takes it back" in told
+        client.drain_host("alpha")
+        assert next(client.hosts("alpha")).drain.reason == "disk"
+        client.cancel(batch.id)
+        client.resume_host("alpha")
+
+
 def test_a_host_is_forgotten_only_when_it_is_gone(fleet: Stack) -> None:
     """Orders about unknown hosts, `resume` without an order and `forget` of a living host are refused in words."""
     with Client(fleet.target, patience_s=0) as client:
@@ -144,9 +180,10 @@ def test_a_host_is_forgotten_only_when_it_is_gone(fleet: Stack) -> None:
         database.close()
 
 
-def beat(database: Database, worker_id: str, *models: str, phase: Phase = Phase.READY) -> None:
+def beat(database: Database, worker_id: str, *models: str, phase: Phase = Phase.READY, place: Place = NOWHERE) -> None:
     # One life: another would first have to take the name over.
-    assert database.call(heartbeats.write, Beat(worker_id, uuid5(NAMESPACE_OID, worker_id), "a:1", phase, 1, models))
+    life = uuid5(NAMESPACE_OID, worker_id)
+    assert database.call(heartbeats.write, Beat(worker_id, life, "a:1", phase, 1, models, place=place))
 
 
 def age(database: Database, host: str, age_s: float) -> None:
@@ -169,6 +206,7 @@ def watching(database: Database, host: str, alerts: Alerts) -> Neighbours:
     found = Neighbours(database, host, "", report, LIMIT_S, 1000, SystemClock(), alerts, lambda: None)
     found.beat()
     found._steady_since_s = -LIMIT_S
+    found._database_clock = DatabaseClock(0, 1000)
     return found
 
 
@@ -233,6 +271,53 @@ def test_after_an_outage_nobody_is_reported(database: Database) -> None:
     assert len(own.survey.lost) == 2
     assert events(database) == []
     alerts.close()
+
+
+def test_when_the_clock_of_postgres_is_set_nobody_is_reported(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heartbeats look old after a jump of the clock: the watchdog waits until every host had time for another."""
+    alerts, clock = Alerts(Settings()), Mock(now=SystemClock().now)
+    monkeypatch.setattr("service.db.recoveries.uptime_s", lambda db: 1e6)
+    own = watching(database, "left", alerts)
+    own.clock, own._database_clock = clock, DatabaseClock(LIMIT_S, LIMIT_S)
+
+    def look(now_s: float, set_by_s: float) -> list[tuple[str, str]]:
+        clock.monotonic.return_value = now_s
+        monkeypatch.setattr("service.db.chunks.time_s", lambda db: now_s + set_by_s)
+        own.look()
+        return events(database)
+
+    for now_s in (0, LIMIT_S):
+        assert look(now_s, 0) == []
+    beat(database, "lost:worker", "rare")
+    age(database, "lost", 100)
+    assert look(LIMIT_S + 1, 100) == []
+    assert look(2 * LIMIT_S + 1, 100) == [("lost", "host_lost"), ("rare", "model_lost")]
+    alerts.close()
+
+
+def test_two_machines_of_one_name_are_told(database: Database) -> None:
+    """A watchdog whose name another machine's has says so once, when that one cannot be gone; `hosts` notes it too."""
+    clock = Mock()
+    with receiving() as receiver:
+        alerts = Alerts(Settings(sentry_dsn=SecretStr(receiver.dsn)))
+        database.call(watchdogs.write, "twice", 1, "first", {"network": "n1", "address": "10.0.0.1"})
+        own = watching(database, "twice", alerts)
+        own.machine, own.clock, own._namesake_since_s = "second", clock, None
+        # Nor does its end touch the first, whose pid is the same in many containers.
+        database.call(lambda db: db.execute_sql("UPDATE watchdogs SET pid = %s", (os.getpid(),)))
+        own.end()
+        beat(database, "twice:worker", "tiny", place=Place("second", "", "n2"))
+        for clock.monotonic.return_value in (0.0, 70.0, 80.0, 200.0):
+            own.beat()
+        [first] = database.call(watchdogs.read)
+        assert (first.machine, first.is_ended) == ("first", False)
+        [host] = database.call(hosts.read, 1)
+        told = "2 machines have this name (watchdog at 10.0.0.1 and worker at a:1): give each host a name of its own"
+        assert any(note.startswith(told) for note in host_message(host, LIMIT_S, schema.known()).notes)
+        alerts.close()
+        assert len(receiver.events) == 1
 
 
 def test_dead_hosts_cost_little_and_are_forgotten(database: Database) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from service.database_url import parse
 from tests.support.batches import finished, lines
-from tests.support.namespaces import Network
+from tests.support.namespaces import Network, own_name
 from tests.support.ports import free_port
 from tests.support.servers import Server, Stack, new_database
 from tests.support.stacks import BIN, FullStack, full_stack
@@ -82,14 +82,16 @@ def test_loopback_is_refused_beside_other_hosts(stack: Stack) -> None:
     """A host on loopback works until there are others; beside them its worker and its gateway are refused in words,
     and gateways elsewhere never take its address for their own worker's."""
     with networks(2) as (one, two):
-        elsewhere = {"host": two.address, "allow_insecure": "true", "worker_metrics_port": 0}
-        with one.inside():
+        # A machine of its own: with another BATCH_HOME, and another name.
+        home = {"home": stack.folder / "elsewhere"}
+        elsewhere = home | {"host": two.address, "allow_insecure": "true", "worker_metrics_port": 0}
+        with one.inside(), own_name("one"):
             alone = stack.worker("alone")
         until(lambda: ready(alone), "a worker that is alone on loopback")
-        with two.inside():
-            wrong, right = stack.worker("wrong"), stack.worker("right", **elsewhere)
+        with two.inside(), own_name("two"):
+            wrong, right = stack.worker("wrong", **home), stack.worker("right", **elsewhere)
             gateway = stack.run("service.gateway", "gateway", **elsewhere)
-            lost = stack.run("service.gateway", "lost", gateway_port=free_port())
+            lost = stack.run("service.gateway", "lost", gateway_port=free_port(), **home)
         [refused] = until(lambda: wrong.events("start_failed"), "the worker's refusal")
         assert "they cannot reach 127.0.0.1" in str(refused["cause"])
         assert "Set BATCH_HOST" in str(refused["advice"])

@@ -57,6 +57,11 @@ def test_all_wrong_settings_are_reported_together(
     [
         ({"BATCH_HEARTBEAT_TIMEOUT_S": "8"}, "BATCH_HEARTBEAT_TIMEOUT_S must be at least twice"),
         ({"BATCH_LEASE_S": "8"}, "BATCH_LEASE_S must be at least twice"),
+        ({"BATCH_LEASE_S": "120", "BATCH_HOST_FORGOTTEN_S": "100"}, "BATCH_HOST_FORGOTTEN_S must be at least"),
+        (
+            {"BATCH_HEARTBEAT_TIMEOUT_S": "90", "BATCH_HOST_FORGOTTEN_S": "80"},
+            "BATCH_HOST_FORGOTTEN_S must be at least",
+        ),
         ({"BATCH_WORKER_PORT": "50051"}, "must differ"),
         ({"BATCH_ENGINE_ARGS": "'open"}, "BATCH_ENGINE_ARGS cannot be split"),
         ({"BATCH_HOME": "/" + "x" * 100}, "BATCH_HOME is too long"),

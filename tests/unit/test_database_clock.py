@@ -1,6 +1,6 @@
 """When leases that have run out show that their holders are gone."""
 
-from service.worker.database_clock import DatabaseClock
+from service.db.database_clock import DatabaseClock
 
 
 def steady() -> DatabaseClock:

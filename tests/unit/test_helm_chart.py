@@ -1,5 +1,6 @@
 """The chart in deploy/helm, rendered by Helm's own engine and checked against Kubernetes' own schemas."""
 
+import json
 import re
 from collections.abc import Iterator
 from copy import deepcopy
@@ -53,10 +54,10 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def render(values: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The documents of a release called `demo`, by kind and name."""
+def render(values: dict[str, Any], name: str = "demo") -> dict[tuple[str, str], dict[str, Any]]:
+    """The documents of a release, by kind and name."""
     with helm.Chart.load(str(CHART)) as chart:
-        texts = chart.render(merged(DATABASE, values), name="demo", namespace="prod")
+        texts = chart.render(merged(DATABASE, values), name=name, namespace="prod")
     found = [one for name, text in texts.items() if name.endswith("yaml") for one in yaml.safe_load_all(text) if one]
     named = {(one["kind"], one["metadata"]["name"]): one for one in found}
     assert len(named) == len(found)
@@ -201,6 +202,11 @@ def test_scales_by_a_metric_that_exists(rendered: Any) -> None:
         ({"workers": {"autoscaling": {"kind": "vpa"}}}, "workers.autoscaling.kind must be"),
         ({"workers": {"autoscaling": {"minReplicas": 0}}}, "workers.autoscaling.minReplicas must be"),
         ({"workers": {"autoscaling": {"kind": "keda"}}}, "workers.autoscaling.prometheus is required"),
+        ({"workers": {"autoscaling": {"minReplicas": 9}}}, "workers.autoscaling.maxReplicas must be"),
+        ({"worker": {"replicas": 3}}, "'worker' not allowed"),
+        ({"workers": {"replica": 3}}, "'replica' not allowed"),
+        ({"workers": {"replicas": "three"}}, "/workers/replicas': got string, want integer"),
+        ({"http": {"enabled": "no"}}, "/http/enabled': got string, want boolean"),
     ],
     ids=lambda one: one if isinstance(one, str) else "",
 )
@@ -208,6 +214,39 @@ def test_refuses(values: dict[str, Any], message: str) -> None:
     """Values that could not work, or would let everyone call, are refused by name."""
     with pytest.raises(helm.HelmError, match=message):
         render(values)
+
+
+def test_a_list_of_nobody_lets_nobody_in() -> None:
+    """Without clients or monitoring no rule is left whose empty list of peers would be everybody."""
+    for key in ("clients", "monitoring"):
+        found = render({"networkPolicy": {key: []}})
+        for (kind, name), document in found.items():
+            if kind == "NetworkPolicy":
+                assert all(rule["from"] for rule in document["spec"]["ingress"]), name
+
+
+def test_a_release_with_dots() -> None:
+    """A release may be called so; a Service may not."""
+    assert ("Service", "my-batch-gateway") in render({}, "my.batch")
+
+
+def test_the_schema_has_every_value() -> None:
+    """values.schema.json, by which Helm refuses misspelled values, has those of values.yaml and no others."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert schema["properties"].pop("global") == {}
+
+    def names(given: dict[str, Any]) -> dict[str, Any]:
+        """What the schema names, as a tree."""
+        return {name: names(one) for name, one in given.get("properties", {}).items()}
+
+    def compare(given: Any, named: dict[str, Any], path: str) -> None:
+        if named or path in ("", "global"):
+            assert given.keys() == named.keys(), path
+            for name in named:
+                compare(given[name], named[name], f"{path}.{name}")
+
+    compare(values, names(schema), "")
 
 
 def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -5,9 +5,12 @@ from uuid import uuid4
 
 import pytest
 
+from scripts.doctor import neighbours
 from service import announce
+from service.config import Settings
 from service.db.heartbeats import Beat, SeenBeat
 from service.db.identity import is_free, is_ours, taken_by
+from service.db.watchdogs import SeenWatchdog
 from service.machine import Place
 
 HERE = Place("m1", "boot1/pids1", "boot1/net1")
@@ -18,8 +21,10 @@ ELSEWHERE = Place("m3", "boot3/pids1", "boot3/net1")
 OLD = Place()
 
 
-def seen(place: Place, age_s: float = 1.0, left_s: float = 59.0, address: str = "10.0.0.1:50052") -> SeenBeat:
-    beat = Beat("gpu1:worker", uuid4(), address, "ready", 7, place=place, start_ticks=1)
+def seen(
+    place: Place, age_s: float = 1.0, left_s: float = 59.0, address: str = "10.0.0.1:50052", host: str = "gpu1"
+) -> SeenBeat:
+    beat = Beat(f"{host}:worker", uuid4(), address, "ready", 7, place=place, start_ticks=1)
     return SeenBeat(beat, age_s, lease_left_s=left_s)
 
 
@@ -79,19 +84,61 @@ def test_whose_heartbeat_it_is() -> None:
         ("127.0.0.1", ELSEWHERE, -1, False),
         # Two stacks of one machine reach each other on loopback.
         ("127.0.0.1", OTHER_HOME, 59, False),
+        # Its own last life, under another name, until the lease of that ends.
+        ("127.0.0.1", REBOOTED, 59, False),
         ("127.0.0.1", OLD, 59, False),
     ],
 )
 def test_loopback_beside_other_hosts(host: str, place: Place, left_s: float, is_wrong: bool) -> None:
     """Announcing loopback is a problem exactly when a worker that beats cannot reach it."""
-    why = announce.problem(host, [seen(HERE), seen(place, left_s=left_s)], HERE)
+    why = announce.problem(host, "here", HERE, [seen(HERE), seen(place, left_s=left_s)])
     assert bool(why) is is_wrong
     assert not why or ("gpu1:worker at 10.0.0.1:50052" in why and host in why)
+    # Nor does what ran under its name, as in a container without a volume.
+    assert not announce.problem(host, "gpu1", HERE, [seen(HERE), seen(place, left_s=left_s)])
+
+
+@pytest.mark.parametrize(
+    ("dog", "is_wrong"),
+    [
+        (SeenWatchdog("front", 1, (), False, "m3", "boot3/net1", "10.0.0.1"), True),
+        (SeenWatchdog("front", 61, (), False, "m3", "boot3/net1", "10.0.0.1"), False),
+        (SeenWatchdog("front", 1, (), True, "m3", "boot3/net1", "10.0.0.1"), False),
+        (SeenWatchdog("here", 1, (), False, "m3", "boot3/net1", "10.0.0.1"), False),
+        (SeenWatchdog("front", 1, (), False, "m1", "boot2/net1", "10.0.0.1"), False),
+        (SeenWatchdog("front", 1, (), False, "m2", "boot1/net1", "10.0.0.1"), False),
+        (SeenWatchdog("front", 1, ()), False),
+    ],
+)
+def test_loopback_beside_a_host_without_workers(dog: SeenWatchdog, is_wrong: bool) -> None:
+    """A host that runs a gateway alone is known by its watchdog, and cannot reach loopback either."""
+    why = announce.problem("127.0.0.1", "here", HERE, [], [dog])
+    assert bool(why) is is_wrong
+    assert not why or "front at 10.0.0.1" in why
+
+
+@pytest.mark.parametrize(
+    ("dog", "is_wrong"),
+    [
+        (SeenWatchdog("here", 1, (), False, "m3", "boot3/net1", "10.0.0.1"), True),
+        (SeenWatchdog("here", 61, (), False, "m3", "boot3/net1", "10.0.0.1"), False),
+        (SeenWatchdog("there", 1, (), False, "m3", "boot3/net1", "10.0.0.1"), False),
+        (SeenWatchdog("here", 1, (), False, "m1", "boot2/net1", "10.0.0.1"), False),
+        (SeenWatchdog("here", 1, (), False, "m2", "boot1/net1", "10.0.0.1"), False),
+    ],
+)
+def test_a_namesake_without_workers(dog: SeenWatchdog, is_wrong: bool) -> None:
+    """doctor.sh refuses the name of another machine also where only one of the two, or none, runs a worker."""
+    settings = Settings(host="10.0.0.2", allow_insecure=True)
+    [found] = neighbours.judge(settings, "here", [], HERE, [dog])
+    assert bool(found.problem) is is_wrong
+    assert not is_wrong or ("runs as here, at 10.0.0.1" in found.problem and "10.0.0.2" in found.problem)
 
 
 def test_who_can_be_called() -> None:
     """A worker on another network that announces loopback cannot be called; all others can."""
     loopback = [seen(place, address="127.0.0.1:50052") for place in (HERE, OTHER_HOME, OLD, CONTAINER, ELSEWHERE)]
-    assert [announce.is_reachable(one, HERE) for one in loopback] == [True, True, True, False, False]
-    assert announce.is_reachable(seen(ELSEWHERE), HERE)
-    assert not announce.is_reachable(seen(ELSEWHERE, address="[::1]:50052"), HERE)
+    others = [seen(ELSEWHERE), seen(ELSEWHERE, address="[::1]:50052")]
+    assert [
+        announce.is_reachable(one.beat.address, one.beat.place.network, HERE.network) for one in [*loopback, *others]
+    ] == [True, True, True, False, False, True, False]

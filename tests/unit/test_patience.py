@@ -62,6 +62,11 @@ def test_a_gateway_that_runs_and_does_not_answer() -> None:
     assert SILENT_S <= ends_after_s([ALL], is_silent=True) <= 30
     # On a slow machine it begins to listen late.
     assert 60 <= ends_after_s([ALL], is_silent=True, listens=False) <= 65
+    patience = Patience(0.0, LOAD_S)
+    for second in range(1, 50):
+        assert not patience.is_over(float(second), NO_ANSWER, ALL, is_silent=True, listens=False)
+    assert not patience.is_over(50.0, NO_ANSWER, ALL, is_silent=True)
+    assert patience.is_over(50.0 + SILENT_S + 1, NO_ANSWER, ALL, is_silent=True)
     # While it starts it need not answer.
     starting = [ALL | {"gateway": "STARTING"}]
     assert ends_after_s(starting, is_silent=True, until_s=100) == 100

@@ -184,6 +184,12 @@ def test_a_worker_that_never_said_its_models_is_forgotten() -> None:
     [
         (known(), "WORKER_OFFLINE", "worker offline (never seen)"),
         (known(seen(age_s=72)), "WORKER_OFFLINE", "worker offline (last seen 72s ago)"),
+        (
+            replace(known(seen("v", age_s=72)), unreachable=[seen()]),
+            "WORKER_OFFLINE",
+            "worker w announces w:1, at which only its own host reaches it: correct BATCH_HOST there",
+        ),
+        (replace(known(), unreachable=[seen(age_s=72)]), "WORKER_OFFLINE", "worker offline (never seen)"),
         (known(seen(), health={"w": LinkState.UNREACHABLE}), "WORKER_OFFLINE", "worker offline (last seen 1s ago)"),
         (known(seen(), health={"w": LinkState.UNKNOWN}), "WORKER_OFFLINE", "has not answered yet"),
         (known(seen(), health={"w": LinkState.NOT_SERVING}), "WORKER_OFFLINE", "has just stopped serving"),

@@ -65,8 +65,9 @@ def drain(client: Client, name: str, reason: str, waits: bool, timeout_s: float 
     """
     with errors():
         client.drain_host(name, reason)
-        if not waits:
-            return
+    if not waits:
+        return
+    with errors(interrupted=f"the order holds; `vllm-batch hosts resume {name}` takes it back"):
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         said = ""
         while True:

@@ -1,5 +1,5 @@
 {{- define "vllm-batch.name" -}}
-{{ .Release.Name | trunc 40 | trimSuffix "-" }}
+{{ .Release.Name | replace "." "-" | trunc 40 | trimSuffix "-" }}
 {{- end }}
 
 {{/* Labels of the pods of one kind: (dict "kind" "gateway" "root" $). */}}
@@ -35,6 +35,9 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- end }}
 {{- if lt (int .minReplicas) 1 }}
 {{- fail "workers.autoscaling.minReplicas must be at least 1: without a worker gateways refuse new work" }}
+{{- end }}
+{{- if lt (int .maxReplicas) (int .minReplicas) }}
+{{- fail "workers.autoscaling.maxReplicas must be at least minReplicas" }}
 {{- end }}
 {{- if and (eq .kind "keda") (not .prometheus) }}
 {{- fail "workers.autoscaling.prometheus is required for keda: the URL of Prometheus" }}

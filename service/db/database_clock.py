@@ -1,8 +1,8 @@
-"""Whether leases that have run out show that their holders are gone. Pure."""
+"""Whether leases that have run out, and heartbeats that are old, show that somebody is gone. Pure."""
 
 from dataclasses import dataclass
 
-# A smaller jump, as a fraction of a lease, is harmless: workers renew before half of a lease has passed.
+# A smaller jump, as a fraction of a lease, is harmless: all renew before half of a lease has passed.
 TOLERANCE = 0.25
 
 
@@ -16,7 +16,7 @@ class DatabaseClock:
     """
 
     lease_s: float
-    # Looks come at least this often, unless this worker or Postgres was held up.
+    # Looks come at least this often, unless this process or Postgres was held up.
     gap_s: float
 
     _offset_s: float | None = None
