@@ -37,7 +37,7 @@ log = logs.get("schema")
 
 
 # Classes of SQLSTATE with which a migration fails each time: what is there already, what is missing or what the server
-# cannot, and what a trigger forbids. Not a right that is lacking, which somebody may grant while we wait.
+# cannot, a right that is lacking, and what a trigger forbids.
 LASTING = ("0A", "2F", "38", "39", "42", "P0")
 LACKS_A_RIGHT = "42501"
 
@@ -61,7 +61,8 @@ def migrate(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> list
     check_version(db, directory)
     runner = Runner(db, directory=str(directory))
     applied: list[str] = []
-    with _unfit("the tables of migrations cannot be read"):
+    # Rights to read may have been taken away for a while.
+    with _unfit("the table of migrations cannot be read", LACKS_A_RIGHT):
         pending = list(_pending(runner))
     for migration, needs in pending:
         if needs is not None and (older := _older(db, needs)):
@@ -101,13 +102,13 @@ def check_version(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -
 
 
 @contextmanager
-def _unfit(what: str) -> Iterator[None]:
-    """Raises DatabaseUnfitError for what Postgres will refuse each time."""
+def _unfit(what: str, *spared: str) -> Iterator[None]:
+    """Raises DatabaseUnfitError for what Postgres will refuse each time, but for the SQLSTATEs in `spared`."""
     try:
         yield
     except peewee.PeeweeException as error:
         sqlstate = getattr(getattr(error, "orig", None), "pgcode", None) or ""
-        if not sqlstate.startswith(LASTING) or sqlstate == LACKS_A_RIGHT:
+        if not sqlstate.startswith(LASTING) or sqlstate in spared:
             raise
         fix = "correct that, or give the stack a database or a schema that is its own"
         raise DatabaseUnfitError(f"{what} ({first_line(error)}): {fix}") from error

@@ -116,6 +116,24 @@ def test_what_others_have_made_in_the_database(postgres: str, kind: str) -> None
             assert cursor.fetchone() == before
 
 
+def test_tables_of_another_owner(postgres: str) -> None:
+    """A role that may use the tables but not change them is told so at the first migration that it would have to do."""
+    name = f"test_{uuid.uuid4().hex}"
+    with made(postgres, "ENCODING 'UTF8'") as url:
+        owner = Database(url, "test")
+        last = owner.call(migrate)[-1]
+        owner.call(lambda db: db.execute_sql("DELETE FROM schema_migration WHERE name = %s", (last,)))
+        owner.call(lambda db: db.execute_sql(f"CREATE ROLE {name} LOGIN"))
+        owner.call(lambda db: db.execute_sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {name}"))
+        database = Database(url.replace("user=postgres", f"user={name}"), "test")
+        told = f"migration {last} cannot be applied .(must be owner of|permission denied)"
+        with pytest.raises(DatabaseUnfitError, match=told):
+            database.call(migrate)
+        database.close()
+        owner.call(lambda db: db.execute_sql(f"DROP OWNED BY {name}; DROP ROLE {name}"))
+        owner.close()
+
+
 def test_a_worker_ends_where_others_have_its_tables(postgres: str, tmp_path: Path) -> None:
     """A worker whose migrations cannot succeed ends with the cause instead of waiting for a change."""
     with made(postgres, "ENCODING 'UTF8'") as url:
