@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Regenerates client/vllm_batch/v1 (stubs) and docs/api.md from proto/. Arguments: other folders for stubs and api.md.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 out=${1:-client}
 docs=${1:-docs}
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,5 +1,9 @@
 # Sourced by the other scripts: paths, messages, and the supervisord.conf of this BATCH_HOME.
 
+# Variables of the shell and of Python with which our folders and modules, or Python itself, would not be found.
+unset CDPATH PYTHONSAFEPATH PYTHONHOME
+# Whoever may write the supervisord.conf decides what runs.
+umask o-w
 # The script itself, which may have been called over a link and from any folder.
 self=$(readlink -f "$0")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

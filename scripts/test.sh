@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs everything that CI runs, with a summary. Arguments go to pytest instead: `scripts/test.sh tests/unit -k policy`.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 scripts/setup.sh || exit 1
 bin=$PWD/.venv/bin
 if (($#)); then exec "$bin/python" -m pytest "$@"; fi

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -50,6 +51,9 @@ OTHER_VARIABLES = {
 
 # Prefixes of the variables by which vLLM and what it uses are set up.
 ENGINE_VARIABLES = ("CUDA_", "HF_", "LD_", "NCCL_", "NVIDIA_", "PYTORCH_", "RAY_", "TORCH_", "TRITON_", "VLLM_")
+
+# What libpq, and the server itself, read from the environment.
+LIBPQ_VARIABLE = re.compile("PG[A-Z]+")
 
 # Postgres counts to 2**63, and its dates begin 4713 BC.
 MAX_COUNT = 1 << 60
@@ -484,6 +488,7 @@ def load(*, warns: bool = True, is_check: bool = False, **given: Any) -> Setting
     if warns:
         sys.stderr.write("".join(f"warning: {line}\n" for line in judgement.foreign))
     _take_from_file()
+    leave_out_libpq(settings)
     return settings
 
 
@@ -491,6 +496,9 @@ def examine(**given: Any) -> tuple[Settings | None, variables.Judgement]:
     """The settings, None when they cannot be read, and everything to report about their variables."""
     judgement = judge_variables()
     settings = None
+    if ENV_FILE.is_fifo():
+        # pydantic-settings would wait for whoever writes into it.
+        return None, judgement
     try:
         settings = Settings(**given)
         judgement.wrong += wrong_files(settings)
@@ -513,6 +521,17 @@ def _take_from_file() -> None:
         if name.upper() not in fields and name not in os.environ:
             os.environ[name] = value
             _taken.add(name)
+
+
+def leave_out_libpq(settings: Settings) -> None:
+    """Removes libpq's variables, such as PGPORT or PGSERVICE, for the embedded Postgres: they are meant for another.
+
+    Its URL cannot override all of them.
+    """
+    if settings.database_url is not None:
+        return
+    for name in [name for name in os.environ if LIBPQ_VARIABLE.fullmatch(name)]:
+        del os.environ[name]
 
 
 def wrong_hosts(settings: Settings) -> list[str]:

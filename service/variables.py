@@ -1,7 +1,9 @@
 """The variables given by the environment and `.env`: which are ours, misspelt or foreign."""
 
+import io
 import os
 import re
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -35,15 +37,18 @@ def read_file(path: Path) -> tuple[dict[str, str], list[str]]:
 
     As in shells, ${NAME} expands to another variable, except in single quotes.
     """
-    if not path.is_file():
-        return {}, []
     try:
+        if (problem := _no_file(path)) is not None:
+            return {}, [f"{path}: {problem}"] if problem else []
         with path.open(encoding=ENCODING) as file:
-            statements = list(parse_stream(file))
+            text = file.read()
     except UnicodeDecodeError:
         return {}, [f"{path}: not UTF-8 text"]
     except OSError as error:
         return {}, [f"{path}: {error.strerror}"]
+    if "\0" in text:
+        return {}, [f"{path}: it has a NUL, as UTF-16 has"]
+    statements = list(parse_stream(io.StringIO(text)))
     # The text may be a secret: only the number of its line is shown.
     wrong = [
         f"{path}, line {_line(statement.original)}: not NAME=value"
@@ -51,6 +56,18 @@ def read_file(path: Path) -> tuple[dict[str, str], list[str]]:
         if statement.error or (statement.key is not None and statement.value is None)
     ]
     return _values(statements), wrong
+
+
+def _no_file(path: Path) -> str | None:
+    """Why there is nothing to read; empty if nothing is meant to be there, as with /dev/null. None for a file."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "a link to nothing" if path.is_symlink() else ""
+    if stat.S_ISREG(mode):
+        return None
+    # Each of our processes reads it, also much later: a pipe could give its text to one of them alone.
+    return "" if stat.S_ISCHR(mode) else "it must be a file"
 
 
 def _values(statements: Sequence[Binding]) -> dict[str, str]:

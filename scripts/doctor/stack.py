@@ -69,6 +69,7 @@ def load_settings() -> tuple[Settings | None, list[Finding]]:
     settings, judgement = config.examine()
     if settings is not None:
         judgement.wrong += config.wrong_hosts(settings)
+        config.leave_out_libpq(settings)
     findings = [judge_settings(judgement.wrong)]
     if judgement.foreign:
         findings.append(

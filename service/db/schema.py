@@ -6,13 +6,14 @@ it removes. It waits while an older program is alive, and programs that are too 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import peewee
 from playhouse.migrations import Migration, Runner
 
-from service.db.availability import DatabaseAwayError, DatabaseUnfitError
+from service.db.availability import DatabaseAwayError, DatabaseUnfitError, first_line
 from service.telemetry import logs
 from vllm_batch import __version__
 
@@ -35,6 +36,12 @@ ORDER BY id LIMIT 5
 log = logs.get("schema")
 
 
+# Classes of SQLSTATE with which a migration fails each time: what is there already, what is missing or what the server
+# cannot, a right that is lacking, and what a trigger forbids.
+LASTING = ("0A", "2F", "38", "39", "42", "P0")
+LACKS_A_RIGHT = "42501"
+
+
 class TooOldError(DatabaseUnfitError):
     """This program is too old for the schema. The text says what to do."""
 
@@ -48,16 +55,21 @@ def known(directory: Path = MIGRATIONS) -> int:
 def migrate(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> list[str]:
     """Applies what is pending, in the caller's transaction, up to a contraction that older programs do not allow yet.
 
-    Returns the migrations applied. Raises TooOldError for a program that is too old itself.
+    Returns the migrations applied. Raises TooOldError for a program that is too old itself, and DatabaseUnfitError
+    where no attempt can succeed, as in a database in which others have made tables of our names.
     """
     check_version(db, directory)
     runner = Runner(db, directory=str(directory))
     applied: list[str] = []
-    for migration, needs in _pending(runner):
+    # Rights to read may have been taken away for a while.
+    with _unfit("the table of migrations cannot be read", LACKS_A_RIGHT):
+        pending = list(_pending(runner))
+    for migration, needs in pending:
         if needs is not None and (older := _older(db, needs)):
             log.warning("contraction_waits", migration=migration.name, needs=needs, older=older)
             break
-        applied += runner.up(migration.name)
+        with _unfit(f"migration {migration.name} cannot be applied"):
+            applied += runner.up(migration.name)
         if needs is not None:
             db.execute_sql("UPDATE schema_floor SET oldest = greatest(oldest, %s)", (needs,))
     return applied
@@ -87,6 +99,19 @@ def check_version(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -
             f"version {VERSION} is too old for this database, whose schema needs version {oldest} of it and this"
             f" program knows {known(directory)}: upgrade this host (docs/fleet.md, Upgrades)"
         )
+
+
+@contextmanager
+def _unfit(what: str, *spared: str) -> Iterator[None]:
+    """Raises DatabaseUnfitError for what Postgres will refuse each time, but for the SQLSTATEs in `spared`."""
+    try:
+        yield
+    except peewee.PeeweeException as error:
+        sqlstate = getattr(getattr(error, "orig", None), "pgcode", None) or ""
+        if not sqlstate.startswith(LASTING) or sqlstate in spared:
+            raise
+        fix = "correct that, or give the stack a database or a schema that is its own"
+        raise DatabaseUnfitError(f"{what} ({first_line(error)}): {fix}") from error
 
 
 def _pending(runner: Runner) -> Iterator[tuple[Migration, int | None]]:

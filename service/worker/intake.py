@@ -147,7 +147,7 @@ class Rows:
             if self._line_number == 1:
                 line = line.removeprefix(BOM)
                 if found := format_of(line):
-                    raise invalid([Violation("file", f"is {found}: give JSON lines in UTF-8")])
+                    raise invalid([Violation("file", f"is {found}: give JSON lines in UTF-8, one request a line")])
             if not line or line.isspace():
                 self._blank_before.append(self.total)
                 continue

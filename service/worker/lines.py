@@ -33,13 +33,20 @@ _FORMATS = {
     b"\0\0\0{": "UTF-32",
     b"{\0": "UTF-16",
     b"\0{": "UTF-16",
+    # Text that often stands where a file of requests is meant.
+    b"[": "a JSON array",
+    b"<": "HTML or XML",
+    b"version https://git-lfs": "a pointer of Git LFS, without the file that it stands for",
 }
+# Between two objects: as the end of a line in files of old Macs.
+_LONE_RETURN = b"}\r{"
 _AT_BYTE = re.compile(r" \(byte (\d+)\)$")
 _NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)\b")
 # Escapes, each as a whole, so that no backslash is taken for the begin of one; named: a surrogate without the other.
 _ESCAPE = re.compile(
     rb"\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|u)"
 )
+_CHARACTER = re.compile(r"invalid character|trailing characters")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _MISSING = re.compile(r"missing required field `([^`]+)`")
 
@@ -107,7 +114,9 @@ class LineError(Exception):
 
 
 def format_of(data: bytes) -> str | None:
-    """The format of data that is not JSON lines in UTF-8, by its first bytes; None if it is not recognized."""
+    """The format of data that is not JSON lines in UTF-8, by its first line; None if it is not recognized."""
+    if _LONE_RETURN in data:
+        return "text whose lines end with a carriage return alone"
     return next((name for begin, name in _FORMATS.items() if data.startswith(begin)), None)
 
 
@@ -115,7 +124,7 @@ def not_json(data: bytes, error: Exception) -> str:
     """Describes what is wrong with JSON text.
 
     NaN and Infinity, as Python writes them, are named, and so are halves of characters, as JavaScript leaves them where
-    it cuts a text.
+    it cuts a text, and characters that stand where none of theirs can, which may be invisible.
     """
     text = str(error)
     if any(word in text for word in ("surrogate", "hex escape", "truncated")):
@@ -131,6 +140,13 @@ def not_json(data: bytes, error: Exception) -> str:
         found = _NO_NUMBER.match(data, at)
         if found:
             return f"not JSON: {found[0].decode()} is no JSON number (byte {at}): use null, or leave it out"
+        stray = _CHARACTER.search(text)
+        if stray:
+            # Of trailing characters the parser has read the first.
+            at -= stray[0].startswith("trailing")
+            # One character has at most four bytes.
+            character = data[at : at + 4].decode(errors="ignore")[:1]
+            return f"not JSON: {text[: place.start()]} {character!a} (byte {at})"
     return f"not JSON: {text}"
 
 
@@ -219,4 +235,6 @@ def _violation(where: str, parent: str, error: Exception, data: bytes | msgspec.
         text = text[: path.start()]
     elif not isinstance(error, msgspec.ValidationError):
         text = not_json(bytes(data), error)
+        if text.endswith("truncated"):
+            text += ": each request must be whole on its line"
     return Violation(f"{where}: {'.'.join(fields)}" if fields else where, text)

@@ -84,6 +84,72 @@ def test_processes_refuse_another_encoding(postgres: str, tmp_path: Path) -> Non
         assert "Postgres cannot be used: database" in checked.stderr
 
 
+# What else may be in a database, and what Postgres then says of a migration.
+OTHERS = {
+    "a table": ("CREATE TABLE files (id int)", "relation .files. already exists"),
+    "a view": ("CREATE VIEW hosts AS SELECT 1", "relation .hosts. already exists"),
+    "a type": ("CREATE TYPE batches AS (id int)", "relation .batches. already exists"),
+    "a table of migrations": ("CREATE TABLE schema_migration (version text)", "column .* does not exist"),
+    "a trigger": (
+        "CREATE FUNCTION no() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'ask a DBA first'; END $$;"
+        "CREATE EVENT TRIGGER no ON ddl_command_end WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION no()",
+        "ask a DBA first",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_others_have_made_in_the_database(postgres: str, kind: str) -> None:
+    """A database in which no migration can succeed is rejected with the cause, and left as it was."""
+    statement, cause = OTHERS[kind]
+    with made(postgres, "ENCODING 'UTF8'") as url:
+        with psycopg2.connect(url) as connection, connection.cursor() as cursor:
+            cursor.execute(statement)
+            cursor.execute("SELECT count(*) FROM pg_class")
+            before = cursor.fetchone()
+        database = Database(url, "test")
+        with pytest.raises(DatabaseUnfitError, match=f"cannot be (applied|read) .*{cause}.*a schema that is its own"):
+            database.call(migrate)
+        database.close()
+        with psycopg2.connect(url) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM pg_class")
+            assert cursor.fetchone() == before
+
+
+def test_tables_of_another_owner(postgres: str) -> None:
+    """A role that may use the tables but not change them is told so at the first migration that it would have to do."""
+    name = f"test_{uuid.uuid4().hex}"
+    with made(postgres, "ENCODING 'UTF8'") as url:
+        owner = Database(url, "test")
+        last = owner.call(migrate)[-1]
+        owner.call(lambda db: db.execute_sql("DELETE FROM schema_migration WHERE name = %s", (last,)))
+        owner.call(lambda db: db.execute_sql(f"CREATE ROLE {name} LOGIN"))
+        owner.call(lambda db: db.execute_sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {name}"))
+        database = Database(url.replace("user=postgres", f"user={name}"), "test")
+        told = f"migration {last} cannot be applied .(must be owner of|permission denied)"
+        with pytest.raises(DatabaseUnfitError, match=told):
+            database.call(migrate)
+        database.close()
+        owner.call(lambda db: db.execute_sql(f"DROP OWNED BY {name}; DROP ROLE {name}"))
+        owner.close()
+
+
+def test_a_worker_ends_where_others_have_its_tables(postgres: str, tmp_path: Path) -> None:
+    """A worker whose migrations cannot succeed ends with the cause instead of waiting for a change."""
+    with made(postgres, "ENCODING 'UTF8'") as url:
+        with psycopg2.connect(url) as connection, connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE batches (id int)")
+        stack = Stack(url, tmp_path, 10_050, [])
+        try:
+            worker = stack.worker()
+            until(lambda: worker.process.poll() is not None, "the worker to end")
+            assert worker.process.returncode == 1
+            [failed] = worker.events("start_failed")
+            assert "migration 0001_initial cannot be applied" in str(failed["cause"])
+        finally:
+            stack.end()
+
+
 @pytest.mark.parametrize("path", ["nowhere", "''", "pg_temp, public", "pg_catalog"])
 def test_search_paths_without_a_place_for_tables(postgres: str, database_url: str, path: str) -> None:
     """A search_path without a schema for permanent tables is rejected; once corrected, the same process continues."""

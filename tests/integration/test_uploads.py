@@ -126,7 +126,7 @@ def test_every_wrong_line_and_repeated_name_is_told(database: Database, monkeypa
             file[number] = b"{x\n" if number % 2 else line(number % 10)
         expected = [f"line {number + 1}{'' if number % 2 else ': custom_id'}" for number in chosen]
         assert wrong_places(database, file) == expected
-    everything = [b"[]\n"] * 300
+    everything = [b"5\n"] * 300
     assert wrong_places(database, everything) == [f"line {number + 1}" for number in range(MAX_VIOLATIONS)]
     # Beyond the names remembered, Postgres reports the first repeated one.
     monkeypatch.setattr(intake, "REMEMBERED", 100)

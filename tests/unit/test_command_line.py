@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from rich.progress import DownloadColumn
 
 from vllm_batch.cli import main, results, terminal
+from vllm_batch.cli.options import OUTPUT_FILE
 
 CLI = Path(sys.executable).parent / "vllm-batch"
 
@@ -109,6 +111,65 @@ def test_two_commands_that_write_the_same_output(tmp_path: Path) -> None:
     results._write_file(output, lines())
     assert output.read_bytes() == b"a1\na2\n"
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_output_over_a_link(tmp_path: Path) -> None:
+    """The file behind a link is written, also one that is not there yet, and the link stays."""
+    for name in ("old", "new"):
+        link, there = tmp_path / f"link to {name}", tmp_path / "folder" / name
+        there.parent.mkdir(exist_ok=True)
+        link.symlink_to(there)
+        found = OUTPUT_FILE.convert(str(link), None, None)
+        results._write_file(found, [f"{name}\n".encode()])
+        assert (link.is_symlink(), there.read_text()) == (True, f"{name}\n")
+        assert list(there.parent.glob("*.part")) == []
+
+
+def test_an_output_keeps_who_may_read_it(tmp_path: Path) -> None:
+    """A file that others may not read is replaced by one that they may not read either, from its first byte on."""
+    output = tmp_path / "out.jsonl"
+    output.touch(0o600)
+
+    def lines() -> Iterator[bytes]:
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+        yield b"secret\n"
+
+    results._write_file(output, lines())
+    assert (output.read_bytes(), output.stat().st_mode & 0o777) == (b"secret\n", 0o600)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_characters_that_stdout_does_not_have(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is printed with escapes for what the terminal's encoding lacks, and no command fails of it."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    terminal.restore_streams()
+    terminal.Terminal().print("k 🚀")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"k \\U0001f680\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["get", "\udcff"], ["list", "--tenant", "a\udcff"], ["result", "batch_1", "\udce9"]]
+)
+def test_arguments_that_are_not_utf8(command: list[str]) -> None:
+    """What cannot be sent is a usage error that shows it."""
+    done = subprocess.run([CLI, "--patience", "0", *command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, f"Error: {command[-1]!r} is not UTF-8\n")
+
+
+def test_an_interrupt_during_the_imports(tmp_path: Path) -> None:
+    """Ctrl-C before the command has begun ends it by the signal, without a traceback."""
+    (tmp_path / "click.py").write_text("import sys; print('here', flush=True); sys.stdin.read()")
+    command = [sys.executable, "-c", "from vllm_batch.command import main; main()"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (-signal.SIGINT, b"")
 
 
 def test_a_file_whose_name_looks_like_markup(monkeypatch: pytest.MonkeyPatch) -> None:

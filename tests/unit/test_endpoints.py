@@ -75,7 +75,7 @@ def test_collectors(endpoint: str) -> None:
     OTLPSpanExporter(endpoint=endpoint).shutdown()
 
 
-@pytest.mark.parametrize("process", ["service.gateway", "service.worker", "watchdog"])
+@pytest.mark.parametrize("process", ["service.gateway", "service.http", "service.worker", "watchdog"])
 def test_wrong_dsn_is_refused_by_every_process(process: str) -> None:
     """`--check` names SENTRY_DSN and not its value, before the watchdog is the first to stumble over it."""
     env = {"PATH": "", "BATCH_ENV_FILE": "/dev/null", "SENTRY_DSN": "https://hunter2@sentry.io/"}

@@ -153,6 +153,31 @@ def test_a_line_that_ends_early_has_no_half_characters(text: bytes) -> None:
     assert "truncated" in description
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("\ufeff{}", r"invalid character '\ufeff' (byte 0)"),
+        ("\x1e{}", r"invalid character '\x1e' (byte 0)"),
+        ("# a comment", "invalid character '#' (byte 0)"),
+        ("\0\0\0", r"invalid character '\x00' (byte 0)"),
+        ('{"a":\u00a01}', r"invalid character '\xa0' (byte 5)"),
+        (changed().decode() + "{}", f"trailing characters '{{' (byte {len(changed())})"),
+        (changed().decode() + ",", f"trailing characters ',' (byte {len(changed())})"),
+        (changed().decode() + " \U0001f680", rf"trailing characters '\U0001f680' (byte {len(changed()) + 1})"),
+        ("\u201ca\u201d", r"invalid character '\u201c' (byte 0)"),
+    ],
+)
+def test_what_stands_where_it_cannot_is_shown(line: str, told: str) -> None:
+    """A character that JSON cannot have there is named, with its code where it is invisible or not ASCII."""
+    assert refused(line.encode()) == [("line 7", f"not JSON: JSON is malformed: {told}")]
+
+
+def test_an_object_over_several_lines() -> None:
+    """Its first line is called truncated, with what to do."""
+    told = "not JSON: Input data was truncated: each request must be whole on its line"
+    assert refused(b"{") == refused(b'{"custom_id": "a",') == [("line 7", told)]
+
+
 @pytest.mark.parametrize("model", [None, ""])
 def test_a_model_that_is_nothing_is_missing(model: str | None) -> None:
     """A null or empty model counts as absent, as in vLLM and its run_batch, and the body is unchanged."""
@@ -175,6 +200,12 @@ def test_a_model_that_is_nothing_is_missing(model: str | None) -> None:
         *(("{}\n".encode(f"utf-16-{order}"), "UTF-16") for order in ("le", "be")),
         *(("{}\n".encode(f"utf-32{order}"), "UTF-32") for order in ("", "-le", "-be")),
         (b"\0\0\xfe\xff\0\0\0{", "UTF-32"),
+        (b'[{"custom_id": "a"}]', "a JSON array"),
+        (b"[", "a JSON array"),
+        (b"<!DOCTYPE html>", "HTML or XML"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS, without the file that it stands for"),
+        (b'{"a":{}}\r{"a":{}}\r', "text whose lines end with a carriage return alone"),
+        (b'{"a":"}\\r{"}\r', None),
         (b"{", None),
         (b"", None),
         (b" \n{", None),
@@ -182,7 +213,7 @@ def test_a_model_that_is_nothing_is_missing(model: str | None) -> None:
     ],
 )
 def test_a_file_of_another_format_is_known(data: bytes, name: str | None) -> None:
-    """Files of other formats are recognized by their first bytes."""
+    """Files of other formats are recognized by their first line."""
     assert format_of(data) == name
 
 

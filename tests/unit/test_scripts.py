@@ -45,6 +45,30 @@ def test_a_script_is_found_over_a_link(name: str, tmp_path: Path) -> None:
     assert done.stdout == run(name, "--help", tmp_path / "home").stdout
 
 
+@pytest.mark.parametrize(
+    "variable", ["CDPATH=.", "CDPATH=..:.", "CDPATH=/tmp", "CDPATH=:/usr", "PYTHONSAFEPATH=1", "PYTHONHOME=/nowhere"]
+)
+def test_everything_is_found_whatever_the_variables(variable: str, tmp_path: Path) -> None:
+    """The scripts find the checkout and its modules whatever shell and Python are told about where to look."""
+    name, value = variable.split("=")
+    env = {"PATH": os.environ["PATH"], "BATCH_HOME": str(tmp_path), "BATCH_ENV_FILE": "/dev/null", name: value}
+    # By a relative path, as scripts call each other.
+    command = ["bash", "-c", 'source scripts/lib.sh && know_settings && printf "%s %s" "$root" "$BATCH_HOME"']
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{ROOT} {tmp_path}", "")
+
+
+@pytest.mark.parametrize("mask", ["000", "077"])
+def test_nobody_else_may_write(mask: str, tmp_path: Path) -> None:
+    """Other users may write nothing that the scripts make, whatever the umask, and a stricter one is kept."""
+    env = {"PATH": os.environ["PATH"], "BATCH_HOME": str(tmp_path / "home"), "BATCH_ENV_FILE": "/dev/null"}
+    command = ["bash", "-c", f"umask {mask}; source scripts/lib.sh && know_settings && write_supervisord_conf"]
+    subprocess.run(command, env=env, cwd=ROOT, check=True, timeout=60)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "home", *(tmp_path / "home").iterdir())}
+    others = {"000": (0o775, 0o664), "077": (0o700, 0o600)}[mask]
+    assert modes == {"home": others[0], "supervisord.conf": others[1], "run": 0o700, "log": 0o700}
+
+
 @pytest.mark.parametrize("argument", ["extra", "--hlep", ""])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_script_does_not_know_is_refused(name: str, argument: str, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_any_letter(name: str, data: st.DataObject) -> None:
         assert name in variables.judge({}, {wrong: "1"}, KNOWN).wrong[0]
 
 
-# Python reads a lone \r as a line break.
-TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=30)
+# Python reads a lone \r as a line break, and no variable can have NUL.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=30)
 
 
 @given(st.dictionaries(st.sampled_from(KNOWN), TEXTS | st.text("${}HOME:-'\"\\\\# \n%=", max_size=12)))
@@ -173,6 +173,8 @@ def test_home_is_known_whatever_else_is_wrong(env_file: Path) -> None:
         (b"\n\nBATCH_HOST\n", "line 3: not NAME=value"),
         (b"SECRET_TOKEN='open secret\n", "line 1: not NAME=value"),
         (b"BATCH_HOST=secret\xff\n", "not UTF-8 text"),
+        ("BATCH_HOST=secret\n".encode("utf-16-le"), "it has a NUL"),
+        (b"HF_TOKEN=secret\0\n", "it has a NUL"),
     ],
 )
 def test_typing_errors_in_the_file(text: bytes, told: str, env_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +197,36 @@ def test_variables_of_libraries(env_file: Path, monkeypatch: pytest.MonkeyPatch)
     assert config.fingerprint_now() == before
     env_file.write_text("HF_HOME=/in/file\nHF_TOKEN=two\n")
     assert config.fingerprint_now() != before
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "link to a folder"])
+def test_what_is_no_file(kind: str, env_file: Path) -> None:
+    """What stands in the place of `.env` and is no file stops the start, instead of counting as an empty one."""
+    if kind == "folder":
+        # As container engines make one for a file that is to be mounted and is missing.
+        env_file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(env_file)
+    else:
+        env_file.symlink_to(env_file.parent if kind == "link to a folder" else "nothing")
+    told = "a link to nothing" if kind == "link to nothing" else "it must be a file"
+    assert variables.read_file(env_file) == ({}, [f"{env_file}: {told}"])
+    with pytest.raises(SystemExit):
+        config.load()
+    assert variables.read_file(Path("/dev/null")) == variables.read_file(env_file / "none") == ({}, [])
+
+
+def test_variables_of_libpq(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libpq's variables do not apply to the embedded Postgres, for which they are not meant, but to any other."""
+    monkeypatch.setenv("PGAPPNAME", "company")
+    monkeypatch.setenv("PGPORT", "6432")
+    env_file.write_text("PGOPTIONS='-c search_path=ours'\nDATABASE_URL=postgresql://h/d\n")
+    config.load()
+    assert (os.environ["PGAPPNAME"], os.environ["PGPORT"]) == ("company", "6432")
+    assert os.environ["PGOPTIONS"] == "-c search_path=ours"
+    env_file.write_text("PGOPTIONS='-c search_path=ours'\n")
+    config.load()
+    assert not [name for name in os.environ if name.startswith("PG")]
 
 
 def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import click
@@ -54,12 +55,20 @@ FILE = click.Path(exists=True, dir_okay=False)
 
 
 class _Commands(click.Group):
-    """Turns the file errors of any command into one line, also where the shell has closed a standard stream."""
+    """Turns the file errors of any command into one line, also where the shell has closed a standard stream.
+
+    Arguments that are not UTF-8 are a usage error, except for names of files.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         restore_streams()
-        with file_errors():
-            return super().main(*args, **kwargs)
+        try:
+            with file_errors():
+                return super().main(*args, **kwargs)
+        except UnicodeEncodeError as error:
+            # Everything that is sent is UTF-8.
+            err.print(f"Error: {error.object!r} is not UTF-8", style="red")
+            sys.exit(2)
 
 
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

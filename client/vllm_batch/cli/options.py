@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import math
+import os
 import secrets
 import tempfile
 from pathlib import Path
@@ -33,6 +34,10 @@ class _OutputFile(click.Path):
             part = part_of(output)
             if part is None:
                 return output
+            if output.is_symlink():
+                # The file behind it is replaced, and not the link.
+                output = Path(os.path.realpath(output))
+                part = output.with_name(part.name)
             with tempfile.NamedTemporaryFile(dir=part.parent, prefix=f"{output.name}.", suffix=".part") as file:
                 # On a full disk a file can be created, but not written to.
                 file.write(b"\n" * 4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def result(client: Client, batch: str, custom_id: str, as_json: bool) -> None:
     with errors():
         found = client.result(batch, custom_id)
         if as_json or not found.response.omitted_body_bytes:
-            click.echo(json_line(found) if as_json else line(found))
+            # Bytes, as all results: in UTF-8 whatever the locale.
+            click.echo((json_line(found) if as_json else line(found)).encode())
             return
         for piece in client.result_line(batch, found):
             click.echo(piece, nl=False)
@@ -103,6 +105,9 @@ def _write_file(output: Path, lines: Iterable[bytes]) -> None:
         return
     try:
         with part.open("wb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                # Whoever may not read the older file may not read this one.
+                part.chmod(stat.S_IMODE(output.stat().st_mode))
             file.writelines(lines)
             file.flush()
             # A disk may report a failed write only now.

@@ -67,7 +67,7 @@ def restore_streams() -> None:
     """Opens what was closed of stdin, stdout and stderr, so that no file or connection gets its number.
 
     Otherwise gRPC would log into that file. Reading such a stdin and writing to such a stdout fails, rather than being
-    as good as an empty file and silence.
+    as good as an empty file and silence. Characters that an open stdout does not have are escaped, as those of stderr.
     """
     for name, flags, mode in (
         ("stdin", os.O_WRONLY, "rb"),
@@ -78,6 +78,8 @@ def restore_streams() -> None:
             # Without buffers: nothing that could not be written is left for the interpreter's end.
             raw = os.fdopen(os.open(os.devnull, flags), mode, buffering=0)
             setattr(sys, name, io.TextIOWrapper(raw, write_through=True))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

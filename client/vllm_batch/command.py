@@ -1,0 +1,17 @@
+"""Where the `vllm-batch` command begins."""
+
+from __future__ import annotations
+
+import signal
+
+
+def main() -> None:
+    """Runs it. Ctrl-C while its modules are imported, for up to a second, ends it at once and without a traceback."""
+    before = signal.getsignal(signal.SIGINT)
+    # Ignored, as under nohup, it stays ignored.
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from vllm_batch.cli import main as command
+
+    signal.signal(signal.SIGINT, before)
+    command()
