@@ -23,15 +23,20 @@ INDEXES = """
 unnest(coalesce(c.indexes, ARRAY(SELECT generate_series(c.first_index, c.first_index + c.count - 1))))
 WITH ORDINALITY AS o (index, place)
 """
-# One by one. Postgres believes that a batch which is newer than its statistics has next to no rows, and a join reads
-# all of them as often as the chunk has requests. It makes no join of subqueries with OFFSET or LIMIT.
+# That the request {index} of the batch {batch} has no result. Looked up for each request: Postgres believes that a
+# batch which is newer than its statistics has next to no rows, and may join by comparing all requests with all results.
+# It makes no join of subqueries with OFFSET or LIMIT.
+NO_RESULT = "(SELECT r.index FROM results r WHERE r.batch_id = {batch} AND r.index = {index} LIMIT 1) IS NULL"
+# Of requests `q`.
+IS_UNANSWERED = NO_RESULT.format(batch="q.batch_id", index="q.index")
+# One by one, for the same reason.
 UNANSWERED = f"""
 SELECT o.index, q.custom_id, q.url, q.body
 FROM chunks c CROSS JOIN LATERAL {INDEXES}
 CROSS JOIN LATERAL (
     SELECT custom_id, url, body FROM requests q WHERE q.batch_id = c.batch_id AND q.index = o.index OFFSET 0) q
 WHERE c.id = %(chunk)s
-  AND (SELECT r.index FROM results r WHERE r.batch_id = c.batch_id AND r.index = o.index LIMIT 1) IS NULL
+  AND {NO_RESULT.format(batch="c.batch_id", index="o.index")}
 ORDER BY o.place
 """
 

@@ -244,8 +244,9 @@ def retry(
                        q.estimated_tokens, q.model
                 FROM requests q
                 WHERE q.batch_id = %(old)s
-                  AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = q.batch_id AND r.index = q.index
-                                  AND r.status_code BETWEEN 200 AND 299)
+                  -- Looked up for each: see NO_RESULT in chunks.py.
+                  AND (SELECT r.status_code BETWEEN 200 AND 299 FROM results r
+                       WHERE r.batch_id = q.batch_id AND r.index = q.index LIMIT 1) IS NOT TRUE
                 RETURNING {TOKENS} AS tokens
             )
             SELECT count(*), coalesce(sum(tokens), 0)::bigint FROM made

@@ -5,6 +5,7 @@ import peewee
 from service import failpoints
 from service.db import batches, file_lists, usage
 from service.db.batches import Batch, StateError
+from service.db.chunks import IS_UNANSWERED
 from service.db.connection import allow
 from service.db.standby import acknowledged
 
@@ -107,7 +108,7 @@ def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
                 continue
             db.execute_sql("DELETE FROM chunks WHERE batch_id = %s", (batch_id,))
             db.execute_sql(
-                """
+                f"""
                 WITH rest AS (
                     INSERT INTO results (batch_id, index, sequence, error_code, error_message, incarnation, custom_id)
                     SELECT q.batch_id, q.index, b.completed + b.failed + row_number() OVER (ORDER BY q.index),
@@ -116,7 +117,7 @@ def expire(db: peewee.PostgresqlDatabase, timeout_s: float) -> list[int]:
                            '00000000-0000-0000-0000-000000000000', q.custom_id
                     FROM requests q JOIN batches b ON b.id = q.batch_id
                     WHERE q.batch_id = %(id)s
-                      AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = q.batch_id AND r.index = q.index)
+                      AND {IS_UNANSWERED}
                     RETURNING index
                 )
                 UPDATE batches SET state = 'expired', end_time = clock_timestamp(),
@@ -194,11 +195,12 @@ def purge(db: peewee.PostgresqlDatabase, slice_size: int) -> bool:
         if row is None:
             return False
         removed = 0
+        # By their places: whatever Postgres believes of the batch, it cannot compare each row with each other.
         for table, column in (("results", "index"), ("requests", "index"), ("chunks", "first_index")):
             removed += db.execute_sql(
                 f"""
-                DELETE FROM {table} WHERE batch_id = %(id)s AND {column} IN (
-                    SELECT {column} FROM {table} WHERE batch_id = %(id)s ORDER BY {column} LIMIT %(size)s)
+                DELETE FROM {table} WHERE ctid = ANY (ARRAY(
+                    SELECT ctid FROM {table} WHERE batch_id = %(id)s ORDER BY {column} LIMIT %(size)s))
                 """,
                 {"id": row[0], "size": slice_size},
             ).rowcount

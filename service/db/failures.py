@@ -16,6 +16,9 @@ MAX_TEXTS = 500
 TEXT_CHARS = 2_000
 TIMEOUT_S = 60.0
 
+# The first of each text is looked up by its number. With an order: Postgres believes of a batch that is newer than its
+# statistics that any index will do.
+#
 # As service/api/error_kinds.py does it with messages: here so that few texts are left of many.
 NUMBER, QUOTED = "[0-9]+", r"""(?<!\w)'[^']+'(?!\w)|\\"[^"]*\\"|`[^`]+`"""
 COUNT = f"""
@@ -30,7 +33,9 @@ FROM (
                    %(quoted)s, '…', 'g') AS text
         FROM results r WHERE batch_id = %(batch)s AND {FAILED} ORDER BY sequence LIMIT %(counted)s) failed
     GROUP BY error_code, status_code, text) texts
-JOIN results r ON r.batch_id = %(batch)s AND r.sequence = texts.first
+CROSS JOIN LATERAL (
+    SELECT * FROM results r WHERE r.batch_id = %(batch)s AND r.sequence BETWEEN texts.first AND texts.first
+    ORDER BY r.sequence LIMIT 1) r
 ORDER BY count DESC, first LIMIT %(texts)s
 """
 

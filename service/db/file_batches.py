@@ -289,8 +289,9 @@ def clear(db: peewee.PostgresqlDatabase, holder: Holder, batch_id: int, rows: in
     with db.atomic():
         _fence(db, holder, batch_id, "SHARE")
         removed = db.execute_sql(
-            "DELETE FROM requests WHERE batch_id = %(id)s AND index IN ("
-            " SELECT index FROM requests WHERE batch_id = %(id)s ORDER BY index LIMIT %(rows)s)",
+            # As in `endings.purge`.
+            "DELETE FROM requests WHERE ctid = ANY (ARRAY("
+            " SELECT ctid FROM requests WHERE batch_id = %(id)s ORDER BY index LIMIT %(rows)s))",
             {"id": batch_id, "rows": rows},
         ).rowcount
         return bool(removed)

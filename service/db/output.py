@@ -14,6 +14,7 @@ from psycopg2.extras import execute_values
 
 from service.db import batches
 from service.db.batches import Batch
+from service.db.chunks import IS_UNANSWERED
 from service.db.results import (
     AFTER_BODY,
     BEFORE_BODY,
@@ -63,9 +64,9 @@ SELECT index, CASE WHEN {IS_COMPLETED} THEN 'completed' ELSE 'failed' END AS sou
        CASE WHEN {BODY_BYTES} > {LARGE_BYTES} THEN {BODY_BYTES} END AS large
 FROM results r WHERE batch_id = %(batch)s AND index BETWEEN %(first)s AND %(last)s
 """
-UNANSWERED_WHERE = """
+UNANSWERED_WHERE = f"""
 FROM requests q WHERE batch_id = %(batch)s AND index BETWEEN %(first)s AND %(last)s
-  AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = q.batch_id AND r.index = q.index)
+  AND {IS_UNANSWERED}
 """
 UNANSWERED = (
     f"SELECT index, 'unanswered' AS source, octet_length({CANCELLED}) AS size, NULL::integer AS large"

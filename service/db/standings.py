@@ -25,15 +25,18 @@ SUSPECTS = """
 SELECT batch_id, count(*), count(*) FILTER (WHERE deaths > 1)
 FROM chunks WHERE state <> 'done' AND deaths > 0 GROUP BY batch_id
 """
+# Each by the index of numbers, also of a batch that is newer than the statistics.
 MARKS = f"""
 SELECT b.id, back.count, b.completed + b.failed, extract(epoch FROM clock_timestamp() - r.finish_time)::float8,
        r.batch_tokens
 FROM batches b
 CROSS JOIN LATERAL (
-    SELECT 0::bigint AS count
-    UNION ALL SELECT {NEAREST_MARK} * (1::bigint << n) FROM generate_series(0, 32) n
-    WHERE {NEAREST_MARK} * (1::bigint << n) < b.completed + b.failed) back
-JOIN results r ON r.batch_id = b.id AND r.sequence = b.completed + b.failed - back.count
+    SELECT count, b.completed + b.failed - count AS number FROM (
+        SELECT 0::bigint AS count UNION ALL SELECT {NEAREST_MARK} * (1::bigint << n) FROM generate_series(0, 32) n) c
+    WHERE count < b.completed + b.failed) back
+CROSS JOIN LATERAL (
+    SELECT finish_time, batch_tokens FROM results r
+    WHERE r.batch_id = b.id AND r.sequence BETWEEN back.number AND back.number ORDER BY r.sequence LIMIT 1) r
 WHERE b.id = ANY(%s) AND b.state = 'in_progress' AND b.completed + b.failed > 0
 ORDER BY b.id, back.count
 """

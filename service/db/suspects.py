@@ -8,7 +8,7 @@ import peewee
 
 from service import failpoints
 from service.db import results
-from service.db.chunks import ENTRY, INDEXES, Chunk, Holder, host_of, lease, release_where
+from service.db.chunks import ENTRY, INDEXES, NO_RESULT, Chunk, Holder, host_of, lease, release_where
 
 # Suspects of lost hosts that each worker runs at a time.
 LOST_AT_ONCE = 16
@@ -162,7 +162,7 @@ def _suspect(db: peewee.PostgresqlDatabase, begun: Mapping[int, int], host: str,
         SELECT c.id, c.batch_id, c.priority, c.models, o.index, o.place, o.place <= g.begun AS is_begun
         FROM unnest(%(ids)s::bigint[], %(begun)s::integer[]) AS g (id, begun) JOIN chunks c USING (id)
         CROSS JOIN LATERAL {INDEXES}
-        WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = c.batch_id AND r.index = o.index)
+        WHERE {NO_RESULT.format(batch="c.batch_id", index="o.index")}
     """
     made = db.execute_sql(
         f"""

@@ -312,6 +312,16 @@ def test_every_setting_is_set_or_harmless(postgres: str, database_url: str, of: 
 PATHS = {"search_path", "temp_tablespaces", "DateStyle"}
 
 
+def test_no_statement_is_compiled(postgres: str, database_url: str) -> None:
+    """Sessions are without JIT, which is on by default and would compile the plans of each claim."""
+    name = parse(database_url)["dbname"]
+    with psycopg2.connect(postgres % "postgres") as admin, admin.cursor() as cursor:
+        cursor.execute(f"ALTER DATABASE {name} SET jit = on")
+    database = Database(database_url, "test")
+    assert database.call(lambda db: db.execute_sql("SHOW jit").fetchone()) == ("off",)
+    database.close()
+
+
 def aged(database: Database) -> bool:
     row = database.call(
         lambda db: db.execute_sql(

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -15,21 +16,27 @@ from service.db import (
     chunks,
     creation,
     endings,
+    failures,
     files,
     heartbeats,
     identity,
     losses,
     requests,
     results,
+    standings,
     suspects,
     usage,
     work,
 )
+from service.db.chunks import Chunk, Holder
 from service.db.connection import Database, connect, migrate
 from service.db.heartbeats import Beat
 from service.db.limits import FullError, Limits
+from service.db.output import Measuring, Page, stretches
+from service.db.output import read as read_output
 from service.db.results import Result, Span
 from service.machine import Place
+from tests.support.plans import looked_at
 from tests.support.store import answers, count, holder, stored
 from tests.support.waiting import until
 from vllm_batch import output
@@ -631,3 +638,71 @@ def test_a_batch_that_is_newer_than_its_statistics(database: Database) -> None:
     [[plan]] = database.call(lambda db: db.execute_sql(query, {"chunk": chunk.id}).fetchone())
     assert plan["Plan"]["Actual Rows"] == chunk.count == len(database.call(chunks.unanswered, chunk))
     assert plan["Plan"]["Shared Hit Blocks"] < 10 * chunk.count
+
+
+@pytest.mark.parametrize("are_missing", [True, False], ids=["no-statistics", "statistics-of-before"])
+def test_what_a_batch_costs_without_statistics(database: Database, are_missing: bool) -> None:
+    """Whatever Postgres believes of a batch, no statement compares all of its rows with each other."""
+    total = 1000
+    mine, other = holder(), holder("other")
+
+    def sql(statement: str, *params: object) -> None:
+        database.call(lambda db: db.execute_sql(statement, params))
+
+    def claimed(holds: Holder) -> list[Chunk]:
+        """About half of the chunks that wait."""
+        waiting = count(database, "chunks WHERE state = 'pending'")
+        return database.call(chunks.claim, holds, ["tiny"], waiting // 2)
+
+    def answered(holds: Holder, status: int = 200) -> None:
+        for chunk in claimed(holds):
+            indexes = [request.index for request in database.call(chunks.unanswered, chunk)]
+            given = zip(answers(chunk, range(len(indexes)), status), indexes, strict=True)
+            database.call(results.write, [replace(each, index=index) for each, index in given], holds.incarnation)
+
+    for table in ("requests", "results", "chunks"):
+        sql(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
+    if not are_missing:
+        stored(database, total)
+        answered(mine)
+        sql("ANALYZE")
+        sql("DELETE FROM queue_changes")
+        sql("DELETE FROM queue")
+        sql("UPDATE chunks SET state = 'done', worker_id = NULL, incarnation = NULL, lease_until = NULL")
+    batch, cancelled = stored(database, total), stored(database, total)
+    answered(mine)
+    answered(mine, 400)
+    # Failures that say different things, and no names: as workers of before stored them.
+    sql("UPDATE results SET custom_id = NULL, body = repeat(chr(65 + index %% 20), 1 + index %% 9)")
+    whole = Span(0, total)
+    seen = {
+        "divide": looked_at(database, results.divide, "index", "all", batch.id, 0, 1 << 20, True),
+        "failed": looked_at(database, results.divide, "sequence", "failed", batch.id, 0, 1 << 20, True),
+        "page": looked_at(database, results.read_page, "index", "all", batch.id, whole),
+        "lines": looked_at(database, results.read_lines, "sequence", "all", batch.id, whole),
+        "failures": looked_at(database, failures.count, batch.id),
+        "standings": looked_at(database, standings.read, {batch.id: {"tiny"}}, []),
+        "result": looked_at(database, results.read_one, batch.id, "c7"),
+        "request": looked_at(database, requests.read_one, batch.id, "c7", 100),
+    }
+    held = claimed(other)
+    given = [Result(chunk.id, chunk.batch_id, chunk.first_index, 200, "{}") for chunk in held]
+    seen["write"] = looked_at(database, results.write, given, other.incarnation)
+    seen["suspect"] = looked_at(database, suspects.bury, "other")
+    seen["cancel"] = looked_at(database, endings.cancel, cancelled.id)
+    database.call(lambda db: db.execute_sql("DELETE FROM chunks WHERE batch_id = %s", (cancelled.id,)))
+    database.call(endings.settle_cancelled)
+    ended = database.call(batches.get, cancelled.id)
+    assert ended is not None
+    assert ended.state == "cancelled"
+    measuring = Measuring(ended)
+    for source, first in stretches(ended):
+        seen[f"measure {source}"] = looked_at(database, measuring.measure, source, first)
+    seen["read"] = looked_at(database, read_output, ended.id, Page(0, 0, "unanswered", 0, total, 0))
+    seen["retry"] = looked_at(database, creation.retry, ended.id, None, 60, Limits(100, 100 * total))
+    sql("UPDATE batches SET expire_time = clock_timestamp() WHERE id = %s", batch.id)
+    seen["expire"] = looked_at(database, endings.expire, 60)
+    assert database.call(endings.delete, batch.id)
+    seen["purge"] = looked_at(database, endings.purge, total // 2)
+    assert {name: found for name, found in seen.items() if found > 20 * total} == {}
+    assert all(seen.values())

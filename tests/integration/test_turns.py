@@ -157,6 +157,44 @@ def test_tenants_share_a_pool_whatever_models_they_name(database: Database) -> N
     assert worker.used(both[0]) == pytest.approx(worker.used(both[1]), abs=40)
 
 
+def test_the_number_of_entries_that_wait_costs_a_claim_nothing(database: Database) -> None:
+    """A claim reads as many pages beside 5,000 batches that wait as beside none, whatever Postgres believes of them."""
+    queued(database, 9)
+    served(database, 1)
+    more = """
+        INSERT INTO queue (batch_id, pool_id, tenant, models, priority, total, estimate, virtual)
+        SELECT -i, pool_id, tenant, models, priority, total, estimate, 1000000 FROM queue, generate_series(1, 5000) i
+    """
+    explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT take_turns('{tiny}', 1, 'w', gen_random_uuid(), 60)"
+
+    def pages() -> int:
+        [[[plan]]] = sql(database, explain)
+        return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
+
+    few = min(pages(), pages())
+    sql(database, more)
+    # Postgres believes from now on that next to none wait; of a table that is empty autovacuum makes no statistics.
+    sql(database, "ANALYZE queue")
+    sql(database, "UPDATE queue SET waits = true")
+    assert min(pages(), pages()) <= few + 20
+
+
+def test_an_entry_of_one_chunk_waits_no_more_once_that_is_claimed(database: Database) -> None:
+    """No turn is spent on finding out that it is emptied; what is put back of it, or given, waits again."""
+    batch = queued(database, 1, size=3)
+    mine, waiting = holder(), "SELECT batch_id FROM queue WHERE waits"
+    [chunk] = claim(database, mine)
+    assert sql(database, waiting) == []
+    assert database.call(sharing.give, mine, [sharing.Part(chunk.id, [2])]) == 1
+    [given] = claim(database, holder("other"))
+    assert given.count == 1
+    database.call(chunks.release, mine, [chunk.id])
+    [again] = claim(database, mine)
+    assert (again.id, again.batch_id) == (chunk.id, batch)
+    assert claim(database, mine) == []
+    assert sql(database, waiting) == []
+
+
 def rate(database: Database, tokens_s: float) -> None:
     """Makes Postgres believe that workers make so many tokens per second."""
     sql(database, "UPDATE pools SET rate = %s, rate_since = NULL", tokens_s)
@@ -219,7 +257,7 @@ def test_an_existing_database_is_migrated(database: Database) -> None:
         ALTER TABLE requests DROP COLUMN model;
         DROP INDEX chunks_pending;
         CREATE INDEX chunks_pending ON chunks (priority DESC, id) WHERE state = 'pending' AND deaths = 0;
-        DELETE FROM schema_migration WHERE name IN ('0010_turns', '0023_mixed_models');
+        DELETE FROM schema_migration WHERE name IN ('0010_turns', '0023_mixed_models', '0027_many_entries');
         INSERT INTO batches (id, state, digest, metadata, priority, models, total)
         SELECT b, 'in_progress', '', '{}', 0, '{tiny}', 2 FROM generate_series(1, 3) b;
         INSERT INTO chunks (batch_id, first_index, count, unfinished, priority, models)
