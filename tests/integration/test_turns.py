@@ -257,7 +257,7 @@ def test_an_existing_database_is_migrated(database: Database) -> None:
         ALTER TABLE requests DROP COLUMN model;
         DROP INDEX chunks_pending;
         CREATE INDEX chunks_pending ON chunks (priority DESC, id) WHERE state = 'pending' AND deaths = 0;
-        DELETE FROM schema_migration WHERE name IN ('0010_turns', '0023_mixed_models', '0027_many_entries');
+        DELETE FROM schema_migration WHERE name IN ('0010_turns', '0023_mixed_models', '0028_many_entries');
         INSERT INTO batches (id, state, digest, metadata, priority, models, total)
         SELECT b, 'in_progress', '', '{}', 0, '{tiny}', 2 FROM generate_series(1, 3) b;
         INSERT INTO chunks (batch_id, first_index, count, unfinished, priority, models)
