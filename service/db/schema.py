@@ -53,13 +53,13 @@ def known(directory: Path = MIGRATIONS) -> int:
 
 
 def migrate(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> list[str]:
-    """Applies what is pending, in the caller's transaction, up to a contraction that older programs do not allow yet.
+    """Applies what is pending, in the caller's transaction, but for contractions that older programs do not allow yet.
 
     Returns the migrations applied. Raises TooOldError for a program that is too old itself, and DatabaseUnfitError
     where no attempt can succeed, as in a database in which others have made tables of our names.
     """
     check_version(db, directory)
-    runner = Runner(db, directory=str(directory))
+    runner = _Runner(db, directory=str(directory))
     applied: list[str] = []
     # Rights to read may have been taken away for a while.
     with _unfit("the table of migrations cannot be read", LACKS_A_RIGHT):
@@ -67,7 +67,8 @@ def migrate(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> list
     for migration, needs in pending:
         if needs is not None and (older := _older(db, needs)):
             log.warning("contraction_waits", migration=migration.name, needs=needs, older=older)
-            break
+            runner.waiting.add(migration.name)
+            continue
         with _unfit(f"migration {migration.name} cannot be applied"):
             applied += runner.up(migration.name)
         if needs is not None:
@@ -99,6 +100,17 @@ def check_version(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -
             f"version {VERSION} is too old for this database, whose schema needs version {oldest} of it and this"
             f" program knows {known(directory)}: upgrade this host (docs/fleet.md, Upgrades)"
         )
+
+
+class _Runner(Runner):  # type: ignore[misc]
+    """Leaves out contractions that wait. Nothing depends on them, so expansions that follow are applied at once."""
+
+    def __init__(self, db: peewee.PostgresqlDatabase, directory: str) -> None:
+        super().__init__(db, directory=directory)
+        self.waiting: set[str] = set()
+
+    def status(self) -> list[Migration]:
+        return [migration for migration in super().status() if migration.name not in self.waiting]
 
 
 @contextmanager

@@ -40,15 +40,17 @@ def columns(database: Database) -> set[str]:
 
 
 def test_a_contraction_waits_for_old_programs_and_then_refuses_them(database: Database, tmp_path: Path) -> None:
-    """An expansion is applied at once; a contraction once no older program is alive, and then those cannot start."""
+    """Expansions are applied at once, also those after a contraction that waits; the contraction once no older program
+    is alive, and then those cannot start."""
     mine, last = tmp_path / "migrations", schema.known()
     shutil.copytree(schema.MIGRATIONS, mine)
     database.call(server_beats.write, "old:gateway", "gateway", "a:1", 1)
     newer(mine, f"{last + 1:04}_more", "ALTER TABLE servers ADD COLUMN more int")
     newer(mine, f"{last + 2:04}_less", "ALTER TABLE servers DROP COLUMN address", last + 1)
+    newer(mine, f"{last + 3:04}_most", "ALTER TABLE servers ADD COLUMN most int")
     with pytest.raises(DatabaseAwayError, match="_more is pending"):
         database.call(schema.check, mine)
-    assert database.call(schema.migrate, mine) == [f"{last + 1:04}_more"]
+    assert database.call(schema.migrate, mine) == [f"{last + 1:04}_more", f"{last + 3:04}_most"]
     # What expands is enough to work with, and what knows less still works.
     database.call(schema.check, mine)
     database.call(schema.check)
