@@ -1,5 +1,6 @@
 """One real Postgres for all tests, with a fresh database for each."""
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from service.auth.callers import ANYBODY
 from service.db.connection import Database, migrate
 from service.rpc import call_context
+from tests.conftest import HAS_FAILED
 from tests.support.ports import free_port
 from tests.support.servers import PostgresServer, Stack, new_database, new_stack
 from tests.support.spare import Spare
@@ -55,11 +57,13 @@ def called_by_anybody() -> None:
 
 
 @pytest.fixture
-def stack(database_url: str, tmp_path: Path) -> Iterator[Stack]:
-    """A stack whose processes the test starts; all are ended after it."""
+def stack(request: pytest.FixtureRequest, database_url: str, tmp_path: Path) -> Iterator[Stack]:
+    """A stack whose processes the test starts; all are ended after it. Of a test that failed, their logs are shown."""
     stack = Stack(database_url, tmp_path, free_port(), [])
     yield stack
     stack.end()
+    if request.node.stash.get(HAS_FAILED, False):
+        sys.stderr.write(stack.logs())
 
 
 @pytest.fixture(scope="module")

@@ -196,8 +196,11 @@ class Stack:
             try:
                 until(accepts, "the gateway to accept new work")
             except AssertionError as error:
-                logs = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in self.folder.glob("*.log"))
-                raise AssertionError(f"{error}: {client.accepting()}\n{logs}") from None
+                raise AssertionError(f"{error}: {client.accepting()}\n{self.logs()}") from None
+
+    def logs(self) -> str:
+        """The end of each log, for failure messages."""
+        return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
 
     def end(self) -> None:
         """Ends all processes, including the engines of killed workers."""
