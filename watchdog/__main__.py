@@ -138,6 +138,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         report,
         settings.heartbeat_timeout_s,
         settings.host_forgotten_s,
+        LOOK_BEATS * settings.heartbeat_interval_s,
         SystemClock(),
         alerts,
         on_too_old,
@@ -167,7 +168,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
                 ("discover", workers.discover, DISCOVER_INTERVAL_S, None),
                 ("discover-gateways", gateways.discover, DISCOVER_INTERVAL_S, None),
                 ("heartbeat", neighbours.beat, settings.heartbeat_interval_s, news),
-                ("neighbours", neighbours.look, LOOK_BEATS * settings.heartbeat_interval_s, None),
+                ("neighbours", neighbours.look, neighbours.interval_s, None),
                 ("orders", orders.take, ORDERS_INTERVAL_S, None),
             )
         ),

@@ -44,6 +44,8 @@ class Neighbours:
     report: Report
     timeout_s: float
     kept_s: float
+    # Between two calls of `look`.
+    interval_s: float
     clock: Clock
     alerts: Alerts
     # Called once this watchdog is too old for the schema: it must not act on what it cannot read.
@@ -52,13 +54,11 @@ class Neighbours:
     survey: Survey = field(default_factory=Survey)
     # Since when another machine's watchdog has our name, as far as that was not told.
     _namesake_since_s: float | None = None
-    # Since when each beat has reached Postgres.
-    _steady_since_s: float | None = None
     _prune_at_s: float = 0.0
     _database_clock: DatabaseClock = field(init=False)
 
     def __post_init__(self) -> None:
-        self._database_clock = DatabaseClock(self.timeout_s, self.timeout_s)
+        self._database_clock = DatabaseClock(self.timeout_s, max(self.timeout_s, 2 * self.interval_s))
 
     def beat(self) -> None:
         """Writes this watchdog's heartbeat with what it knows about its host."""
@@ -67,22 +67,20 @@ class Neighbours:
             detail = self.report.detail()
             is_ours = self.database.call(watchdogs.write, self.host, os.getpid(), self.machine, detail)
         except TooOldError as error:
-            log.error("start_failed", cause=str(error))
+            log.error("too_old", cause=str(error))
             self.on_too_old()
             return
         except DATABASE_ERRORS:
             # While Postgres is away nobody could read it, and the guards already report that.
-            self._steady_since_s = None
+            self._database_clock.lost()
             return
-        now_s = self.clock.monotonic()
-        if self._steady_since_s is None:
-            self._steady_since_s = now_s
         # Where a worker's name is taken too, its guard tells.
         is_told = any(str(guard.get("verdict", "")).endswith("NAME_TAKEN") for guard in detail["guards"])
-        self._note_namesake(is_ours or is_told, now_s)
+        self._note_namesake(is_ours or is_told)
 
-    def _note_namesake(self, is_ours: bool, now_s: float) -> None:
+    def _note_namesake(self, is_ours: bool) -> None:
         """Says once that another machine's watchdog has our name, when that one can no longer be gone."""
+        now_s = self.clock.monotonic()
         if is_ours:
             self._namesake_since_s = None
         elif self._namesake_since_s is None:
@@ -109,27 +107,26 @@ class Neighbours:
         """
         try:
             self.survey = self.database.call(hosts.survey, self.timeout_s)
-            since_s, now_s = self._steady_since_s, self.clock.monotonic()
-            is_known = since_s is not None and now_s - since_s >= self.timeout_s
-            for event in self.database.call(self._report, is_known):
+            for event in self.database.call(self._report):
                 level = log.warning if event.kind in LOST.values() else log.info
                 level(event.kind, subject=event.worker_id, reason=event.reason)
                 if event.kind in LOST.values():
                     message = f"{event.worker_id}: {event.kind.replace('_', ' ')}: {event.reason}"
                     self.alerts.tell(event.kind, event.kind, event.worker_id, "error", message, {})
-            if now_s >= self._prune_at_s:
+            if (now_s := self.clock.monotonic()) >= self._prune_at_s:
                 self.database.call(hosts.prune_events, self.kept_s, PRUNED)
                 self.database.call(losses.prune)
                 self._prune_at_s = now_s + PRUNE_INTERVAL_S
         except DATABASE_ERRORS:
+            self._database_clock.lost()
             self.survey = Survey()
 
-    def _report(self, db: peewee.PostgresqlDatabase, is_known: bool) -> list[Event]:
+    def _report(self, db: peewee.PostgresqlDatabase) -> list[Event]:
         """Adds to the audit log what is gone or back and was not reported yet. Returns those events."""
         with db.atomic():
             # One at a time. Postgres that has just started, or stood still, may have missed the beats of all.
             is_steady = self._database_clock.is_steady(chunks.time_s(db), self.clock.monotonic())
-            if not (is_known and is_steady and lock_hosts(db)) or recoveries.uptime_s(db) < self.timeout_s:
+            if not (is_steady and lock_hosts(db)) or recoveries.uptime_s(db) < self.timeout_s:
                 return []
             lost, back = hosts.begin_losses(db, self.timeout_s), hosts.end_losses(db, self.timeout_s)
             events = [self._event(LOST[loss.kind], loss, _lost) for loss in lost]

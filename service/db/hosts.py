@@ -272,6 +272,6 @@ def prune_events(db: peewee.PostgresqlDatabase, kept_s: float, limit: int) -> in
 
 
 def _program(row: Mapping[str, Any]) -> Program:
-    names = ["program", "id", "address", "phase", "queued", "detail", "version", "schema_version", "is_ended"]
-    given = {name: row[name] for name in [*names, "machine", "network"]}
+    names = "program id address phase queued detail version schema_version is_ended machine network"
+    given = {name: row[name] for name in names.split()}
     return Program(**given, models=tuple(row["models"]), age_s=float(row["age_s"]), life_s=float(row["life_s"]))

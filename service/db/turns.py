@@ -101,18 +101,19 @@ def mend(db: peewee.PostgresqlDatabase) -> None:
 def settle_abandoned(db: peewee.PostgresqlDatabase) -> None:
     """Takes batches that have ended out of a pool that nobody claims from, as claims would: else they would seem to
     wait there for ever, for models that are gone. One pool at a time, and none that is locked.
+
+    It may have workers all the same, whose requests take long: what these used counts for the pool's rate.
     """
-    with db.atomic():
-        db.execute_sql(
-            """
-            SELECT take_over_changes(id) FROM (
-                SELECT p.id FROM pools p
-                WHERE last_turn < clock_timestamp() - make_interval(secs => %s)
-                  AND EXISTS (SELECT FROM queue_changes c WHERE c.pool_id = p.id AND c.is_over)
-                LIMIT 1 FOR UPDATE SKIP LOCKED) abandoned
-            """,
-            (ALIVE_S,),
-        )
+    db.execute_sql(
+        """
+        UPDATE pools SET rate_tokens = rate_tokens + take_over_changes(id) WHERE id = (
+            SELECT p.id FROM pools p
+            WHERE last_turn < clock_timestamp() - make_interval(secs => %s)
+              AND EXISTS (SELECT FROM queue_changes c WHERE c.pool_id = p.id AND c.is_over)
+            LIMIT 1 FOR UPDATE SKIP LOCKED)
+        """,
+        (ALIVE_S,),
+    )
 
 
 def pull_forward(db: peewee.PostgresqlDatabase) -> list[int]:

@@ -147,7 +147,7 @@ def live(
         is_live = freshness.age_s(seen, now_s) <= timeout_s and freshness.contact(seen).health is LinkState.SERVING
         (serving if is_live and not seen.is_drained else away).append(seen)
     if not serving:
-        raise _best_refusal(freshness, away, now_s, timeout_s)
+        raise _best_refusal(freshness, away, now_s, timeout_s, freshness.unreachable)
     if are_all and models and not any(models & set(seen.beat.models) for seen in serving):
         hopes = {model: [seen for seen in away if _may_serve(freshness, seen, now_s, model)] for model in models}
         if all(hopes[model] or model in freshness.awaited for model in models):
@@ -189,11 +189,17 @@ def _nobody_serves(
     return _refusal(best.reason, message, {**best.metadata, "models": names}, best.retry_delay_s or RECOVERY_S)
 
 
-def _best_refusal(freshness: Freshness, beats: Sequence[SeenBeat], now_s: float, timeout_s: float) -> ApiError:
+def _best_refusal(
+    freshness: Freshness,
+    beats: Sequence[SeenBeat],
+    now_s: float,
+    timeout_s: float,
+    unreachable: Sequence[SeenBeat] = (),
+) -> ApiError:
     """The refusal of the worker that is likely to be ready first."""
     order = (WORKER_LOADING, WORKER_STALLED, WORKER_OFFLINE, RECOVERY_GAVE_UP)
     refusals = [(seen, _refusal_of(freshness, seen, now_s, timeout_s)) for seen in beats]
-    fresh = (seen for seen in freshness.unreachable if freshness.age_s(seen, now_s) <= timeout_s)
+    fresh = (seen for seen in unreachable if freshness.age_s(seen, now_s) <= timeout_s)
     refusals += [(seen, _not_reachable(freshness, seen, now_s)) for seen in fresh]
     if not refusals:
         return _refusal(WORKER_OFFLINE, "worker offline (never seen)", {}, RECOVERY_S)

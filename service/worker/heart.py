@@ -67,6 +67,8 @@ class Heart:
     _is_connected: bool = False
     # The heartbeat of the life that had the name when we first looked.
     _holder: SeenBeat | None = None
+    # Since when each answer of Postgres has been that another process has the name, and which one has it.
+    _taken: tuple[float, str] | None = None
     # Why the name cannot be had; None: not known yet, "": it is ours.
     _refusal: str | None = None
     _is_steady: bool = False
@@ -89,12 +91,14 @@ class Heart:
         self._thread.start()
 
     def wait_for_identity(self, timeout_s: float) -> None:
-        """Waits until the worker's name is ours. Raises IdentityTakenError if it cannot be had within `timeout_s`."""
-        self._settled.wait(timeout_s)
-        if self._refusal is None and self._holder is not None:
-            raise IdentityTakenError(self._describe(self._holder.beat, f"and still did after {timeout_s:.0f} s"))
-        if self._refusal is None:
-            raise IdentityTakenError(f"Postgres did not answer for {timeout_s:.0f} s")
+        """Waits until the worker's name is ours, however long Postgres is away.
+
+        Raises IdentityTakenError if another process still has it after `timeout_s`, counted while Postgres answers.
+        """
+        while not self._settled.wait(LOOK_INTERVAL_S):
+            taken = self._taken
+            if taken is not None and time.monotonic() - taken[0] > timeout_s:
+                raise IdentityTakenError(taken[1])
         if self._refusal:
             raise IdentityTakenError(self._refusal)
 
@@ -124,6 +128,8 @@ class Heart:
                     log.error("identity_taken", worker_id=self.holder.worker_id, cause=str(error))
                     self.on_identity_taken()
                     return
+                self._availability.back()
+                self._taken = (self._taken[0] if self._taken else time.monotonic(), str(error))
                 if error.is_final:
                     self._refusal = str(error)
                     self._settled.set()
@@ -252,6 +258,7 @@ class Heart:
     def _lose(self, error: Exception) -> None:
         self._availability.away(error)
         self._clock.lost()
+        self._taken = None
         self._is_connected = False
         with contextlib.suppress(DatabaseAwayError), database_away():
             self.connection.close()

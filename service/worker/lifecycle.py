@@ -312,13 +312,7 @@ async def _drain(
 def _children() -> list[psutil.Process]:
     """Our child processes but Python's resource tracker: it ends after us and removes leftover shared memory."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "resource_tracker" not in " ".join(_command(child))]
-
-
-def _command(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []
+    return [child for child in children if "resource_tracker" not in " ".join(processes.command(child))]
 
 
 async def _finish(what: str, work: "asyncio.Future[None]") -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest.mock import Mock
 from uuid import NAMESPACE_OID, uuid4, uuid5
 
@@ -15,6 +15,7 @@ from service import machine
 from service.clock import SystemClock
 from service.config import Settings
 from service.db import heartbeats, hosts, losses, schema, server_beats, watchdogs
+from service.db.availability import DatabaseAwayError
 from service.db.connection import Database
 from service.db.database_clock import DatabaseClock
 from service.db.heartbeats import Beat, Phase
@@ -203,11 +204,31 @@ def watching(database: Database, host: str, alerts: Alerts) -> Neighbours:
     """The watchdog of a host, which has beaten for long enough to judge others."""
     nowhere = Supervisor("unix:///nowhere", 1)
     report = Report(nowhere, Guards(nowhere, Mock()), Guards(nowhere, Mock()), 10, list)
-    found = Neighbours(database, host, "", report, LIMIT_S, 1000, SystemClock(), alerts, lambda: None)
+    found = Neighbours(database, host, "", report, LIMIT_S, 1000, LIMIT_S, SystemClock(), alerts, lambda: None)
     found.beat()
-    found._steady_since_s = -LIMIT_S
     found._database_clock = DatabaseClock(0, 1000)
     return found
+
+
+def looking(
+    database: Database, monkeypatch: pytest.MonkeyPatch, own: Neighbours
+) -> Callable[..., list[tuple[str, str]]]:
+    """Has a watchdog that has just been started look at some time, and returns the events that there are then.
+
+    Postgres' clock was set by `set_by_s`.
+    """
+    clock = Mock(now=SystemClock().now)
+    monkeypatch.setattr("service.db.recoveries.uptime_s", lambda db: 1e6)
+    own.clock = clock
+    own.__post_init__()
+
+    def look(now_s: float, set_by_s: float = 0) -> list[tuple[str, str]]:
+        clock.monotonic.return_value = now_s
+        monkeypatch.setattr("service.db.chunks.time_s", lambda db: now_s + set_by_s)
+        own.look()
+        return events(database)
+
+    return look
 
 
 def events(database: Database) -> list[tuple[str, str]]:
@@ -260,16 +281,35 @@ def test_what_gateways_saw_of_earlier_lives_is_removed(database: Database) -> No
     assert database.call(lambda db: db.execute_sql("SELECT incarnation FROM losses").fetchall()) == [(new,)]
 
 
-def test_after_an_outage_nobody_is_reported(database: Database) -> None:
+def test_after_an_outage_nobody_is_reported(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A watchdog whose own beats have just begun to arrive waits until every host had time for another one."""
     alerts = Alerts(Settings())
     own = watching(database, "left", alerts)
-    own._steady_since_s = SystemClock().monotonic()
+    look = looking(database, monkeypatch, own)
+    for now_s in (0, LIMIT_S):
+        assert look(now_s) == []
+    with monkeypatch.context() as away:
+        away.setattr(watchdogs, "write", Mock(side_effect=DatabaseAwayError("away"), __name__="write"))
+        own.beat()
     beat(database, "lost:worker", "rare")
     age(database, "lost", 100)
-    own.look()
+    assert look(LIMIT_S + 1) == []
     assert len(own.survey.lost) == 2
-    assert events(database) == []
+    assert look(2 * LIMIT_S + 1) == [("lost", "host_lost"), ("rare", "model_lost")]
+    alerts.close()
+
+
+def test_a_watchdog_that_looks_rarely_reports_too(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With heartbeats that count as lost sooner than others are looked at again, what is gone is reported too."""
+    alerts = Alerts(Settings())
+    own = watching(database, "left", alerts)
+    # The least for beats every 20 s, and three of them.
+    own.timeout_s, own.interval_s = 40.0, 60.0
+    look = looking(database, monkeypatch, own)
+    beat(database, "lost:worker", "rare")
+    age(database, "lost", 100)
+    assert look(0) == []
+    assert look(60.5) == [("lost", "host_lost"), ("rare", "model_lost")]
     alerts.close()
 
 
@@ -277,19 +317,10 @@ def test_when_the_clock_of_postgres_is_set_nobody_is_reported(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All heartbeats look old after a jump of the clock: the watchdog waits until every host had time for another."""
-    alerts, clock = Alerts(Settings()), Mock(now=SystemClock().now)
-    monkeypatch.setattr("service.db.recoveries.uptime_s", lambda db: 1e6)
-    own = watching(database, "left", alerts)
-    own.clock, own._database_clock = clock, DatabaseClock(LIMIT_S, LIMIT_S)
-
-    def look(now_s: float, set_by_s: float) -> list[tuple[str, str]]:
-        clock.monotonic.return_value = now_s
-        monkeypatch.setattr("service.db.chunks.time_s", lambda db: now_s + set_by_s)
-        own.look()
-        return events(database)
-
+    alerts = Alerts(Settings())
+    look = looking(database, monkeypatch, watching(database, "left", alerts))
     for now_s in (0, LIMIT_S):
-        assert look(now_s, 0) == []
+        assert look(now_s) == []
     beat(database, "lost:worker", "rare")
     age(database, "lost", 100)
     assert look(LIMIT_S + 1, 100) == []

@@ -200,6 +200,20 @@ def rate(database: Database, tokens_s: float) -> None:
     sql(database, "UPDATE pools SET rate = %s, rate_since = NULL", tokens_s)
 
 
+def test_what_was_used_counts_for_the_rate_whoever_notes_an_end(database: Database) -> None:
+    """A pool whose workers are busy for long with what they have is as fast as it is, also if a batch of it ends."""
+    mine, ended = holder(), queued(database, 1)
+    queued(database, 1)
+    [chunk, _] = claim(database, mine, 2)
+    answer(database, mine, chunk, 70)
+    sql(database, "UPDATE pools SET last_turn = last_turn - interval '1 hour'")
+    database.call(turns.mend)
+    assert sql(database, "SELECT batch_id FROM queue_changes WHERE is_over") == [(ended,)]
+    database.call(turns.settle_abandoned)
+    assert sql(database, "SELECT count(*) FROM queue_changes") == [(0,)]
+    assert sql(database, "SELECT rate_tokens FROM pools") == [(70,)]
+
+
 def test_a_window_that_would_end_before_its_turn_is_pulled_forward(database: Database) -> None:
     """A batch gets nine turns in ten once it could not be met otherwise, and its fair share as long as it could."""
     others = queued(database, 1000, tenant="a", size=10)

@@ -3,12 +3,14 @@
 import uuid
 from collections.abc import Collection
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from service.db import chunks
+from service.db.availability import DatabaseAwayError
 from service.db.chunks import Holder
-from service.worker.heart import Heart
+from service.worker.heart import Heart, IdentityTakenError
 
 
 def test_chunks_that_are_locked_are_deleted_with_a_later_beat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +34,36 @@ def test_chunks_that_are_locked_are_deleted_with_a_later_beat(monkeypatch: pytes
     heart._drop()
     heart._drop()
     assert tried == [{1, 2, 3}, {2, 3, 4}, {3}]
+
+
+def beating(monkeypatch: pytest.MonkeyPatch, *outcomes: Exception) -> Heart:
+    """A heart whose first beats end so; the next one takes the name."""
+    monkeypatch.setattr("service.worker.heart.LOOK_INTERVAL_S", 0.01)
+    left = list(outcomes)
+    heart = Heart(MagicMock(), Holder("host:worker", uuid.uuid4(), 60), 0.01, 1, *[MagicMock() for _ in range(4)])
+
+    def once(_: object) -> None:
+        if left:
+            raise left.pop(0)
+        heart._refusal = ""
+        heart._settled.set()
+
+    monkeypatch.setattr(heart, "_once", once)
+    heart.start()
+    return heart
+
+
+def test_the_name_is_waited_for_as_long_as_postgres_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time for which another process may keep the name does not run while Postgres is away."""
+    away, taken = DatabaseAwayError("refused"), IdentityTakenError("another process runs as host:worker")
+    heart = beating(monkeypatch, *[away] * 5)
+    heart.wait_for_identity(0)
+    heart.stop(10)
+    heart = beating(monkeypatch, taken, away)
+    heart.wait_for_identity(60)
+    assert heart._taken is None
+    heart.stop(10)
+    heart = beating(monkeypatch, away, *[taken] * 100_000)
+    with pytest.raises(IdentityTakenError, match="another process runs"):
+        heart.wait_for_identity(0)
+    heart.stop(10)

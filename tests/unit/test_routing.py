@@ -173,6 +173,13 @@ def test_a_model_whose_worker_is_away_is_waited_for(other: SeenBeat, reason: str
     assert chosen(workers, "m") == ["a"]
 
 
+def test_a_refusal_for_a_model_names_none_of_other_models() -> None:
+    """That another worker cannot be called from here does not explain why a model is away."""
+    workers = known(seen("a", models=("m",)), seen("b", models=("n",), age_s=600))
+    error = refusal(replace(workers, unreachable=[seen("c", models=("o",))]), "n")
+    assert error.message == "no worker serves n now: worker offline (last seen 600s ago)"
+
+
 def test_a_worker_that_never_said_its_models_is_forgotten() -> None:
     """One that began to load and was not seen for a day is not waited for: it would be for any model."""
     loading = seen("b", models=(), phase=Phase.LOADING, age_s=90_000)

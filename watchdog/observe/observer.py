@@ -183,8 +183,9 @@ class Observer:
         return self._reading.result(self._database_timeout_s)
 
     def _look(self, db: peewee.PostgresqlDatabase) -> tuple[float, SeenBeat | None]:
-        """Fails if the worker cannot beat either: Postgres accepts no writes, a right is missing, or a migration runs,
-        which may take minutes."""
+        """Uptime and heartbeat. Fails if the worker cannot beat either: Postgres accepts no writes, a right is missing,
+        or a migration runs, which may take minutes.
+        """
         if not self._is_schema_there:
             schema.check(db)
             self._is_schema_there = True
