@@ -146,9 +146,11 @@ def live(
     for seen in freshness.beats:
         is_live = freshness.age_s(seen, now_s) <= timeout_s and freshness.contact(seen).health is LinkState.SERVING
         (serving if is_live and not seen.is_drained else away).append(seen)
+    # They run what others store.
+    elsewhere = [seen for seen in freshness.unreachable if freshness.age_s(seen, now_s) <= timeout_s]
     if not serving:
-        raise _best_refusal(freshness, away, now_s, timeout_s)
-    if are_all and models and not any(models & set(seen.beat.models) for seen in serving):
+        raise _best_refusal(freshness, away, now_s, timeout_s, elsewhere)
+    if are_all and models and not any(models & set(seen.beat.models) for seen in (*serving, *elsewhere)):
         hopes = {model: [seen for seen in away if _may_serve(freshness, seen, now_s, model)] for model in models}
         if all(hopes[model] or model in freshness.awaited for model in models):
             hoped_for = [seen for found in hopes.values() for seen in found]
@@ -189,12 +191,17 @@ def _nobody_serves(
     return _refusal(best.reason, message, {**best.metadata, "models": names}, best.retry_delay_s or RECOVERY_S)
 
 
-def _best_refusal(freshness: Freshness, beats: Sequence[SeenBeat], now_s: float, timeout_s: float) -> ApiError:
+def _best_refusal(
+    freshness: Freshness,
+    beats: Sequence[SeenBeat],
+    now_s: float,
+    timeout_s: float,
+    unreachable: Sequence[SeenBeat] = (),
+) -> ApiError:
     """The refusal of the worker that is likely to be ready first."""
     order = (WORKER_LOADING, WORKER_STALLED, WORKER_OFFLINE, RECOVERY_GAVE_UP)
     refusals = [(seen, _refusal_of(freshness, seen, now_s, timeout_s)) for seen in beats]
-    fresh = (seen for seen in freshness.unreachable if freshness.age_s(seen, now_s) <= timeout_s)
-    refusals += [(seen, _not_reachable(freshness, seen, now_s)) for seen in fresh]
+    refusals += [(seen, _not_reachable(freshness, seen, now_s)) for seen in unreachable]
     if not refusals:
         return _refusal(WORKER_OFFLINE, "worker offline (never seen)", {}, RECOVERY_S)
     best = min(refusals, key=lambda pair: (order.index(pair[1].reason), freshness.age_s(pair[0], now_s)))

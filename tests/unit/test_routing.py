@@ -173,6 +173,14 @@ def test_a_model_whose_worker_is_away_is_waited_for(other: SeenBeat, reason: str
     assert chosen(workers, "m") == ["a"]
 
 
+def test_workers_that_cannot_be_called_from_here() -> None:
+    """They serve their models like any others, and are no reason why a model of others is away."""
+    freshness = replace(known(seen("a"), seen("b", age_s=72, models=("n",))), unreachable=[seen("c", models=("o",))])
+    assert refusal(freshness, "n").message == "no worker serves n now: worker offline (last seen 72s ago)"
+    freshness = replace(freshness, unreachable=[seen("c", models=("n",))])
+    assert chosen(freshness, "n") == ["a"]
+
+
 def test_a_worker_that_never_said_its_models_is_forgotten() -> None:
     """One that began to load and was not seen for a day is not waited for: it would be for any model."""
     loading = seen("b", models=(), phase=Phase.LOADING, age_s=90_000)
