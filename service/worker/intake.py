@@ -271,17 +271,18 @@ class NewBatch:
 
     async def stage(self, rows: bytes) -> None:
         """For as long as an upload may take."""
-        await self.database.run(creation.stage, self.batch_id, rows, 2 * STORE_TIMEOUT_S)
+        await self.database.twice(
+            lambda is_again: self.database.run(creation.stage, self.batch_id, rows, 2 * STORE_TIMEOUT_S, is_again)
+        )
 
     async def create(self, content: Content, rows: bytes, is_staged: bool) -> Batch:
         """Raises DuplicateError, FullError too."""
-        return await self.database.run(
-            creation.create, self.batch_id, self.options, content, rows, is_staged, CREATE_TIMEOUT_S, self.limits
-        )
+        given = self.batch_id, self.options, content, rows, is_staged, CREATE_TIMEOUT_S, self.limits
+        return await self.database.twice(lambda is_again: self.database.run(creation.create, *given, is_again))
 
     async def abandon(self) -> None:
         """Soon, by the gateway."""
-        await self.database.run(creation.abandon, self.batch_id)
+        await self.database.twice(lambda _: self.database.run(creation.abandon, self.batch_id))
 
 
 @dataclass
@@ -383,10 +384,10 @@ class Intake:
         model that is away, ALREADY_EXISTS.
         """
         try:
-            batch_id = await self.database.run(creation.reserve, self.limits, options)
+            batch_id = await self.database.twice(lambda _: self.database.run(creation.reserve, self.limits, options))
         except FullError as error:
             raise creation_error(error) from None
-        others = await self.database.run(served.read)
+        others = await self.database.read(served.read)
         offer = replace(offer, others=others, require_live=options.require_live)
         rows = Rows(batch_id, offer, self.sizes, place, salt, options.run_order)
         try:
