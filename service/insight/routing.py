@@ -172,7 +172,7 @@ def _misfit(seen: SeenBeat, models: Set[str]) -> int:
 
 
 def _may_serve(freshness: Freshness, seen: SeenBeat, now_s: float, model: str) -> bool:
-    """True if the worker may serve the model once it is back. It reports its models only after loading them."""
+    """True if the worker may serve the model once it is back. Without models it has not served yet."""
     if seen.beat.models:
         return model in seen.beat.models
     return seen.beat.phase in _LOADING and freshness.age_s(seen, now_s) <= FORGOTTEN_S
