@@ -283,18 +283,18 @@ class NewBatch:
 
     async def stage(self, rows: bytes) -> None:
         """For as long as an upload may take."""
-        await self.database.twice(
+        await self.database.retry_once(
             lambda is_again: self.database.run(creation.stage, self.batch_id, rows, 2 * STORE_TIMEOUT_S, is_again)
         )
 
     async def create(self, content: Content, rows: bytes, is_staged: bool) -> Batch:
         """Raises DuplicateError, FullError too."""
         given = self.batch_id, self.options, content, rows, is_staged, CREATE_TIMEOUT_S, self.limits
-        return await self.database.twice(lambda is_again: self.database.run(creation.create, *given, is_again))
+        return await self.database.retry_once(lambda is_again: self.database.run(creation.create, *given, is_again))
 
     async def abandon(self) -> None:
         """Soon, by the gateway."""
-        await self.database.twice(lambda _: self.database.run(creation.abandon, self.batch_id))
+        await self.database.run_idempotent(creation.abandon, self.batch_id)
 
 
 @dataclass
@@ -396,7 +396,7 @@ class Intake:
         model that is away, ALREADY_EXISTS.
         """
         try:
-            batch_id = await self.database.twice(lambda _: self.database.run(creation.reserve, self.limits, options))
+            batch_id = await self.database.run_idempotent(creation.reserve, self.limits, options)
         except FullError as error:
             raise creation_error(error) from None
         others = await self.database.read(served.read)
