@@ -84,7 +84,7 @@ def cut(connection: psycopg2.extensions.connection, after_s: float) -> None:
 
 
 def test_no_call_is_refused(serving: Stack) -> None:
-    """While all connections are cut again and again, neither door refuses a call, nor does the worker for the gateway."""
+    """While all connections are cut again and again, neither the doors nor the worker refuse a call."""
     serving.http()
     with (
         OpenAI(base_url=serving.base_url, api_key="none", max_retries=0) as openai,
