@@ -258,7 +258,7 @@ class Settings(BaseSettings):
         if self.host_forgotten_s < max(self.heartbeat_timeout_s, self.lease_s):
             wrong.append(
                 "BATCH_HOST_FORGOTTEN_S must be at least BATCH_HEARTBEAT_TIMEOUT_S and BATCH_LEASE_S: until then the"
-                " host may live"
+                " host may be alive"
             )
         metrics_ports = [
             *(self.gateway_metrics_port, self.worker_metrics_port, self.watchdog_metrics_port, self.http_metrics_port)

@@ -111,7 +111,7 @@ class AsyncClient:
                     answer.set_exception(error)
 
             def ended(_: object) -> None:
-                # Of a call that was cancelled the loop may be closed by now.
+                # After a cancelled call the loop may be closed by now.
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(hand_over)
 

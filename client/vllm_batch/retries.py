@@ -43,24 +43,26 @@ def retry_rules(
     """Arguments for tenacity's Retrying and AsyncRetrying: retry UNAVAILABLE and rate limits, and little else.
 
     Calls that ended with their channel are retried too, unless `is_closed`: the caller has closed it. Patience begins
-    with the first failure, however long that attempt took; `of_stream`: anew with each attempt that lasted so long that
-    it must have been connected. No wait is longer than what is left of it.
+    with the first failure, however long that attempt took. With `of_stream` it begins again whenever an attempt fails
+    that lasted so long that it must have been connected. No wait is longer than what is left of it.
     """
 
     def is_retryable(error: BaseException) -> bool:
         return isinstance(error, CallError) and _is_retryable(error) and not is_closed()
 
+    def before(state: tenacity.RetryCallState) -> None:
+        # The statistics belong to this call alone.
+        state.retry_object.statistics["attempt_s"] = time.monotonic()
+
+    def after(state: tenacity.RetryCallState) -> None:
+        noted, failed_s = state.retry_object.statistics, state.outcome_timestamp or 0.0
+        if state.attempt_number == 1 or (of_stream and failed_s - noted["attempt_s"] > CONNECTED_S):
+            noted["failing_s"] = failed_s
+
     def left_s(state: tenacity.RetryCallState) -> float:
-        """What is left of the patience after an attempt."""
-        # A dict of this call alone. tenacity calls this twice for an attempt, with the wait in between.
-        noted: dict[str, Any] = state.retry_object.statistics
-        failed_s = state.outcome_timestamp or 0.0
-        if noted.get("noted") != state.attempt_number:
-            lasted_s = failed_s - noted["attempt_s"]
-            if state.attempt_number == 1 or (of_stream and lasted_s > CONNECTED_S):
-                noted["failing_s"] = failed_s
-            noted["noted"] = state.attempt_number
-        return float(patience_s - (failed_s - noted["failing_s"]))
+        """What was left of the patience when the last attempt failed."""
+        failing_s: float = state.retry_object.statistics["failing_s"]
+        return patience_s - ((state.outcome_timestamp or 0.0) - failing_s)
 
     def wait_s(state: tenacity.RetryCallState) -> float:
         return max(0.0, min(_wait_s(state), left_s(state)))
@@ -73,14 +75,12 @@ def retry_rules(
         if on_retry is not None and isinstance(error, CallError) and state.next_action is not None:
             on_retry(error, state.next_action.sleep)
 
-    def before(state: tenacity.RetryCallState) -> None:
-        state.retry_object.statistics["attempt_s"] = time.monotonic()
-
     return {
         "retry": tenacity.retry_if_exception(is_retryable),
         "wait": wait_s,
         "stop": is_over,
         "before": before,
+        "after": after,
         "before_sleep": before_sleep,
         "reraise": True,
     }

@@ -232,9 +232,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Cancels a batch; one already cancelled stays so."""
         batch_id = messages.batch_id(request.batch_id)
         with _conflicts():
-            batch = await self.database.twice(
-                lambda _: self.database.run(endings.cancel, batch_id, call_context.scope())
-            )
+            batch = await self.database.run_idempotent(endings.cancel, batch_id, call_context.scope())
         if batch is None:
             raise not_found(f"batch {request.batch_id!r}")
         log.info("batch_cancelled", batch=request.batch_id, state=batch.state)
@@ -246,7 +244,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         await self._get(batch_id)
         with _conflicts():
             # What is not there any more by then is deleted.
-            await self.database.twice(lambda _: self.database.run(endings.delete, batch_id, call_context.scope()))
+            await self.database.run_idempotent(endings.delete, batch_id, call_context.scope())
         log.info("batch_deleted", batch=request.batch_id)
         return pb.DeleteBatchResponse()
 
@@ -258,7 +256,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         trace, scope = call_context.current().traceparent, call_context.scope()
         given = batch_id, request_id, RETRY_TIMEOUT_S, self._limits, trace, scope
         with _conflicts():
-            batch = await self.database.twice(lambda _: self.database.run(creation.retry, *given))
+            batch = await self.database.run_idempotent(creation.retry, *given)
         if batch is None:
             raise not_found(f"batch {request.batch_id!r}")
         log.info("batch_retried", batch=request.batch_id, retried_as=messages.batch_name(batch.id))

@@ -112,13 +112,16 @@ class Database:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._threads, lambda: self.call(function, *args, **kwargs))
 
-    def read(
+    def run_idempotent(
         self, function: Callable[Concatenate[peewee.PostgresqlDatabase, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
-        """As `run`, for a function that changes nothing: if its connection breaks, it runs again over another one."""
-        return asyncio.ensure_future(self.twice(lambda _: self.run(function, *args, **kwargs)))
+        """As `run`, for a function that may run twice: if its connection breaks, it runs again over another one."""
+        return asyncio.ensure_future(self.retry_once(lambda _: self.run(function, *args, **kwargs)))
 
-    async def twice(self, call: Callable[[bool], Awaitable[T]]) -> T:
+    # For a function that changes nothing.
+    read = run_idempotent
+
+    async def retry_once(self, call: Callable[[bool], Awaitable[T]]) -> T:
         """The outcome of `call(False)`; of `call(True)` if the connection of that broke: it may have been done already.
 
         Connections break while Postgres is up, too: a pooler is restarted, an administrator ends sessions. Nobody is

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import peewee
+import psycopg2.errors
 from psycopg2.extras import Json
 
 from service import failpoints
@@ -83,12 +84,12 @@ def reserve(db: peewee.PostgresqlDatabase, limits: Limits | None = None, options
     return int(db.execute_sql(f"SELECT {batches.NEW_ID}").fetchone()[0])
 
 
-def stage(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes, lease_s: float) -> None:
+def stage(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes, lease_s: float, is_repeated: bool = False) -> None:
     """Stores some requests of a batch that does not exist yet: rows in COPY's text format, which nobody sees yet.
 
     A large upload is stored in such pieces, so that no transaction or connection is held for as long as its client
-    takes. `endings.purge` removes the rows unless `create` makes a batch of them within `lease_s` of `reserve`. Raises
-    psycopg2's UniqueViolation for a repeated custom_id.
+    takes. `endings.purge` removes the rows unless `create` makes a batch of them within `lease_s` of `reserve`.
+    `is_repeated`: they may be stored already. Raises psycopg2's UniqueViolation for a repeated custom_id.
     """
     with db.atomic():
         # By the time in the id: once earlier pieces have been removed, the rest must not count as all of it. An update,
@@ -101,7 +102,9 @@ def stage(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes, lease_s: fl
             """,
             (batch_id, batch_id, lease_s),
         )
-        copy(db, rows)
+        # The lock was waited for, so an earlier call has ended.
+        if not (is_repeated and _is_stored(db, batch_id, rows)):
+            copy(db, rows)
     failpoints.hit("stage.after_commit")
 
 
@@ -120,27 +123,35 @@ def create(
     is_staged: bool,
     timeout_s: float,
     limits: Limits | None = None,
+    is_repeated: bool = False,
 ) -> Batch:
     """Creates a reserved batch in one transaction. `rows` are all its requests, or those that were not staged.
 
-    Raises DuplicateError if the request_id is taken, FullError at a limit, StagedTooLongError, or psycopg2's
-    UniqueViolation for a repeated custom_id; the call then stores nothing.
+    `is_repeated`: it may be created already. Raises DuplicateError if the request_id is taken, FullError at a limit,
+    StagedTooLongError, or psycopg2's UniqueViolation for a repeated custom_id; the call then stores nothing.
     """
-    with db.atomic():
-        allow(db, timeout_s)
-        if rows:
-            copy(db, rows)
-        if is_staged:
-            kept = db.execute_sql(
-                "DELETE FROM purges WHERE batch_id = %s AND due_time > clock_timestamp()", (batch_id,)
-            )
-            if not kept.rowcount:
-                raise StagedTooLongError(batch_id)
-        batch = _insert(db, batch_id, options, content)
-        if limits is not None:
-            check_finally(db, limits, New(batch_id, options.tenant, content.total, content.estimated_tokens))
-        cut(db, batch, content.plan)
-        failpoints.hit("store.before_commit")
+    try:
+        with db.atomic():
+            allow(db, timeout_s)
+            if rows:
+                copy(db, rows)
+            if is_staged:
+                kept = db.execute_sql(
+                    "DELETE FROM purges WHERE batch_id = %s AND due_time > clock_timestamp()", (batch_id,)
+                )
+                if not kept.rowcount:
+                    raise StagedTooLongError(batch_id)
+            batch = _insert(db, batch_id, options, content)
+            if limits is not None:
+                check_finally(db, limits, New(batch_id, options.tenant, content.total, content.estimated_tokens))
+            cut(db, batch, content.plan)
+            failpoints.hit("store.before_commit")
+    except (StagedTooLongError, psycopg2.errors.UniqueViolation):
+        # Raised too if the batch exists: its requests are there, and what was staged is no longer due for removal.
+        made = batches.get(db, batch_id) if is_repeated else None
+        if made is None:
+            raise
+        batch = made
     failpoints.hit("store.after_commit")
     sharing.tell_arrival(db)
     return batch
@@ -154,6 +165,13 @@ def copy(db: peewee.PostgresqlDatabase, rows: bytes) -> None:
             io.BytesIO(rows),
             1 << 18,
         )
+
+
+def _is_stored(db: peewee.PostgresqlDatabase, batch_id: int, rows: bytes) -> bool:
+    """True if the first of these rows is stored; they are stored together."""
+    index = int(rows.split(b"\t", 2)[1])
+    where = "WHERE batch_id = %s AND index = %s"
+    return db.execute_sql(f"SELECT FROM requests {where}", (batch_id, index)).fetchone() is not None
 
 
 def _insert(db: peewee.PostgresqlDatabase, batch_id: int, options: Options, content: Content) -> Batch:

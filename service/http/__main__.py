@@ -97,9 +97,9 @@ async def serve(settings: Settings) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            # Whoever can connect could say to be another client, or any number of them.
+            # Anybody who can connect could claim to be another client, or many.
             proxy_headers=False,
-            # There are none here, and they would have none of the limits of connections.
+            # Not served here, and those connections would have none of our limits.
             ws="none",
             timeout_keep_alive=KEEP_ALIVE_S,
             ssl_context_factory=None if context is None else lambda *_: context,

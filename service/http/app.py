@@ -26,7 +26,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorBody, "description": "The server failed, or Postgres is away"},
 }
 
-# For how long an answer serves all who ask, which anybody may.
+# How long an answer of Postgres serves everybody who asks.
 READY_S = 1.0
 
 
@@ -39,7 +39,7 @@ class Ready:
     _asked_s: float = 0.0
 
     async def check(self) -> None:
-        """Asks Postgres once every READY_S at most, and no second time at once. Raises DatabaseAwayError."""
+        """Asks Postgres at most once per READY_S, and never twice at once. Raises DatabaseAwayError."""
         now_s = asyncio.get_running_loop().time()
         if self._asked is None or (self._asked.done() and now_s - self._asked_s >= READY_S):
             self._asked, self._asked_s = self.database.read(check_schema), now_s

@@ -64,7 +64,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         )
         # SDKs count how often they have sent a request before.
         is_repeated = retry is not None and retry.isdigit() and int(retry[:9]) > 0
-        found = await database.twice(
+        found = await database.retry_once(
             lambda is_again: database.run(file_batches.create, spec, limits, is_repeated or is_again)
         )
         if found is None:
@@ -92,7 +92,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
         number = objects.number_of(batch_id, "batch_", "batch")
         await _batch(database, batch_id)
         try:
-            await database.twice(lambda _: database.run(endings.cancel, number, call_context.scope()))
+            await database.run_idempotent(endings.cancel, number, call_context.scope())
         except StateError as error:
             raise objects.wrong("batch_id", f"{batch_id} {error}: it cannot be cancelled any more") from None
         found = await _batch(database, batch_id)

@@ -13,13 +13,15 @@ from service.telemetry import logs
 # Of what ASGI calls the state of a request.
 _IDENTITIES = "identities"
 
+# As on a gRPC port: excess ones are closed. uvicorn's limit_concurrency keeps them, and only refuses their requests.
+MAX_CONNECTIONS = 1_000
 # How long the headers of a request may take, from the connection or from their first byte on: uvicorn has no limit, and
 # connections that send nothing would take all that a process can have.
 HEADERS_TIMEOUT_S = 60.0
 # How large they may be, the URL included. uvicorn has no limit here either, and who calls is not known before.
 MAX_HEADERS_BYTES = 64 << 10
-# How often to look whether a client takes in what is there for it. One that has taken in nothing since is not waited
-# for: uvicorn would, for ever, with a piece of the answer in memory and what makes the rest.
+# How often to check that a client reads its answer. One that has read nothing since is cut off: uvicorn would wait for
+# ever, with a piece of the answer and the task that makes the rest in memory.
 ANSWER_TIMEOUT_S = 60.0
 # Of TCP_INFO: how many bytes the other side has acknowledged.
 _ACKNOWLEDGED = slice(120, 128)
@@ -31,11 +33,12 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's, which tells each request the identities in the certificate of its connection, and limits silence."""
 
     app_state: dict[str, Any]
+    connections: set[Any]
     timeout_keep_alive_task: asyncio.TimerHandle | None
     _silence: asyncio.TimerHandle | None = None
     _awaited_bytes = 0
     _answer: asyncio.TimerHandle | None = None
-    # How much was not sent yet at the last look, and how much was acknowledged.
+    # At the last check: how much was not sent yet, and how much was acknowledged.
     _untaken: tuple[int, bytes] = (0, b"")
     _data = b""
     _is_resuming = False
@@ -43,6 +46,9 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Looks at the certificate once: the handshake is over."""
         super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+            return
         connection = transport.get_extra_info("ssl_object")
         # Empty unless it was verified.
         peer = connection.getpeercert() if connection is not None else None

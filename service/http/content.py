@@ -41,7 +41,7 @@ async def measured(database: Database, batch_id: int, tenant: str | None = None)
     measuring = Measuring(found.batch)
     for source, first in output.stretches(found.batch):
         await database.read(measuring.measure, source, first)
-    await database.twice(lambda _: database.run(measuring.store))
+    await database.run_idempotent(measuring.store)
     return True
 
 

@@ -72,14 +72,14 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     @made.post("", name="CreateFile", openapi_extra=FORM)
     async def create(request: Request) -> FileObject:
         tenant = call_context.current().caller.tenant
-        file_id, part_id = await database.twice(lambda _: database.run(files.begin, tenant, keeping.limits))
+        file_id, part_id = await database.run_idempotent(files.begin, tenant, keeping.limits)
         writer = PartWriter(database, part_id, keeping.file_bytes)
         try:
             form = await _receive(request, writer)
             await writer.end()
             lifetime_s = _lifetime_s(form, keeping.lifetime_s)
             file = part_id, _filename(form["file"]), writer.size, lifetime_s
-            made = await database.twice(
+            made = await database.retry_once(
                 lambda is_again: database.run(files.finish, file_id, *file, keeping.limits, is_again)
             )
         except PartGoneError:
@@ -124,9 +124,9 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
         await _entry(database, file_id)
         # What is not there any more by then is deleted.
         if kind == "input":
-            await database.twice(lambda _: database.run(files.discard, call_context.scope(), number, "kept"))
+            await database.run_idempotent(files.discard, call_context.scope(), number, "kept")
         else:
-            await database.twice(lambda _: database.run(output.delete, number, kind))
+            await database.run_idempotent(output.delete, number, kind)
         log.info("file_deleted", file=file_id)
         return DeletedFile(id=file_id)
 

@@ -52,7 +52,7 @@ class PartWriter:
             self.head = data
         self._waiting, self._waiting_bytes = [], 0
         self._storing = asyncio.ensure_future(
-            self.database.twice(
+            self.database.retry_once(
                 lambda is_again: self.database.run(files.add_piece, self.part_id, first, data, is_again)
             )
         )

@@ -50,14 +50,14 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             raise objects.wrong("bytes", f"is {asked.bytes}, at most {most} are allowed")
         lifetime_s = float(asked.expires_after.seconds) if asked.expires_after else keeping.lifetime_s
         given = call_context.current().caller.tenant, asked.filename, asked.bytes, lifetime_s, keeping.limits
-        upload = await database.twice(lambda _: database.run(files.begin_upload, *given))
+        upload = await database.run_idempotent(files.begin_upload, *given)
         return objects.upload_object(upload)
 
     @made.post("/{upload_id}/parts", name="AddUploadPart", openapi_extra=FORM)
     async def add(upload_id: str, request: Request) -> PartObject:
         number = objects.number_of(upload_id, "upload_", "upload")
         try:
-            part_id = await database.twice(lambda _: database.run(files.begin_part, call_context.scope(), number))
+            part_id = await database.run_idempotent(files.begin_part, call_context.scope(), number)
         except PartsError as error:
             raise objects.wrong("data", str(error)) from None
         if part_id is None:
@@ -76,7 +76,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             if not has_data:
                 raise objects.wrong("data", "is required")
             await writer.end()
-            part = await database.twice(lambda _: database.run(files.finish_part, part_id, writer.size))
+            part = await database.run_idempotent(files.finish_part, part_id, writer.size)
         except PartGoneError:
             raise not_found(f"pending upload {upload_id!r}") from None
         except BaseException as error:
@@ -98,9 +98,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             asked.md5 is not None and await database.read(files.get, call_context.scope(), number) is not None
         )
         try:
-            upload = await database.twice(
-                lambda _: database.run(files.complete, call_context.scope(), number, part_ids)
-            )
+            upload = await database.run_idempotent(files.complete, call_context.scope(), number, part_ids)
         except PartsError as error:
             raise objects.wrong("part_ids", str(error)) from None
         if upload is None:
@@ -114,7 +112,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
     async def cancel(upload_id: str) -> UploadObject:
         number = objects.number_of(upload_id, "upload_", "upload")
         scope = call_context.scope()
-        upload = await database.twice(
+        upload = await database.retry_once(
             lambda is_again: database.run(files.discard, scope, number, "pending", *(["gone"] if is_again else []))
         )
         if upload is None:
@@ -145,5 +143,5 @@ async def _check_md5(database: Database, upload: File, wanted: str, was_complete
         raise not_found(f"file {objects.file_name('input', upload.id)!r}, which was deleted meanwhile,")
     if checksum.hexdigest() != wanted.lower():
         if not was_complete:
-            await database.twice(lambda _: database.run(files.discard, upload.tenant, upload.id, "kept"))
+            await database.run_idempotent(files.discard, upload.tenant, upload.id, "kept")
         raise objects.wrong("md5", f"does not fit: what has arrived has {checksum.hexdigest()}")

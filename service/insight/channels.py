@@ -1,6 +1,6 @@
 """The connections to the workers. Opened on first use, and only here."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ log = logs.get("channels")
 class Connection:
     """An asyncio and a blocking channel to one worker, with the key files as they were when it was opened."""
 
+    address: str
     version: object
     _aio: grpc.aio.Channel
     _blocking: grpc.Channel
@@ -56,8 +57,8 @@ class Channels:
 
     calling: ChannelOpener
     _current: dict[str, Connection] = field(default_factory=dict)
-    # Those in use for calls that began before the key files changed.
-    _replaced: dict[str, set[Connection]] = field(default_factory=dict)
+    # Those from before the key files changed, as long as calls are under way on them.
+    _replaced: set[Connection] = field(default_factory=set)
 
     @asynccontextmanager
     async def use(self, address: str) -> AsyncIterator[Connection]:
@@ -65,41 +66,42 @@ class Channels:
 
         Raises ValueError or OSError if it cannot be opened, and none is open that could still be used.
         """
-        connection = await self._connection(address)
+        connection = self._connection(address)
+        # Counted before anything is awaited: otherwise another caller could replace and close it.
         connection.uses += 1
         try:
+            await self._close({each for each in self._replaced if not each.uses})
             yield connection
         finally:
             connection.uses -= 1
-            replaced = self._replaced.get(address, set())
-            if not connection.uses and connection in replaced:
-                replaced.discard(connection)
-                if not replaced:
-                    del self._replaced[address]
-                await connection.close()
+            await self._close({each for each in self._replaced if not each.uses})
 
-    async def is_current(self, address: str, connection: Connection) -> bool:
+    def is_current(self, connection: Connection) -> bool:
         """False: the key files have changed since it was opened, and new calls begin on another."""
-        return await self._connection(address) is connection
+        return self._connection(connection.address) is connection
 
     async def close(self, address: str) -> None:
         """Closes the connections to an address, which ends the calls under way."""
         current = self._current.pop(address, None)
-        for connection in (*self._replaced.pop(address, ()), *([current] if current else [])):
-            await connection.close()
+        await self._close({each for each in (*self._replaced, current) if each is not None and each.address == address})
 
     async def close_all(self) -> None:
         """Closes all connections."""
-        for address in {*self._current, *self._replaced}:
-            await self.close(address)
+        current, self._current = self._current, {}
+        await self._close({*self._replaced, *current.values()})
 
-    async def _connection(self, address: str) -> Connection:
+    async def _close(self, connections: Set[Connection]) -> None:
+        self._replaced -= connections
+        for connection in connections:
+            await connection.close()
+
+    def _connection(self, address: str) -> Connection:
         before, version = self._current.get(address), self.calling.version()
         # Files are replaced one after the other: as long as one is missing or does not fit, the old ones serve.
         if before is not None and version in (before.version, None):
             return before
         try:
-            connection = Connection(version, self.calling.open_aio(address), self.calling.open(address))
+            connection = Connection(address, version, self.calling.open_aio(address), self.calling.open(address))
         except (OSError, ValueError) as error:
             if before is None:
                 raise
@@ -109,8 +111,5 @@ class Channels:
         self._current[address] = connection
         if before is not None:
             log.info("keys_changed", address=address)
-            if before.uses:
-                self._replaced.setdefault(address, set()).add(before)
-            else:
-                await before.close()
+            self._replaced.add(before)
         return connection

@@ -89,8 +89,8 @@ class Links:
         while True:
             try:
                 async with self.channels.use(address) as worker:
-                    await self._watch(address, worker)
-                    if not await self.channels.is_current(address, worker):
+                    await self._watch(worker)
+                    if not self.channels.is_current(worker):
                         # The link moves to the next connection, and counts as up until that one breaks.
                         continue
                 cause = "its health stream ended"
@@ -103,7 +103,7 @@ class Links:
             self._set(address, LinkState.UNREACHABLE, cause)
             await asyncio.sleep(RETRY_INTERVAL_S)
 
-    async def _watch(self, address: str, worker: Connection) -> None:
+    async def _watch(self, worker: Connection) -> None:
         """Follows one Watch to its end, or until new calls begin on another connection.
 
         Raises RpcError if it breaks or a Check gets no answer.
@@ -113,7 +113,7 @@ class Links:
         watch: Any = stub.Watch(request)
         reading: asyncio.Future[Any] | None = None
         try:
-            while await self.channels.is_current(address, worker):
+            while self.channels.is_current(worker):
                 reading = reading or asyncio.ensure_future(watch.read())
                 done, _ = await asyncio.wait({reading}, timeout=CHECK_INTERVAL_S)
                 if done:
@@ -123,7 +123,7 @@ class Links:
                 else:
                     response = await stub.Check(request, timeout=CHECK_TIMEOUT_S)
                 is_serving = response.status == health_pb2.HealthCheckResponse.SERVING
-                self._set(address, LinkState.SERVING if is_serving else LinkState.NOT_SERVING)
+                self._set(worker.address, LinkState.SERVING if is_serving else LinkState.NOT_SERVING)
         finally:
             watch.cancel()
             if reading is not None:

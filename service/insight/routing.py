@@ -146,9 +146,11 @@ def live(
     for seen in freshness.beats:
         is_live = freshness.age_s(seen, now_s) <= timeout_s and freshness.contact(seen).health is LinkState.SERVING
         (serving if is_live and not seen.is_drained else away).append(seen)
+    # They run what others store.
+    elsewhere = [seen for seen in freshness.unreachable if freshness.age_s(seen, now_s) <= timeout_s]
     if not serving:
-        raise _best_refusal(freshness, away, now_s, timeout_s, freshness.unreachable)
-    if are_all and models and not any(models & set(seen.beat.models) for seen in serving):
+        raise _best_refusal(freshness, away, now_s, timeout_s, elsewhere)
+    if are_all and models and not any(models & set(seen.beat.models) for seen in (*serving, *elsewhere)):
         hopes = {model: [seen for seen in away if _may_serve(freshness, seen, now_s, model)] for model in models}
         if all(hopes[model] or model in freshness.awaited for model in models):
             hoped_for = [seen for found in hopes.values() for seen in found]
@@ -170,7 +172,7 @@ def _misfit(seen: SeenBeat, models: Set[str]) -> int:
 
 
 def _may_serve(freshness: Freshness, seen: SeenBeat, now_s: float, model: str) -> bool:
-    """True if the worker may serve the model once it is back. It reports its models only after loading them."""
+    """True if the worker may serve the model once it is back. Without models it has not served yet."""
     if seen.beat.models:
         return model in seen.beat.models
     return seen.beat.phase in _LOADING and freshness.age_s(seen, now_s) <= FORGOTTEN_S
@@ -199,8 +201,7 @@ def _best_refusal(
     """The refusal of the worker that is likely to be ready first."""
     order = (WORKER_LOADING, WORKER_STALLED, WORKER_OFFLINE, RECOVERY_GAVE_UP)
     refusals = [(seen, _refusal_of(freshness, seen, now_s, timeout_s)) for seen in beats]
-    fresh = (seen for seen in unreachable if freshness.age_s(seen, now_s) <= timeout_s)
-    refusals += [(seen, _not_reachable(freshness, seen, now_s)) for seen in fresh]
+    refusals += [(seen, _not_reachable(freshness, seen, now_s)) for seen in unreachable]
     if not refusals:
         return _refusal(WORKER_OFFLINE, "worker offline (never seen)", {}, RECOVERY_S)
     best = min(refusals, key=lambda pair: (order.index(pair[1].reason), freshness.age_s(pair[0], now_s)))

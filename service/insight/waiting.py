@@ -47,7 +47,7 @@ _RESTARTED = (Condition.STALLED, Condition.DEAD, Condition.OFFLINE)
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker as the gateway knows it. `models` are empty until it has loaded them."""
+    """A worker as the gateway knows it. `models` are empty until its settings have served once."""
 
     worker_id: str
     condition: Condition

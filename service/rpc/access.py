@@ -58,7 +58,7 @@ class Access:
             wait_s = self._of_clients.take(client, self.rate_per_s, now_s)
             if wait_s:
                 raise _too_many(f"from {client}", self.rate_per_s, wait_s)
-        # Of whom is not known yet, there is no tenant either.
+        # Nobody is identified yet, so there is no tenant either.
         rate_per_s = self.quotas().of(caller.tenant).calls_per_s if caller.tenant else None
         if rate_per_s is not None:
             wait_s = self._of_tenants.take(caller.tenant, rate_per_s, now_s)

@@ -102,6 +102,8 @@ class Rows:
         self._violations: list[Violation] = []
         # Of the batch, when the first wrong line was found.
         self._bytes_until_wrong = 0
+        # The last line that is an opening brace and nothing else.
+        self._brace_line = -1
 
     @property
     def content(self) -> Content:
@@ -161,6 +163,7 @@ class Rows:
             except LineError as error:
                 if error.unknown_model:
                     self._offer.check_coming(error.unknown_model, place)
+                self._check_layout(line)
                 self._note_wrong(error.violations)
                 continue
             if parsed.custom_id in self._names:
@@ -191,6 +194,15 @@ class Rows:
                 raise invalid(self._violations)
             return b""
         return b"\n".join(rows) + b"\n" if rows else b""
+
+    def _check_layout(self, line: bytes) -> None:
+        """Raises INVALID_ARGUMENT if this wrong line continues an object, as in pretty-printed JSON."""
+        if line.strip() == b"{":
+            self._brace_line = self._line_number
+        elif self._brace_line == self._line_number - 1 and line.lstrip().startswith(b'"'):
+            what = "pretty-printed JSON begins here: give JSON lines in UTF-8, one request a line"
+            # Instead of the brace, and of each line that follows.
+            raise invalid([*self._violations[:-1], Violation(self._place(self._brace_line), what)])
 
     def _note_wrong(self, violations: list[Violation]) -> None:
         self._bytes_until_wrong = self._bytes_until_wrong or self._bytes
@@ -271,17 +283,18 @@ class NewBatch:
 
     async def stage(self, rows: bytes) -> None:
         """For as long as an upload may take."""
-        await self.database.run(creation.stage, self.batch_id, rows, 2 * STORE_TIMEOUT_S)
+        await self.database.retry_once(
+            lambda is_again: self.database.run(creation.stage, self.batch_id, rows, 2 * STORE_TIMEOUT_S, is_again)
+        )
 
     async def create(self, content: Content, rows: bytes, is_staged: bool) -> Batch:
         """Raises DuplicateError, FullError too."""
-        return await self.database.run(
-            creation.create, self.batch_id, self.options, content, rows, is_staged, CREATE_TIMEOUT_S, self.limits
-        )
+        given = self.batch_id, self.options, content, rows, is_staged, CREATE_TIMEOUT_S, self.limits
+        return await self.database.retry_once(lambda is_again: self.database.run(creation.create, *given, is_again))
 
     async def abandon(self) -> None:
         """Soon, by the gateway."""
-        await self.database.run(creation.abandon, self.batch_id)
+        await self.database.run_idempotent(creation.abandon, self.batch_id)
 
 
 @dataclass
@@ -383,10 +396,10 @@ class Intake:
         model that is away, ALREADY_EXISTS.
         """
         try:
-            batch_id = await self.database.run(creation.reserve, self.limits, options)
+            batch_id = await self.database.run_idempotent(creation.reserve, self.limits, options)
         except FullError as error:
             raise creation_error(error) from None
-        others = await self.database.run(served.read)
+        others = await self.database.read(served.read)
         offer = replace(offer, others=others, require_live=options.require_live)
         rows = Rows(batch_id, offer, self.sizes, place, salt, options.run_order)
         try:

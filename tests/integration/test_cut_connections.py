@@ -73,18 +73,18 @@ def test_a_file_whose_end_is_told_twice(database: Database) -> None:
 
 
 def cut(connection: psycopg2.extensions.connection, after_s: float) -> None:
-    """Cuts all connections that door and gateway have then. Returns once they are closed."""
+    """Cuts all connections that door, gateway and worker have then, but for its heart. Returns once they are closed."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_sleep(%s)", (after_s,))
         cursor.execute(
             "SELECT array_agg(pid) FROM (SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name IN ('vllm-batch-http', 'vllm-batch-gateway')) cut"
+            " WHERE application_name ~ '^vllm-batch-(http|gateway|worker)') cut"
         )
         cursor.execute("SELECT pg_terminate_backend(pid, 30000) FROM unnest(%s::int[]) pid", cursor.fetchone())
 
 
 def test_no_call_is_refused(serving: Stack) -> None:
-    """While all connections are cut again and again, neither door refuses a call that may be made twice."""
+    """While all connections are cut again and again, neither the doors nor the worker refuse a call."""
     serving.http()
     with (
         OpenAI(base_url=serving.base_url, api_key="none", max_retries=0) as openai,
@@ -132,6 +132,7 @@ def test_no_call_is_refused(serving: Stack) -> None:
             lambda: openai.models.list().data,
             deleted,
             in_parts,
+            lambda: client.submit_lines(lines(3)),
             lambda: client.get(made),
             lambda: list(client.list()),
             lambda: list(client.results(made)),

@@ -364,8 +364,8 @@ def test_postgres_away(tmp_path: Path) -> None:
             assert away.value.code == "database_unavailable"
             assert 0 < int(away.value.response.headers["retry-after"]) < 120
             assert httpx.get(f"{base}/healthz").status_code == 200
-            # An answer serves for a second.
-            until(lambda: httpx.get(f"{base}/readyz").status_code == 503, "the outage to be told")
+            # An answer serves everybody for a second.
+            until(lambda: httpx.get(f"{base}/readyz").status_code == 503, "the next answer")
             with pytest.raises(openai.InternalServerError):
                 client.files.create(file=("a", b"x" * (2 << 20)), purpose="batch")
             server.start()

@@ -7,13 +7,16 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import grpc
 import peewee
+import psycopg2
 import psycopg2.errors
 import pytest
 
-from service.db import batches, chunks, creation, endings
+from service.db import batches, chunks, creation, endings, served
+from service.db.availability import DatabaseAwayError
 from service.db.connection import Database
 from service.db.creation import Options
 from service.db.limits import Limits
@@ -162,6 +165,36 @@ def test_the_same_upload_again_is_the_same_batch(database: Database) -> None:
     assert store(database, file, options=options) == store(database, file, options=options)
     purge(database)
     assert (count(database, "batches"), count(database, "requests")) == (1, 200)
+
+
+@pytest.mark.usefixtures("small_stages")
+@pytest.mark.parametrize("size", [2, 200])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_connections_that_are_cut(
+    database: Database, size: int, is_done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not a step of an upload was done when its connection to Postgres broke, it is done once."""
+    file, call = [line(number) for number in range(size)], database.call
+    left = {creation.reserve, served.read, creation.create, *([creation.stage] if size > 2 else [])}
+
+    def cut(function: Any, *given: Any, **named: Any) -> Any:
+        if function not in left:
+            return call(function, *given, **named)
+        left.remove(function)
+        if is_done:
+            call(function, *given, **named)
+        raise DatabaseAwayError("cut") from psycopg2.OperationalError()
+
+    monkeypatch.setattr(database, "call", cut)
+    batch_id = store(database, file)
+    assert not left
+    purge(database)
+    [batch] = database.call(batches.list_page, [], None, 10)
+    assert (batch.id, batch.total, count(database, "requests")) == (batch_id, size, size)
+    # A name that is really repeated is still told.
+    left = {creation.stage, creation.create}
+    with pytest.raises(ApiError, match="already used"):
+        store(database, [*file, line(0)])
 
 
 def test_what_was_staged_too_long_ago_is_no_batch(database: Database) -> None:

@@ -25,6 +25,7 @@ from service.embedded_postgres import SETTINGS as POSTGRES
 from service.gateway import __main__ as gateway
 from service.gateway import metrics as gateway_metrics
 from service.gateway import unserved_log, upload
+from service.http import certified
 from service.insight import estimate, links, routing, waiting
 from service.rpc import ports, rate_limit
 from service.rpc import server as rpc
@@ -239,6 +240,7 @@ STATEMENTS = [
         "docs/security.md",
         f"connections to one port | {option(ports.OPTIONS, 'grpc.max_allowed_incoming_connections')} |",
     ),
+    ("docs/security.md", f"connections to one port | {certified.MAX_CONNECTIONS} |"),
     ("docs/security.md", f"handshake | {option(ports.OPTIONS, 'grpc.server_handshake_timeout_ms') / 1000:g} s |"),
     (
         "docs/security.md",

@@ -76,12 +76,28 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def connected(app: Any = answer) -> tuple[certified.Protocol, Transport]:
+def connected(app: Any = answer, state: ServerState | None = None) -> tuple[certified.Protocol, Transport]:
     config = uvicorn.Config(app, lifespan="off", log_config=None, ws="none")
     config.load()
-    protocol, transport = certified.Protocol(config=config, server_state=ServerState(), app_state={}), Transport()
+    protocol = certified.Protocol(config=config, server_state=state or ServerState(), app_state={})
+    transport = Transport()
     protocol.connection_made(transport)
     return protocol, transport
+
+
+def test_more_connections_than_one_port_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further ones are closed at once, and there is room again when one has ended."""
+    monkeypatch.setattr(certified, "MAX_CONNECTIONS", 2)
+
+    async def run() -> None:
+        state = ServerState()
+        (first, one), (_, two), (third, three) = (connected(state=state) for _ in range(3))
+        assert [each.aborted.is_set() for each in (one, two, three)] == [False, False, True]
+        for protocol in (third, first):
+            protocol.connection_lost(None)
+        assert not connected(state=state)[1].aborted.is_set()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", REQUEST[:-1], REQUEST + b"G", REQUEST * 2 + REQUEST[:20]])

@@ -43,9 +43,9 @@ class Played:
             found.set_result(answer(*args) if callable(answer) else answer)
         return found
 
-    read = run
+    read = run_idempotent = run
 
-    async def twice(self, function: Callable[[bool], Awaitable[Any]]) -> Any:
+    async def retry_once(self, function: Callable[[bool], Awaitable[Any]]) -> Any:
         return await function(False)
 
 

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2
 
 from service.clock import SystemClock
 from service.insight import links
+from service.insight.channels import Channels
 from service.insight.links import Links, LostError
 from service.insight.routing import LinkState
 from tests.support.loops import in_loop
@@ -22,12 +23,13 @@ class Worker:
 
     def __init__(self) -> None:
         self.watches = 0
+        self.address = "x"
 
     @asynccontextmanager
     async def use(self, address: str) -> AsyncIterator["Worker"]:
         yield self
 
-    async def is_current(self, address: str, worker: "Worker") -> bool:
+    def is_current(self, worker: "Worker") -> bool:
         return True
 
     @property
@@ -93,3 +95,52 @@ async def test_a_call_that_the_worker_cancels() -> None:
     mine.cancel()
     with pytest.raises(asyncio.CancelledError):
         await mine
+
+
+class Opener:
+    """Opens channels that only note whether they are closed, which lasts until it is allowed."""
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.may_close = asyncio.Event()
+
+    def version(self) -> int:
+        return self.files
+
+    def open(self, address: str) -> "Opened":
+        return Opened(self)
+
+    def open_aio(self, address: str) -> "Opened":
+        return Opened(self, is_aio=True)
+
+
+class Opened:
+    def __init__(self, opener: Opener, is_aio: bool = False) -> None:
+        self.opener, self.is_aio, self.is_closed = opener, is_aio, False
+
+    def close(self, grace_s: float | None = None) -> Any:
+        self.is_closed = True
+        return self.opener.may_close.wait() if self.is_aio else None
+
+
+@in_loop
+async def test_key_files_that_change_twice_at_once() -> None:
+    """A call that waits for an earlier connection to be closed still has its own, whatever changes meanwhile."""
+    opener = Opener()
+    channels = Channels(opener)  # type: ignore[arg-type]
+    found: list[bool] = []
+
+    async def call() -> None:
+        async with channels.use("x") as worker:
+            found.append(worker._aio.is_closed)  # type: ignore[attr-defined]
+
+    await call()
+    calls = []
+    for _ in range(2):
+        opener.files += 1
+        calls.append(asyncio.create_task(call()))
+        await asyncio.sleep(0)
+    opener.may_close.set()
+    await asyncio.gather(*calls)
+    assert found == [False] * 3
+    assert not channels._replaced

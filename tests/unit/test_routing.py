@@ -173,11 +173,12 @@ def test_a_model_whose_worker_is_away_is_waited_for(other: SeenBeat, reason: str
     assert chosen(workers, "m") == ["a"]
 
 
-def test_a_refusal_for_a_model_names_none_of_other_models() -> None:
-    """That another worker cannot be called from here does not explain why a model is away."""
-    workers = known(seen("a", models=("m",)), seen("b", models=("n",), age_s=600))
-    error = refusal(replace(workers, unreachable=[seen("c", models=("o",))]), "n")
-    assert error.message == "no worker serves n now: worker offline (last seen 600s ago)"
+def test_workers_that_cannot_be_called_from_here() -> None:
+    """They serve their models like any others, and are no reason why a model of others is away."""
+    freshness = replace(known(seen("a"), seen("b", age_s=72, models=("n",))), unreachable=[seen("c", models=("o",))])
+    assert refusal(freshness, "n").message == "no worker serves n now: worker offline (last seen 72s ago)"
+    freshness = replace(freshness, unreachable=[seen("c", models=("n",))])
+    assert chosen(freshness, "n") == ["a"]
 
 
 def test_a_worker_that_never_said_its_models_is_forgotten() -> None:

@@ -67,6 +67,21 @@ def test_line_endings(given: list[tuple[bytes, bytes]], after: bytes, is_ended: 
     assert [rows.place_of_row(number + 1) for number in range(rows.total)] == [f"line {place}" for place in places]
 
 
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+@pytest.mark.parametrize("before", [b"", b"5\n", line("a") + b"\n\n5\n"])
+def test_pretty_printed_json(before: bytes, indent: int | str | None) -> None:
+    """An object over several lines is one error, beside those of the lines before it."""
+    pretty = json.dumps(json.loads(line("b")), indent=indent).encode().replace(b"\n", b"\r\n")
+    with pytest.raises(ApiError) as refused:
+        fed(before + pretty + b"\n" + pretty + b"\n6\n")
+    found = [(violation.field, "pretty-printed" in violation.description) for violation in refused.value.violations]
+    first = before.count(b"\n") + 1
+    wrong = [(f"line {first - 1}", False)] * (before != b"")
+    # On one line each, they are two requests of one name.
+    others = [(f"line {first + 1}: custom_id", False), (f"line {first + 2}", False)]
+    assert found == [*wrong, *([(f"line {first}", True)] if indent else others)]
+
+
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=5), st.booleans(), CUTS)
 def test_any_text(texts: list[str], is_ascii: bool, cuts: list[int]) -> None:
     """Names and bodies of any text reach Postgres byte for byte."""

@@ -51,12 +51,12 @@ class Sessions:
         assert found.digest is not None
         secret = secrets.token_urlsafe(32)
         session = _digest(secret), found.digest, LASTS_S
-        await self.database.twice(lambda _: self.database.run(page_sessions.begin, *session))
+        await self.database.run_idempotent(page_sessions.begin, *session)
         return secret, found.caller
 
     async def end(self, headers: Mapping[str, str]) -> None:
         """Ends the session of a request."""
-        await self.database.twice(lambda _: self.database.run(page_sessions.end, _digest(secret_of(headers))))
+        await self.database.run_idempotent(page_sessions.end, _digest(secret_of(headers)))
 
     async def caller(self, method: str, headers: Mapping[str, str]) -> Caller:
         """Who makes a request, by its cookie. Raises UNAUTHENTICATED or PERMISSION_DENIED."""
