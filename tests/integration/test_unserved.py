@@ -95,7 +95,7 @@ def test_it_is_said_everywhere(stack: Stack, client: Client) -> None:
     stack.wait_until_accepting()
     batch = client.submit_lines(lines(3, model="alpha", vllm_xargs={"simulate": 1}))
     alpha.kill()
-    stack.worker("b", model="beta")
+    stack.worker("b", model="beta", lease_s=5)
     [event] = until(lambda: gateway.events("models_unserved"), "the log to say it")
     assert (event["models"], event["first"]) == (["alpha"], [batch.id])
     until(lambda: not client.accepting(), "new work to be accepted")
@@ -109,7 +109,7 @@ def test_it_is_said_everywhere(stack: Stack, client: Client) -> None:
     why = client.get(batch.id).wait.message.partition(" (")[0]
     assert why in run(stack, "get", batch.id).stdout.decode()
     assert f"{batch.id} waits: {why}" in run(stack, "status").stdout.decode()
-    stack.worker("c", model="alpha")
+    stack.worker("c", model="alpha", lease_s=5)
     *_, done = client.watch(batch.id)
     assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, 3)
     until(lambda: gateway.events("models_not_waited_for"), "the log to say that it is over")
