@@ -33,6 +33,8 @@ POSTGRES_SHM_BYTES = 8 * MiB
 # Each client is a connection, and each engine thread has a few files.
 OPEN_FILES = 4096
 SUPERVISORCTL_TIMEOUT_S = 10.0
+# How long the port of a process that is ending may still be taken.
+ENDING_S = 5.0
 # adjtimex(2)'s return value for an unsynchronized clock.
 TIME_ERROR = 5
 # This checkout is newer, so a clock that shows an earlier time is wrong.
@@ -230,18 +232,31 @@ def probe_ports(settings: Settings) -> list[Port]:
 
 
 def _probe_port(setting: str, host: str, number: int, ours: Set[int]) -> Port:
+    begin_s = time.monotonic()
+    while True:
+        error = _bind(host, number)
+        if not error:
+            return Port(setting, number)
+        pid = _listener(number)
+        # A process that is ending, as after its supervisord was killed, still has the port, and is not found any more.
+        if error != errno.EADDRINUSE or pid or time.monotonic() - begin_s > ENDING_S:
+            return Port(setting, number, error, _describe(pid), pid in ours)
+        time.sleep(0.1)
+
+
+def _bind(host: str, number: int) -> int:
+    """Binds a port, and lets it go. Returns the number of the error, 0 if there was none."""
     try:
         address = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM)[0]
         with socket.socket(address[0], socket.SOCK_STREAM) as one:
             # As the servers do, so that connections in TIME_WAIT do not matter.
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(address[4])
-        return Port(setting, number)
+        return 0
     except socket.gaierror:
-        return Port(setting, number, errno.EADDRNOTAVAIL)
+        return errno.EADDRNOTAVAIL
     except OSError as error:
-        pid = _listener(number)
-        return Port(setting, number, error.errno or errno.EIO, _describe(pid), pid in ours)
+        return error.errno or errno.EIO
 
 
 def _listener(port: int) -> int | None:

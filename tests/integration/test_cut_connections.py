@@ -17,12 +17,13 @@ from service.db import files
 from service.db.availability import DatabaseAwayError
 from service.db.connection import Database
 from service.db.limits import Limits
+from tests.conftest import IS_THOROUGH
 from tests.support.batches import finished, line, lines
 from tests.support.servers import Stack
 from vllm_batch import Client
 
 CHAT = "/v1/chat/completions"
-ROUNDS = 8
+ROUNDS = 8 if IS_THOROUGH else 3
 # Most calls take no longer.
 LATEST_S = 0.03
 

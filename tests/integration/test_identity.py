@@ -83,7 +83,7 @@ def test_loopback_is_refused_beside_other_hosts(stack: Stack) -> None:
     and gateways elsewhere never take its address for their own worker's."""
     with networks(2) as (one, two):
         # A machine of its own: with another BATCH_HOME, and another name.
-        home = {"home": stack.folder / "elsewhere"}
+        home = {"home": stack.folder / "b"}
         elsewhere = home | {"host": two.address, "allow_insecure": "true", "worker_metrics_port": 0}
         with one.inside(), own_name("one"):
             alone = stack.worker("alone")

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import socket
 from pathlib import Path
 from uuid import uuid4
 
@@ -193,6 +194,19 @@ def test_settings() -> None:
 def test_ports(port: stack.Port, expected: str) -> None:
     """A port is free, in use by this stack, or reported with the reason."""
     assert stack.judge_ports([port], "10.0.0.1").problem == expected
+
+
+def test_a_port_that_is_let_go_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port whose process is ending, so that nobody can be named, is looked at again, and not reported as taken."""
+    held = socket.create_server(("127.0.0.1", 0))
+    number = held.getsockname()[1]
+
+    def ended(_: int) -> None:
+        held.close()
+
+    monkeypatch.setattr(stack, "_listener", ended)
+    found = stack.probe_ports(Settings(gateway_port=number, programs="gateway", gateway_metrics_port=0))
+    assert [(port.number, port.error) for port in found] == [(number, 0)]
 
 
 def test_home() -> None:
