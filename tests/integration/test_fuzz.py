@@ -93,7 +93,7 @@ def test_fuzzed_files(serving: Stack, client: Client) -> None:
         else:
             assert error.code in CLEAR, error
             assert error.violations
-            assert all(field.startswith(("line ", "requests")) for field, _ in error.violations), error.violations
+            assert all(field.startswith(("line ", "requests", "file")) for field, _ in error.violations), error.violations
             assert (count(serving, "batches"), count(serving, "requests")) == before
 
     check()
