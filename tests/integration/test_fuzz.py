@@ -93,7 +93,8 @@ def test_fuzzed_files(serving: Stack, client: Client) -> None:
         else:
             assert error.code in CLEAR, error
             assert error.violations
-            assert all(field.startswith(("line ", "requests", "file")) for field, _ in error.violations), error.violations
+            places = [field for field, _ in error.violations]
+            assert all(place.startswith(("line ", "requests", "file")) for place in places), places
             assert (count(serving, "batches"), count(serving, "requests")) == before
 
     check()
