@@ -69,14 +69,14 @@ async def serve(settings: Settings) -> int:
     async def accepting_changed(is_accepting: bool) -> None:
         await server.set_health(BATCH_SERVICE, is_accepting)
 
-    channels = Channels(ChannelOpener(settings))
+    channels, place = Channels(ChannelOpener(settings)), machine.here(settings.home)
     presence = Presence(
         looking,
         channels,
         SystemClock(),
         settings.heartbeat_timeout_s,
         accepting_changed,
-        machine.here(settings.home),
+        place,
         settings.advertised_host,
         host_of(settings.own_id("gateway")),
     )
@@ -88,7 +88,7 @@ async def serve(settings: Settings) -> int:
     # On the connections of the calls: each statement is short, and what it misses comes again.
     deliverer = Deliverer(database, networks, Signer(allowed.quotas, SystemClock()), messages.batch_name)
     webhook_servicer = WebhookServicer(database, deliverer, networks, allowed.quotas)
-    host_servicer = HostServicer(database, settings.heartbeat_timeout_s, machine.here().network)
+    host_servicer = HostServicer(database, settings.heartbeat_timeout_s, place.network)
 
     def add_services(grpc_server: grpc.aio.Server) -> None:
         batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server)

@@ -44,11 +44,12 @@ def keep(
     none; `told` its content; `heartbeat` the worker's row as last read. Covers the processes with `mark`. py-spy dumps
     their stacks from outside, so it works on frozen processes.
     """
+    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event}"
     kept: list[Path | None] = []
 
     def run() -> None:
         try:
-            kept.append(_keep(home, mark, now, event, told, heartbeat, log_files))
+            kept.append(_write(folder, mark, told, heartbeat, log_files))
         except Exception:
             # A restart needs no evidence.
             log.exception("evidence_not_kept")
@@ -64,16 +65,9 @@ def keep(
     return kept[0]
 
 
-def _keep(
-    home: Path,
-    mark: Mark,
-    now: datetime,
-    event: str,
-    told: Mapping[str, Any],
-    heartbeat: Mapping[str, Any] | None,
-    log_files: Sequence[Path],
+def _write(
+    folder: Path, mark: Mark, told: Mapping[str, Any], heartbeat: Mapping[str, Any] | None, log_files: Sequence[Path]
 ) -> Path | None:
-    folder = home / "crash" / f"{now:%Y%m%dT%H%M%SZ}-event-{event}"
     try:
         folder.mkdir(parents=True, mode=0o700)
     except OSError as error:
