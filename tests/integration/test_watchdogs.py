@@ -4,8 +4,7 @@ from service.clock import SystemClock
 from service.db import watchdogs
 from service.db.connection import Database
 from service.machine import Place
-from watchdog.observe.observer import Observer
-from watchdog.observe.stall_detector import StallDetector
+from tests.support.observers import observer_of
 from watchdog.supervisor import Supervisor
 
 
@@ -47,23 +46,7 @@ def test_another_machine_does_not_beat_for_it(database: Database) -> None:
 
 def test_a_migration_that_runs_is_an_outage(database: Database) -> None:
     """No worker can beat before its migrations are applied, which may take minutes: until then Postgres is away."""
-    clock = SystemClock()
-    observer = Observer(
-        name="worker:worker",
-        worker_id="here:worker",
-        supervisor=Supervisor("unix:///nowhere", 1),
-        database=database,
-        address=None,
-        socket_address="unix:/nowhere.sock",
-        place=Place(),
-        silence_s=15,
-        probe_timeout_s=1,
-        database_timeout_s=60,
-        clock=clock,
-        stalls=StallDetector(clock),
-        on_change=lambda: None,
-        ask_interval_s=1.5,
-    )
+    observer = observer_of("here:worker", Supervisor("unix:///nowhere", 1), database, SystemClock(), Place())
     delete = "DELETE FROM schema_migration WHERE name = '0020_page' RETURNING name, applied"
     [pending] = database.call(lambda db: db.execute_sql(delete).fetchall())
     assert observer.observe().database_up_s is None

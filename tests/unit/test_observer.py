@@ -11,9 +11,9 @@ from service.db.availability import DatabaseAwayError
 from service.db.connection import Database
 from service.db.heartbeats import Beat, SeenBeat
 from service.machine import Place
+from tests.support.observers import observer_of
 from tests.support.waiting import until
 from watchdog.observe.observer import Observer
-from watchdog.observe.stall_detector import StallDetector
 from watchdog.policy import ProbeAnswer, State
 from watchdog.supervisor import ProcessInfo, RefusedError, Supervisor, SupervisorAwayError
 
@@ -61,22 +61,7 @@ class FakeDatabase:
 def parts() -> tuple[Observer, FakeSupervisor, FakeDatabase, FakeClock]:
     """An observer on fakes."""
     supervisor, database, clock = FakeSupervisor(), FakeDatabase(), FakeClock()
-    observer = Observer(
-        name="worker:worker",
-        worker_id="host:worker",
-        supervisor=cast(Supervisor, supervisor),
-        database=cast(Database, database),
-        address=None,
-        socket_address="unix:/nowhere.sock",
-        place=HERE,
-        silence_s=15,
-        probe_timeout_s=1,
-        database_timeout_s=60,
-        clock=clock,
-        stalls=StallDetector(clock),
-        on_change=lambda: None,
-        ask_interval_s=1.5,
-    )
+    observer = observer_of("host:worker", cast(Supervisor, supervisor), cast(Database, database), clock, HERE)
     return observer, supervisor, database, clock
 
 
