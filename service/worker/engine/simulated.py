@@ -27,16 +27,23 @@ URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "
 STEP_S = 0.005
 # Longer than the progress lease of an engine that is not computing.
 PREFILL_S = 12.0
-# Writes one byte per step to its standard output. Like vLLM's processes it goes on when nobody reads any more.
+BUSY, IDLE = b"1", b"0"
+# Learns from single bytes whether there are requests; while there are, writes one byte per step. Like vLLM's processes
+# it goes on when its parent is gone.
 STEPS = """
-import signal, sys, time
+import os, select, signal, sys, time
 signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 def prefill(*_):
     end = time.monotonic() + float(sys.argv[3])
     while time.monotonic() < end:
         pass
 signal.signal(signal.SIGUSR1, prefill)
+is_busy, has_parent = False, True
 while True:
+    if has_parent and select.select([0], [], [], 0 if is_busy else None)[0]:
+        told = os.read(0, 4096)
+        is_busy, has_parent = not told.endswith(b"0"), bool(told)
+        continue
     time.sleep(float(sys.argv[2]))
     try:
         sys.stdout.write(".")
@@ -87,7 +94,7 @@ class SimulatedEngine:
         """Takes `load_s`. If `load_failure` is given, raises EngineStartError as for an engine that failed with it."""
         arguments = ("-E", "-S", "-c", STEPS, "simulated-engine", str(STEP_S), str(PREFILL_S))
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+            sys.executable, *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
         assert self._process.stdout is not None
         self._following = asyncio.create_task(self._follow(self._process.stdout))
@@ -137,6 +144,10 @@ class SimulatedEngine:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
+    def _tell(self, state: bytes) -> None:
+        if self._process is not None and self._process.stdin is not None and not self.is_dead:
+            self._process.stdin.write(state)
+
     async def _follow(self, steps: asyncio.StreamReader) -> None:
         """Follows the steps of the process until it ends."""
         loop = asyncio.get_running_loop()
@@ -151,6 +162,8 @@ class SimulatedEngine:
             _, _, future = heapq.heappop(self._running)
             if not future.done():
                 future.set_result(None)
+        if not self._running:
+            self._tell(IDLE)
 
     def _die(self) -> None:
         self.is_dead = True
@@ -166,6 +179,8 @@ class SimulatedEngine:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._count += 1
+        if not self._running:
+            self._tell(BUSY)
         heapq.heappush(self._running, (loop.time() + seconds, self._count, future))
         await future
 
