@@ -17,7 +17,7 @@ from service.db.availability import DatabaseAwayError
 # How long a connection stays open that nobody uses.
 IDLE_S = 10.0
 # How long to wait for a connection of others, whose calls mostly take milliseconds, before another is opened.
-PATIENCE_S = 0.05
+PATIENCE_S = 0.2
 
 
 class Postgres(peewee.PostgresqlDatabase):
