@@ -62,6 +62,18 @@ MAY_SET = (
 )
 PRIVILEGES_SINCE = 150000
 
+# Where tables would be made, and where those are that would be found. With these elsewhere a worker would begin anew
+# beside them, as when somebody makes a schema that has the role's name.
+LOOK = """
+SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_schema(),
+       coalesce((SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                 WHERE c.oid = pg_catalog.to_regclass('schema_floor')), pg_catalog.current_schema()),
+       pg_catalog.current_setting('session_replication_role'),
+       (SELECT setting::bigint FROM pg_catalog.pg_settings WHERE name = 'temp_file_limit')
+"""
+# Storing a group of results takes about three times their size in temporary files.
+LEAST_TEMPORARY_KB = 256 << 10
+
 # For statements sent while a session is opened, before the caller's own deadline applies.
 _deadlines = Deadlines()
 # Databases that no pooler lends out. To find out takes a connection more, so it is done once.
@@ -115,6 +127,9 @@ def _servers(host: str, hostaddr: str, port: str) -> Servers:
 def _connected(given: Mapping[str, Any], timeout_s: float) -> Any:
     try:
         return psycopg2.connect(**{**given, "connect_timeout": max(2, round(timeout_s))})
+    except UnicodeDecodeError as error:
+        # Before it knows the client's encoding, a server refuses in that of its own language.
+        told = error.object.decode("latin-1")
     except psycopg2.OperationalError as error:
         told = certificates.explained(str(error), given, timeout_s)
         if not told:
@@ -154,13 +169,26 @@ def _prepare(connection: Any, timeout_s: float, is_local: bool) -> None:
 def check(db: peewee.PostgresqlDatabase) -> None:
     """Raises DatabaseUnfitError for permanent reasons why we could not work here, or not correctly."""
     standby.check(db)
-    path, schema = db.execute_sql(
-        "SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_schema()"
-    ).fetchone()
+    path, schema, other, triggers, temporary_kb = db.execute_sql(LOOK).fetchone()
     if schema is None or schema.startswith("pg_") or path.strip(' "').startswith("pg_temp"):
         raise DatabaseUnfitError(
             f"the search_path {path!r} begins with no schema that can keep tables: correct it (ALTER ROLE ... SET"
             " search_path), or make that schema"
+        )
+    if other != schema:
+        raise DatabaseUnfitError(
+            f"the search_path {path!r} begins with schema {schema}, and the tables of a stack are in {other}, which is"
+            " on it too: begin it with the one to use, and leave out the other (ALTER ROLE ... SET search_path)"
+        )
+    if triggers == "replica":
+        raise DatabaseUnfitError(
+            "session_replication_role is replica, with which ended batches send no webhooks: reset it (ALTER ROLE ..."
+            " RESET session_replication_role)"
+        )
+    if 0 <= temporary_kb < LEAST_TEMPORARY_KB:
+        raise DatabaseUnfitError(
+            f"temp_file_limit is {temporary_kb} kB, and storing results takes up to {LEAST_TEMPORARY_KB} kB: raise it"
+            " (ALTER ROLE ... SET temp_file_limit)"
         )
     if db not in _unshared and _is_shared(db):
         raise DatabaseUnfitError(
