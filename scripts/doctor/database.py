@@ -1,7 +1,7 @@
 """Checks whether a Postgres is usable: it answers, is new enough, accepts writes, and lets us create tables."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import peewee
 
@@ -17,6 +17,14 @@ SELECT current_setting('server_version_num')::int / 10000, pg_is_in_recovery(), 
        CASE WHEN to_regclass('batches') IS NULL THEN has_schema_privilege(current_schema(), 'CREATE')
             ELSE has_table_privilege('batches', 'INSERT, UPDATE, DELETE') END
 """
+# Of our tables, those that the role may not read and write as it likes, and those of which a policy hides rows from it.
+NOT_OURS = """
+SELECT coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE NOT has_table_privilege(name, 'SELECT')
+           OR NOT has_table_privilege(name, 'INSERT') OR NOT has_table_privilege(name, 'UPDATE')
+           OR NOT has_table_privilege(name, 'DELETE')), ''),
+       coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE row_security_active(name)), '')
+FROM unnest(%s) AS name WHERE to_regclass(name) IS NOT NULL
+"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,9 @@ class Database:
     name: str = ""
     may_write: bool = False
     unfit: str = ""
+    # Of our tables: those that the user may not use, and those of which a policy hides rows.
+    lacking: str = ""
+    hidden: str = ""
 
 
 def judge(found: Database, setting: str) -> Finding:
@@ -51,6 +62,15 @@ def judge(found: Database, setting: str) -> Finding:
     if not found.may_write:
         problem = f"{setting}: {found.user} may not create or change tables in {found.name}"
         fix = f'psql {found.name} -c "GRANT CREATE ON SCHEMA public TO {found.user}" (as the owner)'
+        return Finding("postgres", problem=problem, fix=fix)
+    if found.hidden:
+        problem = f"{setting}: row-level security hides rows from {found.user}, which is an error: {found.hidden}"
+        fix = f"ALTER TABLE ... NO FORCE ROW LEVEL SECURITY, or ALTER ROLE {found.user} BYPASSRLS"
+        return Finding("postgres", problem=problem, fix=fix)
+    # The gateway's own role has the rights that conf/gateway-role.sql grants.
+    if found.lacking and setting == "DATABASE_URL":
+        problem = f"{setting}: {found.user} may not read and write {found.lacking}"
+        fix = f"REASSIGN OWNED BY ... TO {found.user} (as a superuser): upgrades change tables"
         return Finding("postgres", problem=problem, fix=fix)
     return Finding("postgres", f"{setting}: Postgres {found.version}, {found.user} in {found.name}")
 
@@ -78,7 +98,14 @@ def _ask(db: peewee.PostgresqlDatabase) -> Database:
     if found.may_write:
         # Who may not write may not read this either.
         schema.check_version(db)
-    return found
+    [lists] = db.execute_sql(NOT_OURS, (_tables(),)).fetchall()
+    return replace(found, lacking=lists[0], hidden=lists[1])
+
+
+def _tables() -> list[str]:
+    """The names of our tables, of which some may not be there yet."""
+    texts = [path.read_text() for path in schema.MIGRATIONS.glob("*.py")]
+    return sorted({name for text in texts for name in re.findall(r"CREATE TABLE (\w+)", text)})
 
 
 def first_line(error: Exception) -> str:
