@@ -35,6 +35,8 @@ SETTINGS = {
     "jit": "off",
     # No part of a statement, such as a prompt, comes back as a notice.
     "client_min_messages": "warning",
+    # Migrations make tables whose rows are updated, which those of column stores are not.
+    "default_table_access_method": "heap",
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
     # Postgres ends the session of a client that vanished, and releases its locks, within about a minute.

@@ -214,6 +214,19 @@ def test_what_only_a_superuser_can_correct(postgres: str, database_url: str, set
     database.close()
 
 
+def test_tables_are_no_column_stores(postgres: str) -> None:
+    """Where new tables are kept in another way by default, such as one without updates, ours are as everywhere."""
+    with made(postgres, "ENCODING 'UTF8'") as url, psycopg2.connect(url) as admin, admin.cursor() as cursor:
+        cursor.execute("CREATE ACCESS METHOD another TYPE TABLE HANDLER heap_tableam_handler")
+        cursor.execute(f"ALTER DATABASE {parse(url)['dbname']} SET default_table_access_method = another")
+        admin.commit()
+        database = Database(url, "test")
+        database.call(migrate)
+        database.close()
+        cursor.execute("SELECT count(*) FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE amname = 'another'")
+        assert cursor.fetchone() == (0,)
+
+
 def test_refusals_in_another_encoding() -> None:
     """A server that refuses a connection in its own language and encoding is away, with its words as the cause."""
     words = "FATAL:  Passwort-Authentifizierung für Benutzer »batch« fehlgeschlagen"
