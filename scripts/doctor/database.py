@@ -15,16 +15,23 @@ TIMEOUT_S = 5.0
 FACTS = """
 SELECT current_setting('server_version_num')::int / 10000, pg_is_in_recovery(), current_user, current_database(),
        CASE WHEN to_regclass('batches') IS NULL THEN has_schema_privilege(current_schema(), 'CREATE')
-            ELSE has_table_privilege('batches', 'INSERT, UPDATE, DELETE') END
+            ELSE has_table_privilege('batches', 'INSERT, UPDATE, DELETE') END,
+       least(current_setting('max_connections')::int,
+             CASE WHEN NOT rolsuper AND rolconnlimit >= 0 THEN rolconnlimit END,
+             CASE WHEN NOT rolsuper AND datconnlimit >= 0 THEN datconnlimit END)
+FROM pg_roles, pg_database WHERE rolname = session_user AND datname = current_database()
 """
-# Of our tables, those that the role may not read and write as it likes, and those of which a policy hides rows from it.
+# Of our tables and sequences, those that the role may not use as it likes, and those of which a policy hides rows.
 NOT_OURS = """
-SELECT coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE NOT has_table_privilege(name, 'SELECT')
-           OR NOT has_table_privilege(name, 'INSERT') OR NOT has_table_privilege(name, 'UPDATE')
-           OR NOT has_table_privilege(name, 'DELETE')), ''),
-       coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE row_security_active(name)), '')
-FROM unnest(%s) AS name WHERE to_regclass(name) IS NOT NULL
+SELECT coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE CASE relkind
+           WHEN 'S' THEN NOT has_sequence_privilege(name, 'USAGE')
+           ELSE NOT has_table_privilege(name, 'SELECT') OR NOT has_table_privilege(name, 'INSERT')
+                OR NOT has_table_privilege(name, 'UPDATE') OR NOT has_table_privilege(name, 'DELETE') END), ''),
+       coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE relkind <> 'S' AND row_security_active(name)), '')
+FROM unnest(%s) AS name JOIN pg_class c ON c.oid = to_regclass(name)
 """
+# What a host takes at most, and at rest (docs/capacity.md).
+CONNECTIONS, CONNECTIONS_AT_REST = 12, 5
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,10 @@ class Database:
     user: str = ""
     name: str = ""
     may_write: bool = False
+    # How many connections the user may have in this database.
+    connections: int = CONNECTIONS
     unfit: str = ""
-    # Of our tables: those that the user may not use, and those of which a policy hides rows.
+    # Of our tables and sequences: those that the user may not use, and those of which a policy hides rows.
     lacking: str = ""
     hidden: str = ""
 
@@ -72,6 +81,11 @@ def judge(found: Database, setting: str) -> Finding:
         problem = f"{setting}: {found.user} may not read and write {found.lacking}"
         fix = f"REASSIGN OWNED BY ... TO {found.user} (as a superuser): upgrades change tables"
         return Finding("postgres", problem=problem, fix=fix)
+    if found.connections < CONNECTIONS and setting == "DATABASE_URL":
+        problem = f"{setting}: {found.user} may have {found.connections} connections to {found.name}"
+        fix = f"allow each host {CONNECTIONS} (ALTER ROLE or ALTER DATABASE ... CONNECTION LIMIT, max_connections)"
+        is_blocking = found.connections < CONNECTIONS_AT_REST
+        return Finding("postgres", problem=problem, fix=fix, is_blocking=is_blocking)
     return Finding("postgres", f"{setting}: Postgres {found.version}, {found.user} in {found.name}")
 
 
@@ -103,9 +117,10 @@ def _ask(db: peewee.PostgresqlDatabase) -> Database:
 
 
 def _tables() -> list[str]:
-    """The names of our tables, of which some may not be there yet."""
+    """The names of our tables and sequences, of which some may not be there yet."""
     texts = [path.read_text() for path in schema.MIGRATIONS.glob("*.py")]
-    return sorted({name for text in texts for name in re.findall(r"CREATE TABLE (\w+)", text)})
+    made = {name for text in texts for name in re.findall(r"CREATE (?:TABLE|SEQUENCE) (\w+)", text)}
+    return sorted(made | {"batches_id_seq"})
 
 
 def first_line(error: Exception) -> str:
