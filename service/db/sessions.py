@@ -64,12 +64,19 @@ MAY_SET = (
 )
 PRIVILEGES_SINCE = 150000
 
-# Where tables would be made, and where those are that would be found. With these elsewhere a worker would begin anew
-# beside them, as when somebody makes a schema that has the role's name.
+# Where tables would be made; the first schema of the path that there is, even if the role may not use it; and where our
+# tables are found. A worker would begin anew in the first, beside what is in another, as when somebody makes a schema
+# that has the role's name.
 LOOK = """
 SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_schema(),
-       coalesce((SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                 WHERE c.oid = pg_catalog.to_regclass('schema_floor')), pg_catalog.current_schema()),
+       (SELECT n.nspname
+        FROM pg_catalog.unnest(pg_catalog.string_to_array(pg_catalog.current_setting('search_path'), ','))
+             WITH ORDINALITY AS p (name, place)
+        JOIN pg_catalog.pg_namespace n
+             ON n.nspname = pg_catalog.replace(pg_catalog.btrim(name, ' "'), '$user', current_user)
+        ORDER BY place LIMIT 1),
+       (SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.oid = pg_catalog.to_regclass('schema_floor')),
        pg_catalog.current_setting('session_replication_role'),
        (SELECT setting::bigint FROM pg_catalog.pg_settings WHERE name = 'temp_file_limit')
 """
@@ -171,15 +178,20 @@ def _prepare(connection: Any, timeout_s: float, is_local: bool) -> None:
 def check(db: peewee.PostgresqlDatabase) -> None:
     """Raises DatabaseUnfitError for permanent reasons why we could not work here, or not correctly."""
     standby.check(db)
-    path, schema, other, triggers, temporary_kb = db.execute_sql(LOOK).fetchone()
+    path, schema, first, found, triggers, temporary_kb = db.execute_sql(LOOK).fetchone()
     if schema is None or schema.startswith("pg_") or path.strip(' "').startswith("pg_temp"):
         raise DatabaseUnfitError(
             f"the search_path {path!r} begins with no schema that can keep tables: correct it (ALTER ROLE ... SET"
             " search_path), or make that schema"
         )
-    if other != schema:
+    if found is None and first not in (None, schema):
         raise DatabaseUnfitError(
-            f"the search_path {path!r} begins with schema {schema}, and the tables of a stack are in {other}, which is"
+            f"the search_path {path!r} begins with schema {first}, which the role may not use: GRANT USAGE ON SCHEMA"
+            f" {first}, or leave it out (ALTER ROLE ... SET search_path)"
+        )
+    if found not in (None, schema):
+        raise DatabaseUnfitError(
+            f"the search_path {path!r} begins with schema {schema}, and the tables of a stack are in {found}, which is"
             " on it too: begin it with the one to use, and leave out the other (ALTER ROLE ... SET search_path)"
         )
     if triggers == "replica":
