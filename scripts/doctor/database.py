@@ -30,6 +30,11 @@ SELECT coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE CASE relkind
        coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE relkind <> 'S' AND row_security_active(name)), '')
 FROM unnest(%s) AS name JOIN pg_class c ON c.oid = to_regclass(name)
 """
+# Since Postgres 15: a system library that sorts in another order than the one with which indexes were made.
+COLLATION = """
+SELECT datcollversion, pg_database_collation_actual_version(oid) FROM pg_database WHERE datname = current_database()
+"""
+COLLATION_SINCE = 15
 # What a host takes at most, and at rest (docs/capacity.md).
 CONNECTIONS, CONNECTIONS_AT_REST = 12, 5
 
@@ -50,6 +55,8 @@ class Database:
     # Of our tables and sequences: those that the user may not use, and those of which a policy hides rows.
     lacking: str = ""
     hidden: str = ""
+    # The collation version with which the database was made, and the server's, if they differ.
+    collations: str = ""
 
 
 def judge(found: Database, setting: str) -> Finding:
@@ -86,6 +93,10 @@ def judge(found: Database, setting: str) -> Finding:
         fix = f"allow each host {CONNECTIONS} (ALTER ROLE or ALTER DATABASE ... CONNECTION LIMIT, max_connections)"
         is_blocking = found.connections < CONNECTIONS_AT_REST
         return Finding("postgres", problem=problem, fix=fix, is_blocking=is_blocking)
+    if found.collations:
+        problem = f"{setting}: indexes of {found.name} were made with another collation version ({found.collations})"
+        fix = f"REINDEX DATABASE {found.name}, then ALTER DATABASE {found.name} REFRESH COLLATION VERSION"
+        return Finding("postgres", problem=problem, fix=fix, is_blocking=False)
     return Finding("postgres", f"{setting}: Postgres {found.version}, {found.user} in {found.name}")
 
 
@@ -113,7 +124,11 @@ def _ask(db: peewee.PostgresqlDatabase) -> Database:
         # Who may not write may not read this either.
         schema.check_version(db)
     [lists] = db.execute_sql(NOT_OURS, (_tables(),)).fetchall()
-    return replace(found, lacking=lists[0], hidden=lists[1])
+    collations = ""
+    if found.version >= COLLATION_SINCE:
+        [(made, actual)] = db.execute_sql(COLLATION).fetchall()
+        collations = f"{made or 'none'}, now {actual or 'none'}" if made != actual else ""
+    return replace(found, lacking=lists[0], hidden=lists[1], collations=collations)
 
 
 def _tables() -> list[str]:
