@@ -70,6 +70,7 @@ CLASSES = {
     "XX": Meaning.AWAY,  # a bug or damage of the server
 }
 READ_ONLY = "25006"
+TOO_LARGE = "54000"
 # Exceptions to their class.
 CODES = {
     READ_ONLY: Meaning.AWAY,  # read-only: a standby, a full disk, a maintenance
@@ -107,12 +108,18 @@ def meaning_of(error: Exception) -> Meaning | None:
         return None
     sqlstate = getattr(original, "pgcode", None)
     if sqlstate:
-        return meaning(sqlstate)
+        return Meaning.AWAY if _has_no_ids(sqlstate, original) else meaning(sqlstate)
     # Raised by libpq or psycopg2 themselves: about the connection, or about wrong use of their API.
     if isinstance(original, psycopg2.DataError):
         return Meaning.REFUSED
     wrong_use = (psycopg2.ProgrammingError, psycopg2.NotSupportedError, peewee.ProgrammingError)
     return Meaning.FAULT if isinstance(original, wrong_use) else Meaning.AWAY
+
+
+def _has_no_ids(sqlstate: str, error: Exception) -> bool:
+    """True for a server without transaction ids until a VACUUM. The code is that of data which is too large."""
+    diag = getattr(error, "diag", None)
+    return sqlstate == TOO_LARGE and getattr(diag, "source_file", None) in ("varsup.c", "multixact.c")
 
 
 def is_away(error: Exception) -> bool:

@@ -35,6 +35,8 @@ SETTINGS = {
     "jit": "off",
     # No part of a statement, such as a prompt, comes back as a notice.
     "client_min_messages": "warning",
+    # Migrations make tables whose rows are updated, which those of column stores are not.
+    "default_table_access_method": "heap",
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
     # Postgres ends the session of a client that vanished, and releases its locks, within about a minute.
@@ -61,6 +63,25 @@ MAY_SET = (
     "WHERE pg_catalog.has_parameter_privilege(%s, 'SET')",
 )
 PRIVILEGES_SINCE = 150000
+
+# Where tables would be made; the first schema of the path that there is, even if the role may not use it; and where our
+# tables are found. A worker would begin anew in the first, beside what is in another, as when somebody makes a schema
+# that has the role's name.
+LOOK = """
+SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_schema(),
+       (SELECT n.nspname
+        FROM pg_catalog.unnest(pg_catalog.string_to_array(pg_catalog.current_setting('search_path'), ','))
+             WITH ORDINALITY AS p (name, place)
+        JOIN pg_catalog.pg_namespace n
+             ON n.nspname = pg_catalog.replace(pg_catalog.btrim(name, ' "'), '$user', current_user)
+        ORDER BY place LIMIT 1),
+       (SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.oid = pg_catalog.to_regclass('schema_floor')),
+       pg_catalog.current_setting('session_replication_role'),
+       (SELECT setting::bigint FROM pg_catalog.pg_settings WHERE name = 'temp_file_limit')
+"""
+# Storing a group of results takes about three times their size in temporary files.
+LEAST_TEMPORARY_KB = 256 << 10
 
 # For statements sent while a session is opened, before the caller's own deadline applies.
 _deadlines = Deadlines()
@@ -115,6 +136,9 @@ def _servers(host: str, hostaddr: str, port: str) -> Servers:
 def _connected(given: Mapping[str, Any], timeout_s: float) -> Any:
     try:
         return psycopg2.connect(**{**given, "connect_timeout": max(2, round(timeout_s))})
+    except UnicodeDecodeError as error:
+        # Before it knows the client's encoding, a server refuses in that of its own language.
+        told = error.object.decode("latin-1")
     except psycopg2.OperationalError as error:
         told = certificates.explained(str(error), given, timeout_s)
         if not told:
@@ -154,13 +178,31 @@ def _prepare(connection: Any, timeout_s: float, is_local: bool) -> None:
 def check(db: peewee.PostgresqlDatabase) -> None:
     """Raises DatabaseUnfitError for permanent reasons why we could not work here, or not correctly."""
     standby.check(db)
-    path, schema = db.execute_sql(
-        "SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_schema()"
-    ).fetchone()
+    path, schema, first, found, triggers, temporary_kb = db.execute_sql(LOOK).fetchone()
     if schema is None or schema.startswith("pg_") or path.strip(' "').startswith("pg_temp"):
         raise DatabaseUnfitError(
             f"the search_path {path!r} begins with no schema that can keep tables: correct it (ALTER ROLE ... SET"
             " search_path), or make that schema"
+        )
+    if found is None and first not in (None, schema):
+        raise DatabaseUnfitError(
+            f"the search_path {path!r} begins with schema {first}, which the role may not use: GRANT USAGE ON SCHEMA"
+            f" {first}, or leave it out (ALTER ROLE ... SET search_path)"
+        )
+    if found not in (None, schema):
+        raise DatabaseUnfitError(
+            f"the search_path {path!r} begins with schema {schema}, and the tables of a stack are in {found}, which is"
+            " on it too: begin it with the one to use, and leave out the other (ALTER ROLE ... SET search_path)"
+        )
+    if triggers == "replica":
+        raise DatabaseUnfitError(
+            "session_replication_role is replica, with which ended batches send no webhooks: reset it (ALTER ROLE ..."
+            " RESET session_replication_role)"
+        )
+    if 0 <= temporary_kb < LEAST_TEMPORARY_KB:
+        raise DatabaseUnfitError(
+            f"temp_file_limit is {temporary_kb} kB, and storing results takes up to {LEAST_TEMPORARY_KB} kB: raise it"
+            " (ALTER ROLE ... SET temp_file_limit)"
         )
     if db not in _unshared and _is_shared(db):
         raise DatabaseUnfitError(

@@ -118,9 +118,23 @@ def test_postgres(postgres: str, database_url: str) -> None:
     try:
         reader = database.probe(database_url.replace("user=postgres", "user=doctor_reader"))
         assert (reader.user, reader.may_write) == ("doctor_reader", False)
+        for statement, told in (
+            ("GRANT ALL ON ALL TABLES IN SCHEMA public TO doctor_reader", "write batches_id_seq, file_ids"),
+            ("GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO doctor_reader", ""),
+            ("REVOKE DELETE ON results, purges FROM doctor_reader", "may not read and write purges, results"),
+            ("GRANT ALL ON ALL TABLES IN SCHEMA public TO doctor_reader", ""),
+            ("ALTER ROLE doctor_reader CONNECTION LIMIT 8", "may have 8 connections"),
+            ("ALTER TABLE files ENABLE ROW LEVEL SECURITY", "hides rows from doctor_reader, which is an error: files"),
+        ):
+            with owner.cursor() as cursor:
+                cursor.execute(statement)
+            problem = database.judge(
+                database.probe(database_url.replace("user=postgres", "user=doctor_reader")), "DATABASE_URL"
+            ).problem
+            assert (told in problem) == bool(problem or not told), problem
     finally:
         with owner.cursor() as cursor:
-            cursor.execute("DROP ROLE doctor_reader")
+            cursor.execute("DROP OWNED BY doctor_reader; DROP ROLE doctor_reader")
         owner.close()
 
 

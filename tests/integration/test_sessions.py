@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,6 +167,106 @@ def test_search_paths_without_a_place_for_tables(postgres: str, database_url: st
         admin.commit()
     database.call(check_schema)
     database.close()
+
+
+def test_tables_behind_another_schema(postgres: str) -> None:
+    """When somebody makes a schema that precedes that of the tables, no second, empty set of them is begun there."""
+    role = f"r_{uuid.uuid4().hex[:8]}"
+    with made(postgres, "ENCODING 'UTF8'") as url:
+        owner = Database(url, "test")
+        owner.call(migrate)
+        owner.call(lambda db: db.execute_sql(f"CREATE ROLE {role} LOGIN SUPERUSER; CREATE SCHEMA {role}"))
+        theirs = url.replace("user=postgres", f"user={role}")
+        database = Database(theirs, "test")
+        for ask in (migrate, check_schema):
+            with pytest.raises(DatabaseUnfitError, match=f"schema {role}, and the tables of a stack are in public"):
+                database.call(ask)
+        assert "the tables of a stack are in public" in doctor.judge(doctor.probe(theirs), "DATABASE_URL").problem
+        owner.call(lambda db: db.execute_sql(f"DROP SCHEMA {role}"))
+        database.call(check_schema)
+        database.close()
+        owner.call(lambda db: db.execute_sql(f"DROP ROLE {role}"))
+        owner.close()
+
+
+def test_a_schema_that_the_role_may_not_use(postgres: str) -> None:
+    """A role that lacks a right on the schema of its tables does not begin an empty set of them in the next one."""
+    role = f"r_{uuid.uuid4().hex[:8]}"
+    with made(postgres, "ENCODING 'UTF8'") as url, psycopg2.connect(url) as owner, owner.cursor() as cursor:
+        cursor.execute("CREATE SCHEMA mine")
+        cursor.execute(f"CREATE ROLE {role} LOGIN; GRANT ALL ON SCHEMA public TO {role}")
+        cursor.execute(f"ALTER ROLE {role} SET search_path = mine, public")
+        owner.commit()
+        database = Database(url.replace("user=postgres", f"user={role}"), "test")
+        with pytest.raises(DatabaseUnfitError, match="begins with schema mine, which the role may not use"):
+            database.call(migrate)
+        cursor.execute(f"GRANT ALL ON SCHEMA mine TO {role}")
+        owner.commit()
+        assert database.call(migrate)
+        database.close()
+        cursor.execute("SELECT DISTINCT schemaname FROM pg_tables WHERE tablename = 'batches'")
+        assert cursor.fetchall() == [("mine",)]
+        cursor.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        owner.commit()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        # Webhooks would be lost without a word.
+        ("session_replication_role = replica", "session_replication_role is replica"),
+        ("temp_file_limit = '10MB'", "temp_file_limit is 10240 kB"),
+    ],
+)
+def test_what_only_a_superuser_can_correct(postgres: str, database_url: str, setting: str, told: str) -> None:
+    """Settings with which work would be lost or never be stored are rejected until they are corrected."""
+    name = parse(database_url)["dbname"]
+    database = Database(database_url, "test")
+    with psycopg2.connect(postgres % "postgres") as admin, admin.cursor() as cursor:
+        cursor.execute(f"ALTER DATABASE {name} SET {setting}")
+        admin.commit()
+        with pytest.raises(DatabaseUnfitError, match=told):
+            database.call(check_schema)
+        assert told in doctor.judge(doctor.probe(database_url), "DATABASE_URL").problem
+        cursor.execute(f"ALTER DATABASE {name} RESET ALL")
+        admin.commit()
+    database.call(check_schema)
+    round_trip(database)
+    database.close()
+
+
+def test_tables_are_no_column_stores(postgres: str) -> None:
+    """Where new tables are kept in another way by default, such as one without updates, ours are as everywhere."""
+    with made(postgres, "ENCODING 'UTF8'") as url, psycopg2.connect(url) as admin, admin.cursor() as cursor:
+        cursor.execute("CREATE ACCESS METHOD another TYPE TABLE HANDLER heap_tableam_handler")
+        cursor.execute(f"ALTER DATABASE {parse(url)['dbname']} SET default_table_access_method = another")
+        admin.commit()
+        database = Database(url, "test")
+        database.call(migrate)
+        database.close()
+        cursor.execute("SELECT count(*) FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE amname = 'another'")
+        assert cursor.fetchone() == (0,)
+
+
+def test_refusals_in_another_encoding() -> None:
+    """A server that refuses a connection in its own language and encoding is away, with its words as the cause."""
+    words = "FATAL:  Passwort-Authentifizierung für Benutzer »batch« fehlgeschlagen"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                fields = f"SFATAL\0C28P01\0M{words[8:]}\0\0".encode("latin-1")
+                connection.sendall(b"E" + struct.pack("!i", len(fields) + 4) + fields)
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        database = Database(f"postgresql://batch@127.0.0.1:{server.getsockname()[1]}/a?sslmode=disable", "test")
+        with pytest.raises(DatabaseAwayError, match=words):
+            database.call(recoveries.uptime_s)
+        thread.join()
+        database.close()
 
 
 def test_options_of_the_url_are_kept(postgres: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+import psycopg2
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -649,6 +650,25 @@ def test_postgres_that_takes_no_writes_is_away(host: SupervisedHost, database_ur
         assert (seen.decision.verdict, seen.decision.action) == (Verdict.DATABASE_AWAY, Action.HOLD)
     host.database.call(lambda db: db.execute_sql(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
     host.cut()
+    until_healthy(guards)
+    assert (len(host.lives()), host.restarts()) == (1, [])
+    own.close()
+
+
+def test_a_heartbeat_that_others_have_locked_is_no_lost_one(host: SupervisedHost, database_url: str) -> None:
+    """While an operator's open transaction has the worker's row locked: DATABASE_AWAY, and no restart."""
+    own = Database(database_url, "guards", 0.3)
+    guards = host.guard(own)
+    until_healthy(guards)
+    timeout_s = host.settings.heartbeat_timeout_s
+    with psycopg2.connect(database_url) as operator, operator.cursor() as cursor:
+        cursor.execute("SELECT FROM heartbeats FOR UPDATE")
+        until(
+            lambda: host.database.call(heartbeats.read, WORKER_ID)[0].age_s > 3 * timeout_s,
+            "a heartbeat that is long stale",
+        )
+        for seen in look_again(guards):
+            assert (seen.decision.verdict, seen.decision.action) == (Verdict.DATABASE_AWAY, Action.HOLD)
     until_healthy(guards)
     assert (len(host.lives()), host.restarts()) == (1, [])
     own.close()

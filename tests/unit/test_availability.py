@@ -54,6 +54,33 @@ def test_meaning(sqlstate: str, expected: Meaning) -> None:
     assert meaning(sqlstate) is expected
 
 
+class Diagnosed(psycopg2.OperationalError):
+    """An error as a server raises it in this file of its source."""
+
+    pgcode = "54000"
+    source_file = ""
+
+    @property
+    def diag(self) -> "Diagnosed":  # type: ignore[override]
+        return self
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("varsup.c", Meaning.AWAY),
+        ("multixact.c", Meaning.AWAY),
+        ("nbtutils.c", Meaning.REFUSED),
+        (None, Meaning.REFUSED),
+    ],
+)
+def test_no_transaction_ids_left(file: str | None, expected: Meaning) -> None:
+    """A server that takes no transactions before it is vacuumed is away, although its code is that of large data."""
+    error = Diagnosed("die Datenbank nimmt keine Befehle an")
+    error.source_file = file  # type: ignore[assignment]
+    assert meaning_of(error) is expected
+
+
 @given(st.from_regex(r"[0-9A-Z]{5}", fullmatch=True))
 def test_any_code(sqlstate: str) -> None:
     """Any code has a meaning: its own, that of its class, or AWAY."""

@@ -272,6 +272,9 @@ def test_embedded_postgres() -> None:
         (database.Database("", 12, False, "batch", "batch", True), "Postgres 12 is too old"),
         (database.Database("", 15, True, "batch", "batch", True), "a standby"),
         (database.Database("", 15, False, "reader", "batch", False), "reader may not create or change tables in batch"),
+        (database.Database("", 15, False, "a", "b", True, collations="2.28, now 2.36"), "(2.28, now 2.36)"),
+        (database.Database("", 15, False, "a", "b", True, connections=4), "a may have 4 connections to b"),
+        (database.Database("", 15, False, "a", "b", True, lacking="results"), "a may not read and write results"),
     ],
 )
 def test_database(found: database.Database, expected: str) -> None:

@@ -21,6 +21,12 @@ from watchdog.observe.stall_detector import StallDetector
 from watchdog.policy import Evidence, Heartbeat, ProbeAnswer, Process, State
 from watchdog.supervisor import RefusedError, Supervisor, SupervisorAwayError
 
+# Does and undoes what a heartbeat takes: a transaction id, and the lock and triggers of its row. Sent as one, so that a
+# watchdog that is frozen in between keeps no lock.
+CAN_BEAT = """
+BEGIN; SELECT pg_current_xact_id(); UPDATE heartbeats SET pid = pid WHERE worker_id = %s; ROLLBACK
+"""
+
 
 class Observer:
     """Queries supervisord, health and heartbeat of one worker, each with a deadline. For use by one thread."""
@@ -184,10 +190,10 @@ class Observer:
 
     def _look(self, db: peewee.PostgresqlDatabase) -> tuple[float, SeenBeat | None]:
         """Uptime and heartbeat. Fails if the worker cannot beat either: Postgres accepts no writes, a right is missing,
-        or a migration runs, which may take minutes.
+        a migration runs, which may take minutes, or somebody has locked the row.
         """
         if not self._is_schema_there:
             schema.check(db)
             self._is_schema_there = True
-        db.execute_sql("UPDATE heartbeats SET pid = pid WHERE false")
+        db.execute_sql(CAN_BEAT, (self._worker_id,))
         return recoveries.uptime_s(db), next(iter(heartbeats.read(db, self._worker_id)), None)
