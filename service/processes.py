@@ -157,9 +157,19 @@ def leader(pid: int) -> Leader | None:
     return None if start_ticks is None else Leader(pid, start_ticks)
 
 
-def is_running(leader: Leader) -> bool:
-    """True if this very process exists and has not ended: not a zombie, and not another that got its pid."""
+def is_running(leader: Leader) -> bool | None:
+    """True if this very process exists and has not ended: not a zombie, and not another that got its pid.
+
+    None if that cannot be known: a process of another user has its pid, and /proc hides those (hidepid).
+    """
     state, start_ticks = _stat(leader.pid)
+    if start_ticks is None and leader.pid > 0:
+        try:
+            os.kill(leader.pid, 0)
+        except PermissionError:
+            return None
+        except OSError:
+            return False
     return start_ticks == leader.start_ticks and state not in "ZX"
 
 
