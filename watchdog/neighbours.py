@@ -64,7 +64,7 @@ class Neighbours:
         """Writes this watchdog's heartbeat with what it knows about its host."""
         try:
             self.database.call(schema.check_version)
-            detail = self.report.detail()
+            detail = {**self.report.detail(), "time": self.clock.now().isoformat()}
             is_ours = self.database.call(watchdogs.write, self.host, os.getpid(), self.machine, detail)
         except TooOldError as error:
             log.error("too_old", cause=str(error))

@@ -330,7 +330,7 @@ def test_when_the_clock_of_postgres_is_set_nobody_is_reported(
 
 def test_two_machines_of_one_name_are_told(database: Database) -> None:
     """A watchdog whose name another machine's has says so once, when that one cannot be gone; `hosts` notes it too."""
-    clock = Mock()
+    clock = Mock(now=SystemClock().now)
     with receiving() as receiver:
         alerts = Alerts(Settings(sentry_dsn=SecretStr(receiver.dsn)))
         database.call(watchdogs.write, "twice", 1, "first", {"network": "n1", "address": "10.0.0.1"})
