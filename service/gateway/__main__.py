@@ -77,7 +77,7 @@ async def serve(settings: Settings) -> int:
         settings.heartbeat_timeout_s,
         accepting_changed,
         place,
-        settings.advertised_host,
+        settings.advertised_loopback,
         host_of(settings.own_id("gateway")),
     )
     allowed = access.of(settings, SystemClock())

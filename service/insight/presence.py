@@ -66,9 +66,9 @@ class Presence:
     clock: Clock
     timeout_s: float
     on_change: Callable[[bool], Awaitable[None]]
-    # Where this process runs, and what its host announces; None: it does not matter to others.
+    # Where this process runs, and what its host announces and others cannot reach (`Settings.advertised_loopback`).
     place: Place
-    host: str | None = None
+    loopback: str = ""
     # The name of its host.
     name: str = ""
     draw: Callable[[], float] = random.random
@@ -211,7 +211,7 @@ class Presence:
     def _divided(self, beats: Sequence[SeenBeat]) -> tuple[list[SeenBeat], list[SeenBeat]]:
         """The workers that can be called from here, and those that cannot. Raises AddressError at the first call."""
         if not self._are_addresses_checked:
-            if self.host is not None and (why := announce.problem(self.host, self.name, self.place, beats)):
+            if why := announce.problem(self.loopback, self.name, self.place, beats):
                 raise AddressError(f"{why}. {announce.ADVICE}")
             self._are_addresses_checked = True
         lost = [seen for seen in beats if not self._is_reachable(seen.beat)]
