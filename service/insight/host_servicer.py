@@ -16,6 +16,8 @@ from vllm_batch.v1 import host_service_pb2 as pb
 from vllm_batch.v1 import host_service_pb2_grpc
 
 MAX_REASON = 512
+# As in the function forget_host of the schema.
+MIN_QUIET_S = 30.0
 
 log = logs.get("hosts")
 
@@ -64,6 +66,11 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
         reason = f"forgotten by {_caller()}"
         if not await asyncio.shield(self._database.run(hosts.forget, host.name, self._timeout_s, reason)):
             last = min(host.programs, key=lambda each: each.age_s)
+            if not host.alive(self._timeout_s):
+                quiet_s = max(self._timeout_s, MIN_QUIET_S)
+                raise _refused(
+                    f"host {host.name!r} was last seen {last.age_s:.0f} s ago; wait until that is {quiet_s:.0f} s ago"
+                )
             raise _refused(
                 f"host {host.name!r} is alive: its {last.id.rpartition(':')[2]} was seen {last.age_s:.0f} s ago;"
                 f" stop it first, and wait for {self._timeout_s:.0f} s"

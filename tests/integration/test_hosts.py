@@ -167,13 +167,16 @@ def test_an_order_to_drain_outlasts_who_waits_for_it(fleet: Stack) -> None:
 
 
 def test_a_host_is_forgotten_only_when_it_is_gone(fleet: Stack) -> None:
-    """Orders about unknown hosts, `resume` without an order and `forget` of a living host are refused in words."""
+    """Orders about unknown hosts, `resume` without an order and `forget` of a living host are refused in words; so is
+    `forget` of one that has just been stopped, in others."""
     with Client(fleet.target, patience_s=0) as client:
         assert "'gamma' does not exist" in refused(lambda: client.drain_host("gamma")).message
         assert "is not drained" in refused(lambda: client.resume_host("alpha")).message
         assert "is alive: its worker-alpha was seen" in refused(lambda: client.forget_host("alpha")).message
         database = Database(fleet.database_url, "test")
-        beat(database, "gone:worker")
+        beat(database, "gone:worker", phase=Phase.STOPPING)
+        why = refused(lambda: client.forget_host("gone")).message
+        assert "was last seen 0 s ago; wait until that is" in why
         age(database, "gone", 100)
         assert "gone" in {host.name for host in client.hosts()}
         assert command(fleet, "hosts", "forget", "gone").returncode == 0
