@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import peewee
 
+from service import processes
 from service.clock import Clock
 from service.db import chunks, hosts, losses, recoveries, schema, watchdogs
 from service.db.availability import DATABASE_ERRORS
@@ -93,7 +94,9 @@ class Neighbours:
             self.alerts.tell("name_taken", "NAME_TAKEN", self.host, "error", message, {})
 
     def end(self) -> None:
-        """Says that this watchdog was stopped, so that nobody looks for it."""
+        """Says that this watchdog was stopped, so that nobody looks for it; not if it ends because supervisord died."""
+        if processes.has_lost_parent():
+            return
         try:
             self.database.call(watchdogs.end, self.host, os.getpid(), self.machine)
         except DATABASE_ERRORS as error:

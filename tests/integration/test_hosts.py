@@ -184,6 +184,22 @@ def test_a_host_is_forgotten_only_when_it_is_gone(fleet: Stack) -> None:
         database.close()
 
 
+def test_programs_that_end_because_their_parent_died_were_not_stopped(stack: Stack) -> None:
+    """When supervisord is killed, its programs end in order, and yet the host is lost, and not stopped."""
+    stack.prefix = ("sh", "-c", '"$@" & wait', "sh")
+    servers = [stack.gateway(), stack.worker()]
+    stack.wait_until_accepting()
+    for server in servers:
+        server.kill()
+    until(lambda: servers[0].events("gateway_ended") and servers[1].events("worker_ended"), "both to end")
+    database = Database(stack.database_url, "test")
+    [host] = database.call(hosts.read, 2)
+    assert {program.program: program.is_ended for program in host.programs} == {"gateway": False, "worker": False}
+    assert host.state(0) is hosts.State.LOST
+    assert dict(database.call(hosts.survey, 0).counts) == {"lost": 1}
+    database.close()
+
+
 def beat(database: Database, worker_id: str, *models: str, phase: Phase = Phase.READY, place: Place = NOWHERE) -> None:
     # One life: another would first have to take the name over.
     life = uuid5(NAMESPACE_OID, worker_id)
