@@ -9,6 +9,7 @@ from service.db.connection import Database
 from service.db.hosts import Host
 from service.errors import ApiError, Violation, invalid, not_found
 from service.insight.host_messages import host_message
+from service.insight.presence import Presence
 from service.rpc import call_context, pages
 from service.rpc.handlers import Context
 from service.telemetry import logs
@@ -23,12 +24,12 @@ log = logs.get("hosts")
 
 
 class HostServicer(host_service_pb2_grpc.HostServiceServicer):
-    """A program that was not seen for `timeout_s` is gone. `network` is that of this process (service/machine.py)."""
+    """A program that was not seen for `timeout_s` is gone. `presence`: what this process knows of the workers."""
 
-    def __init__(self, database: Database, timeout_s: float, network: str = "") -> None:
+    def __init__(self, database: Database, timeout_s: float, presence: Presence) -> None:
         self._database = database
         self._timeout_s = timeout_s
-        self._network = network
+        self._presence = presence
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: Context) -> pb.ListHostsResponse:
         """Lists hosts by name, the token being the last name of the page before."""
@@ -38,8 +39,9 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
             raise invalid([Violation("name", "must not contain NUL")])
         found = await self._database.read(hosts.read, size + 1, after, request.name)
         more = len(found) > size
+        network, unreached = self._presence.place.network, self._presence.unreached()
         return pb.ListHostsResponse(
-            hosts=[host_message(host, self._timeout_s, schema.known(), self._network) for host in found[:size]],
+            hosts=[host_message(host, self._timeout_s, schema.known(), network, unreached) for host in found[:size]],
             next_page_token=pages.token_after("hosts", found[size - 1].name) if more else "",
         )
 

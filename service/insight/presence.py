@@ -22,7 +22,7 @@ from service.errors import ApiError
 from service.insight import waiting
 from service.insight.channels import Channels
 from service.insight.links import Links
-from service.insight.routing import Freshness, Load, live, spread, unreachable
+from service.insight.routing import Freshness, LinkState, Load, live, spread, unreachable
 from service.insight.waiting import Worker
 from service.machine import Place
 from service.telemetry import logs
@@ -156,6 +156,11 @@ class Presence:
     def now(self) -> Freshness:
         """What is known about the workers, with the state of their links."""
         return replace(self.freshness, contacts=self._links.contacts)
+
+    def unreached(self) -> dict[str, str]:
+        """Why workers cannot be called from here, by their address."""
+        contacts = self._links.contacts.items()
+        return {address: each.cause for address, each in contacts if each.health is LinkState.UNREACHABLE}
 
     def _contact_changed(self) -> None:
         self._refused = None
