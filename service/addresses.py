@@ -35,6 +35,18 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" if address is None else address.is_loopback
 
 
+def loopback_here(name: str) -> str:
+    """The loopback address for which a name stands on this machine; "" if it stands for any other, or for none.
+
+    Debian's installer gives the machine's own name 127.0.1.1 in /etc/hosts, and others find another address for it.
+    """
+    try:
+        found = [str(address[0]) for *_, address in socket.getaddrinfo(bare(name), None, type=socket.SOCK_STREAM)]
+    except (socket.gaierror, UnicodeError):
+        return ""
+    return found[0] if found and all(map(is_loopback, found)) else ""
+
+
 def is_any(host: str) -> bool:
     """True for the wildcard addresses 0.0.0.0 and `::`, which cannot be called."""
     address = parsed(host)

@@ -26,13 +26,17 @@ def is_reachable(address: str, network: str, ours: str) -> bool:
     return not (is_elsewhere(network, ours) and is_loopback(bare(address.rpartition(":")[0])))
 
 
-def problem(host: str, name: str, place: Place, beats: Sequence[SeenBeat], dogs: Sequence[SeenWatchdog] = ()) -> str:
-    """Why the host `name`, which announces `host`, cannot work with those that beat now; "" if it can.
+def problem(
+    loopback: str, name: str, place: Place, beats: Sequence[SeenBeat], dogs: Sequence[SeenWatchdog] = ()
+) -> str:
+    """Why the host `name` cannot work with those that beat now; "" if it can.
+
+    `loopback`: what it announces and only it reaches, "" if others reach it (`Settings.advertised_loopback`).
 
     What ran under its name or on its machine is its own past: a reboot changes the network, and may be faster than the
     end of a lease. A host without workers is known by its watchdog.
     """
-    if not is_loopback(bare(host)):
+    if not loopback:
         return ""
 
     def is_other(its_name: str, machine: str, network: str) -> bool:
@@ -49,4 +53,4 @@ def problem(host: str, name: str, place: Place, beats: Sequence[SeenBeat], dogs:
         for dog in dogs
         if dog.is_alive and is_other(dog.watchdog_id, dog.machine, dog.network)
     ]
-    return f"other hosts use this Postgres ({others[0]}), and they cannot reach {host}" if others else ""
+    return f"other hosts use this Postgres ({others[0]}), and they cannot reach {loopback}" if others else ""

@@ -370,6 +370,16 @@ class Settings(BaseSettings):
             return self.own_host
         return name
 
+    @property
+    def advertised_loopback(self) -> str:
+        """The advertised host if only this host reaches it: on loopback, or a name that is so here; else ""."""
+        host = bare(self.advertised_host)
+        if is_loopback(host):
+            return host
+        # Who listens on every address is reached at whatever others find for the name.
+        here = addresses.loopback_here(host) if self.own_host == self.host else ""
+        return f"{host}, which is {here} on this host" if here else ""
+
     def advertised_address(self, port: int) -> str:
         """`host:port` at which gateways of all hosts reach this one."""
         return addresses.joined(self.advertised_host, port)

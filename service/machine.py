@@ -30,21 +30,30 @@ def here(home: Path | None = None) -> Place:
 
 def settle(home: Path) -> Place:
     """As `here`; gives the machine its id if it has none. Raises OSError."""
-    path = home / FILE
-    if not path.exists():
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        new = home / f"{FILE}.{uuid.uuid4()}"
-        try:
-            with open(new, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                file.write(f"{uuid.uuid4()}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            # All programs of a home may start at once: the first decides.
-            with suppress(FileExistsError):
-                os.link(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    keep(home, str(uuid.uuid4()))
     return here(home)
+
+
+def keep(home: Path, machine: str) -> None:
+    """Gives the machine this id if the file with its id is not there, or not any more. Raises OSError.
+
+    What starts later would make another, and take what runs for another machine.
+    """
+    path = home / FILE
+    if path.exists():
+        return
+    new = home / f"{FILE}.{uuid.uuid4()}"
+    try:
+        with open(new, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(f"{machine}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # All programs of a home may start at once: the first decides.
+        with suppress(FileExistsError):
+            os.link(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def boot_id() -> str:

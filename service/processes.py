@@ -25,6 +25,9 @@ ANSWER_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
 
+# Who has started this process, as far as it is to die with that; 0: not known.
+_parent = 0
+
 
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
     """Has the kernel send this process `signal_number` when its parent dies, as when supervisord is killed.
@@ -32,12 +35,18 @@ def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
     Sends it at once if the parent is dead already: the kernel signals deaths from now on. Survives exec, but not fork
     or a change of user (prctl(2)). Raises OSError.
     """
-    parent = os.getppid()
+    global _parent
+    parent = _parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent or _is_adopted(parent):
         os.kill(os.getpid(), signal_number)
+
+
+def has_lost_parent() -> bool:
+    """True if the parent with which this process is to die is dead: nobody has stopped this one in order."""
+    return _parent != os.getppid() and _parent != 0
 
 
 def _is_adopted(parent: int) -> bool:
@@ -157,9 +166,19 @@ def leader(pid: int) -> Leader | None:
     return None if start_ticks is None else Leader(pid, start_ticks)
 
 
-def is_running(leader: Leader) -> bool:
-    """True if this very process exists and has not ended: not a zombie, and not another that got its pid."""
+def is_running(leader: Leader) -> bool | None:
+    """True if this very process exists and has not ended: not a zombie, and not another that got its pid.
+
+    None if that cannot be known: a process of another user has its pid, and /proc hides those (hidepid).
+    """
     state, start_ticks = _stat(leader.pid)
+    if start_ticks is None and leader.pid > 0:
+        try:
+            os.kill(leader.pid, 0)
+        except PermissionError:
+            return None
+        except OSError:
+            return False
     return start_ticks == leader.start_ticks and state not in "ZX"
 
 

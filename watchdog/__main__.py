@@ -1,6 +1,7 @@
 """The watchdog process: `python -m watchdog`; `HELP` below is what users read."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -157,6 +158,12 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         log.error("port_not_free", port=settings.watchdog_port, cause=str(error))
         return 1
     log.info("watchdog_started", address=server.address)
+
+    def keep_machine() -> None:
+        # On a full disk it is tried again.
+        with contextlib.suppress(OSError):
+            machine.keep(settings.home, place.machine)
+
     collector = WatchdogCollector((workers, gateways), settings.home, neighbours)
     metrics.serve(settings.metrics_host, settings.watchdog_metrics_port, collector)
     ending = threading.Event()
@@ -170,6 +177,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
                 ("heartbeat", neighbours.beat, settings.heartbeat_interval_s, news),
                 ("neighbours", neighbours.look, neighbours.interval_s, None),
                 ("orders", orders.take, ORDERS_INTERVAL_S, None),
+                ("machine", keep_machine, settings.heartbeat_interval_s, None),
             )
         ),
     ]

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import peewee
 
+from service import processes
 from service.clock import Clock
 from service.db import chunks, hosts, losses, recoveries, schema, watchdogs
 from service.db.availability import DATABASE_ERRORS
@@ -64,7 +65,7 @@ class Neighbours:
         """Writes this watchdog's heartbeat with what it knows about its host."""
         try:
             self.database.call(schema.check_version)
-            detail = self.report.detail()
+            detail = {**self.report.detail(), "time": self.clock.now().isoformat()}
             is_ours = self.database.call(watchdogs.write, self.host, os.getpid(), self.machine, detail)
         except TooOldError as error:
             log.error("too_old", cause=str(error))
@@ -93,7 +94,9 @@ class Neighbours:
             self.alerts.tell("name_taken", "NAME_TAKEN", self.host, "error", message, {})
 
     def end(self) -> None:
-        """Says that this watchdog was stopped, so that nobody looks for it."""
+        """Says that this watchdog was stopped, so that nobody looks for it; not if it ends because supervisord died."""
+        if processes.has_lost_parent():
+            return
         try:
             self.database.call(watchdogs.end, self.host, os.getpid(), self.machine)
         except DATABASE_ERRORS as error:

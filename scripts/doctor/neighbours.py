@@ -40,7 +40,7 @@ def judge(
                 findings.append(
                     Finding("name", problem=f"{problem}; this one is at {settings.advertised_host}", fix=OWN_NAME)
                 )
-    if why := announce.problem(settings.advertised_host, host_name, place, beats, dogs):
+    if why := announce.problem(settings.advertised_loopback, host_name, place, beats, dogs):
         findings.append(Finding("address", problem=why, fix=announce.ADVICE))
     for beat in (seen.beat for seen in beats if seen.lease_left_s > 0):
         if announce.is_reachable(beat.address, beat.place.network, place.network):

@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from service import processes
 from service.db import schema, server_beats
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseUnfitError
 from service.db.connection import Database
@@ -40,6 +41,8 @@ class ServerBeat:
             await asyncio.sleep(self.interval_s)
 
     async def end(self) -> None:
-        """Says that it was stopped, if Postgres answers within END_TIMEOUT_S."""
+        """Says that it was stopped, if Postgres answers within END_TIMEOUT_S; not if supervisord has died."""
+        if processes.has_lost_parent():
+            return
         with suppress(*DATABASE_ERRORS, TimeoutError):
             await asyncio.wait_for(self.database.run(server_beats.end, self.server_id, os.getpid()), END_TIMEOUT_S)

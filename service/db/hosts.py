@@ -16,7 +16,8 @@ NEWS_S = 3600.0
 SEEN = """
 seen AS (
     SELECT host_of(worker_id) AS host, 'worker' AS program, worker_id AS id, address, phase, models, queued, detail,
-           version, schema_version, start_time, last_seen, phase = 'stopping' AS is_ended, machine, network
+           version, schema_version, start_time, last_seen,
+           phase = 'stopping' AND NOT detail ? 'is_orphan' AS is_ended, machine, network
     FROM heartbeats
     UNION ALL
     SELECT watchdog_id, 'watchdog', watchdog_id || ':watchdog', '', '', '{}', 0, detail,

@@ -15,22 +15,23 @@ def is_ours(seen: SeenBeat, place: Place) -> bool:
     return not theirs.machine or (theirs.machine, theirs.pid_space) == (place.machine, place.pid_space)
 
 
-def is_free(seen: SeenBeat, place: Place, is_running: bool, silence_s: float) -> bool:
+def is_free(seen: SeenBeat, place: Place, is_running: bool | None, silence_s: float) -> bool:
     """True when nobody can be behind this heartbeat any more, or its lease on the name is over.
 
-    `is_running`: a process with its pid and start time exists here, which counts where pids mean the same. A machine
-    that was booted again has ended its processes; that it was booted again, and is no copy of the one that beats, is
-    shown by a silence of `silence_s`.
+    `is_running`: a process with its pid and start time exists here, which counts where pids mean the same; None if that
+    cannot be seen. A machine that was booted again has ended its processes; that it was booted again, and is no copy of
+    the one that beats, is shown by a silence of `silence_s`.
     """
     theirs = seen.beat.place
-    if theirs.pid_space and theirs.pid_space == place.pid_space and seen.beat.start_ticks:
+    has_proof = theirs.pid_space and theirs.pid_space == place.pid_space and seen.beat.start_ticks
+    if has_proof and is_running is not None:
         return not is_running
     if theirs.machine and theirs.machine == place.machine and seen.age_s >= silence_s:
         return True
     return seen.lease_left_s <= 0
 
 
-def taken_by(seen: SeenBeat, place: Place, is_running: bool, silence_s: float) -> str:
+def taken_by(seen: SeenBeat, place: Place, is_running: bool | None, silence_s: float) -> str:
     """Which other machine has the name of this heartbeat, and where; "" if none has. Takes what `is_free` takes."""
     if is_ours(seen, place) or is_free(seen, place, is_running, silence_s):
         return ""

@@ -42,7 +42,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Pause:
-    """A pause of recovery that has not ended, as an operator ordered it."""
+    """A pause of recovery that has not ended, as an operator ordered it. It ends by Postgres' clock."""
 
     reason: str
     end_time: datetime
@@ -75,17 +75,20 @@ def put(db: peewee.PostgresqlDatabase, event: Event) -> int:
         return int(find.scalar(db))
 
 
-def of_note(db: peewee.PostgresqlDatabase, worker_id: str, machine: str, since: datetime) -> list[Event]:
+def of_note(
+    db: peewee.PostgresqlDatabase, worker_id: str, machine: str, since: datetime, keys: Sequence[UUID] = ()
+) -> list[Event]:
     """The events that decisions about a worker of this machine are based on, oldest first.
 
-    These are its restarts after `since`, the open one however old, and the last event of each other kind.
+    These are its restarts after `since`, the open one and those with `keys` however old, and the last event of each
+    other kind.
     """
     mine = (
         (RecoveryEvent.worker_id == worker_id)
         & (RecoveryEvent.machine.in_((machine, "")))
         & (RecoveryEvent.kind != "verdict")
     )
-    is_recent = (RecoveryEvent.start_time > since) | (RecoveryEvent.outcome == OPEN)
+    is_recent = (RecoveryEvent.start_time > since) | (RecoveryEvent.outcome == OPEN) | RecoveryEvent.key.in_(list(keys))
     is_restart = RecoveryEvent.kind == "restart"
     last = RecoveryEvent.select(peewee.fn.max(RecoveryEvent.id)).where(mine, ~is_restart).group_by(RecoveryEvent.kind)
     query = (
@@ -122,11 +125,16 @@ SELECT worker_id FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL
 ) AS last
 WHERE last.gave_up > coalesce(last.ended, 0)
 """
+# The times are those of the watchdog's clock, which need not agree with ours: its heartbeat tells the difference.
 PAUSED = f"""
-SELECT worker_id, last.reason, last.end_time FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (
+SELECT worker_id, last.reason, last.end_time + ahead.by
+FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (
     SELECT * FROM ({_last_ones("paused", "resumed")}) AS last_ones ORDER BY id DESC LIMIT 1
-) AS last
-WHERE last.kind = 'paused' AND last.end_time > clock_timestamp()
+) AS last CROSS JOIN LATERAL (
+    SELECT coalesce(max(last_seen - (detail->>'time')::timestamptz), '0') AS by
+    FROM watchdogs WHERE watchdog_id = host_of(worker_id)
+) AS ahead
+WHERE last.kind = 'paused' AND last.end_time + ahead.by > clock_timestamp()
 """
 LAST_TIMINGS = """
 SELECT worker_id, last.timings FROM unnest(%s::text[]) AS asked (worker_id) CROSS JOIN LATERAL (

@@ -77,7 +77,7 @@ async def serve(settings: Settings) -> int:
         settings.heartbeat_timeout_s,
         accepting_changed,
         place,
-        settings.advertised_host,
+        settings.advertised_loopback,
         host_of(settings.own_id("gateway")),
     )
     allowed = access.of(settings, SystemClock())
@@ -88,7 +88,7 @@ async def serve(settings: Settings) -> int:
     # On the connections of the calls: each statement is short, and what it misses comes again.
     deliverer = Deliverer(database, networks, Signer(allowed.quotas, SystemClock()), messages.batch_name)
     webhook_servicer = WebhookServicer(database, deliverer, networks, allowed.quotas)
-    host_servicer = HostServicer(database, settings.heartbeat_timeout_s, place.network)
+    host_servicer = HostServicer(database, settings.heartbeat_timeout_s, presence)
 
     def add_services(grpc_server: grpc.aio.Server) -> None:
         batch_service_pb2_grpc.add_BatchServiceServicer_to_server(servicer, grpc_server)

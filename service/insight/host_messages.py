@@ -6,11 +6,13 @@ from typing import Any
 from service import announce
 from service.db import heartbeats
 from service.db.hosts import Host, Program, State
+from service.db.losses import silence_s
 from service.rpc.times import duration
 from vllm_batch.v1 import host_service_pb2 as pb
 
 # A reason may contain a whole traceback's last line.
 MAX_REASON = 500
+NOTHING: Mapping[str, str] = {}
 
 STATES = {
     State.ALIVE: pb.HOST_STATE_ALIVE,
@@ -19,8 +21,14 @@ STATES = {
 }
 
 
-def host_message(host: Host, timeout_s: float, newest: int, network: str = "") -> pb.Host:
-    """Converts a host. `newest`: the schema version of this server; `network`: that in which it runs."""
+def host_message(
+    host: Host, timeout_s: float, newest: int, network: str = "", unreached: Mapping[str, str] = NOTHING
+) -> pb.Host:
+    """Converts a host.
+
+    `newest`: the schema version of this server; `network`: that in which it runs; `unreached`: why workers cannot be
+    called from there, by their address.
+    """
     detail = _watchdog_detail(host)
     guards = {str(guard["worker_id"]): guard for guard in detail.get("guards", ())}
     message = pb.Host(
@@ -33,7 +41,9 @@ def host_message(host: Host, timeout_s: float, newest: int, network: str = "") -
         drain=_drain(host, timeout_s),
     )
     notes = _notes(host, timeout_s, newest) + _notes_of_place(host, timeout_s, network)
-    message.notes.extend([*notes, *_notes_of_workers(message), *_notes_of_drain(message)])
+    message.notes.extend(
+        [*notes, *_notes_of_links(host, timeout_s, unreached), *_notes_of_workers(message), *_notes_of_drain(message)]
+    )
     return message
 
 
@@ -109,6 +119,16 @@ def _notes_of_place(host: Host, timeout_s: float, network: str) -> list[str]:
                 f"its {_name(each)} announces {each.address}, which only that host reaches: correct BATCH_HOST"
             )
     return notes
+
+
+def _notes_of_links(host: Host, timeout_s: float, unreached: Mapping[str, str]) -> list[str]:
+    """A line for each worker that beats, and to which this server has no link."""
+    return [
+        f"its {_name(each)} reaches Postgres, but cannot be called from here, at {each.address}:"
+        f" {unreached[each.address][:MAX_REASON]}"
+        for each in host.alive(timeout_s)
+        if each.program == "worker" and each.address in unreached and each.age_s < silence_s(each.detail)
+    ]
 
 
 def _name(program: Program) -> str:

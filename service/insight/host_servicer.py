@@ -9,6 +9,7 @@ from service.db.connection import Database
 from service.db.hosts import Host
 from service.errors import ApiError, Violation, invalid, not_found
 from service.insight.host_messages import host_message
+from service.insight.presence import Presence
 from service.rpc import call_context, pages
 from service.rpc.handlers import Context
 from service.telemetry import logs
@@ -16,17 +17,19 @@ from vllm_batch.v1 import host_service_pb2 as pb
 from vllm_batch.v1 import host_service_pb2_grpc
 
 MAX_REASON = 512
+# As in the function forget_host of the schema.
+MIN_QUIET_S = 30.0
 
 log = logs.get("hosts")
 
 
 class HostServicer(host_service_pb2_grpc.HostServiceServicer):
-    """A program that was not seen for `timeout_s` is gone. `network` is that of this process (service/machine.py)."""
+    """A program that was not seen for `timeout_s` is gone. `presence`: what this process knows of the workers."""
 
-    def __init__(self, database: Database, timeout_s: float, network: str = "") -> None:
+    def __init__(self, database: Database, timeout_s: float, presence: Presence) -> None:
         self._database = database
         self._timeout_s = timeout_s
-        self._network = network
+        self._presence = presence
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: Context) -> pb.ListHostsResponse:
         """Lists hosts by name, the token being the last name of the page before."""
@@ -36,8 +39,9 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
             raise invalid([Violation("name", "must not contain NUL")])
         found = await self._database.read(hosts.read, size + 1, after, request.name)
         more = len(found) > size
+        network, unreached = self._presence.place.network, self._presence.unreached()
         return pb.ListHostsResponse(
-            hosts=[host_message(host, self._timeout_s, schema.known(), self._network) for host in found[:size]],
+            hosts=[host_message(host, self._timeout_s, schema.known(), network, unreached) for host in found[:size]],
             next_page_token=pages.token_after("hosts", found[size - 1].name) if more else "",
         )
 
@@ -64,6 +68,11 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
         reason = f"forgotten by {_caller()}"
         if not await asyncio.shield(self._database.run(hosts.forget, host.name, self._timeout_s, reason)):
             last = min(host.programs, key=lambda each: each.age_s)
+            if not host.alive(self._timeout_s):
+                quiet_s = max(self._timeout_s, MIN_QUIET_S)
+                raise _refused(
+                    f"host {host.name!r} was last seen {last.age_s:.0f} s ago; wait until that is {quiet_s:.0f} s ago"
+                )
             raise _refused(
                 f"host {host.name!r} is alive: its {last.id.rpartition(':')[2]} was seen {last.age_s:.0f} s ago;"
                 f" stop it first, and wait for {self._timeout_s:.0f} s"

@@ -22,7 +22,7 @@ from service.errors import ApiError
 from service.insight import waiting
 from service.insight.channels import Channels
 from service.insight.links import Links
-from service.insight.routing import Freshness, Load, live, spread, unreachable
+from service.insight.routing import Freshness, LinkState, Load, live, spread, unreachable
 from service.insight.waiting import Worker
 from service.machine import Place
 from service.telemetry import logs
@@ -66,9 +66,9 @@ class Presence:
     clock: Clock
     timeout_s: float
     on_change: Callable[[bool], Awaitable[None]]
-    # Where this process runs, and what its host announces; None: it does not matter to others.
+    # Where this process runs, and what its host announces and others cannot reach (`Settings.advertised_loopback`).
     place: Place
-    host: str | None = None
+    loopback: str = ""
     # The name of its host.
     name: str = ""
     draw: Callable[[], float] = random.random
@@ -157,6 +157,11 @@ class Presence:
         """What is known about the workers, with the state of their links."""
         return replace(self.freshness, contacts=self._links.contacts)
 
+    def unreached(self) -> dict[str, str]:
+        """Why workers cannot be called from here, by their address."""
+        contacts = self._links.contacts.items()
+        return {address: each.cause for address, each in contacts if each.health is LinkState.UNREACHABLE}
+
     def _contact_changed(self) -> None:
         self._refused = None
         self._judge_now.set()
@@ -211,7 +216,7 @@ class Presence:
     def _divided(self, beats: Sequence[SeenBeat]) -> tuple[list[SeenBeat], list[SeenBeat]]:
         """The workers that can be called from here, and those that cannot. Raises AddressError at the first call."""
         if not self._are_addresses_checked:
-            if self.host is not None and (why := announce.problem(self.host, self.name, self.place, beats)):
+            if why := announce.problem(self.loopback, self.name, self.place, beats):
                 raise AddressError(f"{why}. {announce.ADVICE}")
             self._are_addresses_checked = True
         lost = [seen for seen in beats if not self._is_reachable(seen.beat)]

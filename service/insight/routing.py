@@ -258,6 +258,10 @@ def _lost(freshness: Freshness, seen: SeenBeat, now_s: float, for_s: float, more
     left_s = _left_s(sum(freshness.timings.get(seen.beat.worker_id, {}).values()), for_s, LOST_S)
     more_s = f"{_why(seen)}{_unwatched(freshness, seen, now_s)}"
     message = f"worker offline (last seen {freshness.age_s(seen, now_s):.0f}s ago){more_s}"
+    if for_s > losses.silence_s(seen.beat.detail) and not freshness.is_missed(seen, now_s):
+        # The heartbeat of one that is gone would be missing by now.
+        at, cause = seen.beat.address, more.get("cause", "")
+        message = f"worker {seen.beat.worker_id} reaches Postgres, but cannot be called from here, at {at}: {cause}"
     # The cause of an engine failure replaces that of the broken connection.
     return _refusal(WORKER_OFFLINE, message, {**more, **_metadata(freshness, seen, now_s)}, left_s)
 

@@ -48,6 +48,8 @@ CHANNEL_OPTIONS = (
     # Reconnects to a restarted worker within a second.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # The name may stand for another address by then; gRPC asks only every 30 s.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 )
 
 log = logs.get("rpc")

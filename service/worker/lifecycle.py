@@ -248,7 +248,7 @@ async def _prepare_database(settings: Settings, parts: Parts) -> None:
     timeout_s = max(settings.drain_timeout_s, settings.lease_s) + ENDING_TIMEOUT_S
     await asyncio.to_thread(parts.heart.wait_for_identity, timeout_s)
     if why := announce.problem(
-        settings.advertised_host, host_of(parts.state.worker_id), machine.here(settings.home), beats, dogs
+        settings.advertised_loopback, host_of(parts.state.worker_id), machine.here(settings.home), beats, dogs
     ):
         raise AddressError(why)
 

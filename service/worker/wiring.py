@@ -104,6 +104,8 @@ def build(settings: Settings, incarnation: UUID) -> Parts:
                 "urls": sorted(state.offer.urls),
                 **state.failure,
                 **drain(),
+                # Its host is lost then, not stopped.
+                **({"is_orphan": True} if processes.has_lost_parent() else {}),
             },
         )
 

@@ -58,6 +58,17 @@ def test_what_fails_is_told_in_its_place(tmp_path: Path) -> None:
     assert (folder / "memory.txt").exists()
 
 
+def test_evidence_is_the_owners_alone(tmp_path: Path) -> None:
+    """Also where supervisord does not set the umask, as it does only as a daemon, and not under systemd."""
+    before = os.umask(0o022)
+    try:
+        folder = evidence_folder.keep(tmp_path, Mark(tmp_path, "worker"), WHEN, "1", {}, None, [])
+    finally:
+        os.umask(before)
+    assert folder is not None
+    assert [oct(each.stat().st_mode)[-3:] for each in (folder, folder.parent)] == ["700", "700"]
+
+
 def test_what_hangs_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log whose disk does not answer holds up neither the rest of the evidence nor the restart."""
     monkeypatch.setattr(evidence_folder, "TIMEOUT_S", 3.0)

@@ -167,18 +167,37 @@ def test_an_order_to_drain_outlasts_who_waits_for_it(fleet: Stack) -> None:
 
 
 def test_a_host_is_forgotten_only_when_it_is_gone(fleet: Stack) -> None:
-    """Orders about unknown hosts, `resume` without an order and `forget` of a living host are refused in words."""
+    """Orders about unknown hosts, `resume` without an order and `forget` of a living host are refused in words; so is
+    `forget` of one that has just been stopped, in others."""
     with Client(fleet.target, patience_s=0) as client:
         assert "'gamma' does not exist" in refused(lambda: client.drain_host("gamma")).message
         assert "is not drained" in refused(lambda: client.resume_host("alpha")).message
         assert "is alive: its worker-alpha was seen" in refused(lambda: client.forget_host("alpha")).message
         database = Database(fleet.database_url, "test")
-        beat(database, "gone:worker")
+        beat(database, "gone:worker", phase=Phase.STOPPING)
+        why = refused(lambda: client.forget_host("gone")).message
+        assert "was last seen 0 s ago; wait until that is" in why
         age(database, "gone", 100)
         assert "gone" in {host.name for host in client.hosts()}
         assert command(fleet, "hosts", "forget", "gone").returncode == 0
         assert "gone" not in {host.name for host in client.hosts()}
         database.close()
+
+
+def test_programs_that_end_because_their_parent_died_were_not_stopped(stack: Stack) -> None:
+    """When supervisord is killed, its programs end in order, and yet the host is lost, and not stopped."""
+    stack.prefix = ("sh", "-c", '"$@" & wait', "sh")
+    servers = [stack.gateway(), stack.worker()]
+    stack.wait_until_accepting()
+    for server in servers:
+        server.kill()
+    until(lambda: servers[0].events("gateway_ended") and servers[1].events("worker_ended"), "both to end")
+    database = Database(stack.database_url, "test")
+    [host] = database.call(hosts.read, 2)
+    assert {program.program: program.is_ended for program in host.programs} == {"gateway": False, "worker": False}
+    assert host.state(0) is hosts.State.LOST
+    assert dict(database.call(hosts.survey, 0).counts) == {"lost": 1}
+    database.close()
 
 
 def beat(database: Database, worker_id: str, *models: str, phase: Phase = Phase.READY, place: Place = NOWHERE) -> None:
@@ -330,7 +349,7 @@ def test_when_the_clock_of_postgres_is_set_nobody_is_reported(
 
 def test_two_machines_of_one_name_are_told(database: Database) -> None:
     """A watchdog whose name another machine's has says so once, when that one cannot be gone; `hosts` notes it too."""
-    clock = Mock()
+    clock = Mock(now=SystemClock().now)
     with receiving() as receiver:
         alerts = Alerts(Settings(sentry_dsn=SecretStr(receiver.dsn)))
         database.call(watchdogs.write, "twice", 1, "first", {"network": "n1", "address": "10.0.0.1"})

@@ -51,6 +51,24 @@ def known(pid: int) -> Leader:
     return leader
 
 
+def test_a_process_that_is_hidden(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /proc hides the processes of other users, a pid that one of them has is told from one that nobody has."""
+    child = start({})
+    leader = known(child.pid)
+    assert processes.is_running(leader) is True
+    monkeypatch.setattr(processes, "_stat", lambda _: ("", None))
+
+    def refused(*_: int) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as others:
+        others.setattr(os, "kill", refused)
+        assert processes.is_running(leader) is None
+    child.kill()
+    child.wait()
+    assert processes.is_running(leader) is False
+
+
 def test_marked_are_those_of_the_home_and_the_name(tmp_path: Path, start: Start) -> None:
     """A process is ours by its home, however the path is written, and by its program's name."""
     worker, gateway = start(marks(tmp_path / ".." / tmp_path.name)), start(marks(tmp_path, "gateway"))

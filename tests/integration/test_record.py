@@ -14,7 +14,7 @@ from service.db.connection import Database
 from service.db.recoveries import Event
 from watchdog.policy import Action, Decision, Evidence, Process, State, Step, Verdict
 from watchdog.record.audit_log import KEPT_VERDICTS, AuditLog, UnrecordedError
-from watchdog.record.journal import Journal
+from watchdog.record.journal import Entry, Journal
 
 WORKER = "host:worker"
 EVIDENCE = Evidence(1.0, Process(State.EXITED))
@@ -253,3 +253,36 @@ def test_the_journal_of_a_copied_home_does_not_count(host: Host) -> None:
     assert (copy.restart_ages_s, copy.intent) == ((), None)
     host.machine = "here"
     assert ages(host.record()) == 1
+
+
+def test_the_journal_of_another_name_does_not_count(host: Host) -> None:
+    """Nor are those of the host from which this one was cloned with its machine's id, and then renamed."""
+    entries = [replace(entry, event=replace(entry.event, worker_id="template:worker")) for entry in opened(host)]
+    host.call(lambda db: db.execute_sql("DELETE FROM recovery_events"))
+    Journal(host.path).write(entries)
+    clone = host.record().history()
+    assert clone is not None
+    assert (clone.restart_ages_s, clone.intent) == ((), None)
+    assert host.listed() == []
+
+
+def test_a_home_that_was_rolled_back(host: Host) -> None:
+    """A restart that was open when a snapshot of the home was taken, and has long ended, is not open again."""
+    record = host.record()
+    intent = restart(record)
+    snapshot = Journal(host.path).read() or []
+    record.close(intent, "recovered", {}, None)
+    old = intent.start_time - timedelta(hours=2)
+    host.call(lambda db: db.execute_sql("UPDATE recovery_events SET start_time = %s", (old,)))
+    Journal(host.path).write(
+        [replace(each, event=replace(each.event, start_time=old), began=None) for each in snapshot]
+    )
+    past = host.record().history()
+    assert past is not None
+    assert past.intent is None
+
+
+def opened(host: Host) -> list[Entry]:
+    """The journal with an open restart."""
+    restart(host.record())
+    return Journal(host.path).read() or []

@@ -4,7 +4,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
-from service.db import heartbeats, recoveries
+import pytest
+
+from service.db import heartbeats, recoveries, watchdogs
 from service.db.connection import Database
 from service.db.heartbeats import Beat
 from service.db.recoveries import Event, Pause
@@ -98,6 +100,18 @@ def test_whose_recovery_is_paused(database: Database) -> None:
     put(database, replace(event("paused", "host:over"), end_time=NOW - timedelta(seconds=1)))
     asked = [WORKER, "host:resumed", "host:over", "host:new"]
     assert database.call(recoveries.paused, asked) == {WORKER: Pause("upgrade", end)}
+
+
+@pytest.mark.parametrize("hours", [-3, 2])
+def test_a_pause_ends_alike_for_clocks_that_differ(database: Database, hours: int) -> None:
+    """A host whose clock differs from that of Postgres by hours is paused for as long as its watchdog pauses."""
+    now, length = datetime.now(UTC) + timedelta(hours=hours), timedelta(minutes=10)
+    database.call(watchdogs.write, "host", 1, "", {"time": now.isoformat()})
+    put(database, replace(event("paused"), start_time=now, end_time=now + length))
+    [pause] = database.call(recoveries.paused, [WORKER]).values()
+    assert abs(pause.end_time - (datetime.now(UTC) + length)) < timedelta(minutes=1)
+    put(database, replace(event("paused"), start_time=now - 2 * length, end_time=now - length))
+    assert database.call(recoveries.paused, [WORKER]) == {}
 
 
 def test_machines_of_one_name(database: Database) -> None:

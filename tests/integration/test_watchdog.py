@@ -782,6 +782,18 @@ def test_watchdog_is_seen_in_postgres_while_it_lives(host: SupervisedHost) -> No
     until(lambda: host.database.call(watchdogs.read)[0].age_s > 1, "the row to age")
 
 
+def test_the_id_of_the_machine_that_is_deleted_comes_back(host: SupervisedHost) -> None:
+    """The watchdog restores the file with the machine's id, so that what starts later is on the same machine."""
+    Watchdog(host)
+    until(lambda: host.database.call(watchdogs.read), "a row")
+    # This one would make another id with its next beat.
+    host.supervisorctl("stop", "worker")
+    path = host.home / "machine-id"
+    machine = path.read_text()
+    path.unlink()
+    assert until(lambda: path.exists() and path.read_text(), "the id again") == machine
+
+
 def test_one_watchdog_per_port_ends_when_told(host: SupervisedHost) -> None:
     """`--check` accepts good settings, a second watchdog on the same port exits, and SIGTERM ends the first with 0."""
     assert host.run(sys.executable, "-m", "watchdog", "--check", BATCH_PROGRAMS="worker,watchdog").wait(30) == 0

@@ -1,6 +1,7 @@
 """Settings: defaults match the documentation, all errors are reported at once, secrets are never shown."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +212,24 @@ def test_a_worker_on_every_address_is_known_by_its_host(monkeypatch: pytest.Monk
     assert Settings(host="127.0.0.1").advertised_host == "127.0.0.1"
     monkeypatch.setattr("socket.gethostname", lambda: "no-such-host.invalid")
     assert Settings(host="0.0.0.0", allow_insecure=True).advertised_host == "127.0.0.1"
+
+
+def test_what_only_this_host_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address on loopback, and a name that stands for one here, as Debian's own name does; not a name that stands
+    for another as well, or under which this host listens on every address."""
+    found = {"debian": ["127.0.1.1"], "both": ["127.0.1.1", "10.0.0.1"], "gpu-1": ["10.0.0.1"]}
+
+    def resolve(name: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if name not in found:
+            raise socket.gaierror
+        return [(0, 0, 0, "", (address, 0)) for address in found[name]]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("socket.gethostname", lambda: "debian")
+
+    def told(host: str) -> str:
+        return Settings(host=host, allow_insecure=True).advertised_loopback
+
+    assert [told(host) for host in ("127.0.0.1", "[::1]", "localhost")] == ["127.0.0.1", "::1", "localhost"]
+    assert told("debian") == "debian, which is 127.0.1.1 on this host"
+    assert [told(host) for host in ("10.0.0.1", "gpu-1", "both", "unknown", "0.0.0.0")] == [""] * 5

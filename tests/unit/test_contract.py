@@ -159,6 +159,7 @@ LAYERS = {
         "service.auth",
         "service.db",
         "service.errors",
+        "service.processes",
         "service.rpc",
         "service.telemetry",
         "service.tenants",

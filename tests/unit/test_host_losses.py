@@ -85,6 +85,18 @@ def test_what_is_said_about_a_host() -> None:
     assert command._gpus(message.gpus) == "2 × L4"
 
 
+def test_a_worker_that_is_not_reached_is_told() -> None:
+    """A worker that beats and cannot be called from a gateway, as after its host's address changed, is in the notes;
+    not one that may just have ended."""
+
+    def told(age_s: float) -> str:
+        worker = replace(program("worker", age_s), address="10.0.0.2:1")
+        return " ".join(host_message(Host("h", (worker,)), LIMIT_S, 15, "", {"10.0.0.2:1": "No route to host"}).notes)
+
+    assert "cannot be called from here, at 10.0.0.2:1: No route to host" in told(1)
+    assert "No route to host" not in told(30)
+
+
 def test_a_drained_host_is_not_chosen() -> None:
     """New work goes to hosts that are not drained; with none left the refusal names the way back."""
     drained = [replace(seen(name), is_drained=True) for name in ("a:w", "b:w")]

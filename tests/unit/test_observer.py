@@ -1,12 +1,15 @@
 """How the observer treats sources that it cannot reach."""
 
+import os
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 from uuid import uuid4
 
 import pytest
 
+from service import processes
 from service.db.availability import DatabaseAwayError
 from service.db.connection import Database
 from service.db.heartbeats import Beat, SeenBeat
@@ -149,4 +152,24 @@ def test_a_heartbeat_of_another_machine_is_not_ours(parts: Parts, place: Place, 
     assert seen.heartbeat.is_current is is_current
     assert bool(seen.name_taken_by) is not is_current
     assert ("10.0.0.9:1" in seen.name_taken_by) is not is_current
+    observer.close()
+
+
+def test_a_process_of_ours_is_ours_whatever_machine_it_names(parts: Parts) -> None:
+    """If the file with the machine's id was replaced while this watchdog ran, the worker that supervisord has started
+    since is still known by its process, and is no other machine's."""
+    observer, supervisor, database, _ = parts
+    mine = processes.leader(os.getpid())
+    assert mine is not None
+    supervisor.answer = ProcessInfo(State.RUNNING, mine.pid)
+    given = {"place": replace(HERE, machine="new"), "start_ticks": mine.start_ticks}
+    beat = Beat("host:worker", uuid4(), "10.0.0.9:1", "ready", mine.pid, **given)
+    database.answer = (5000.0, SeenBeat(beat, 1.0, lease_left_s=59))
+    seen = observer.observe()
+    assert seen.heartbeat is not None
+    assert seen.heartbeat.is_current
+    assert seen.name_taken_by == ""
+    # Another process of this machine, under another home, is not.
+    supervisor.answer = ProcessInfo(State.RUNNING, 1)
+    assert "another machine runs as host:worker" in observer.observe().name_taken_by
     observer.close()

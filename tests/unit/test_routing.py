@@ -199,6 +199,17 @@ def test_a_worker_that_never_said_its_models_is_forgotten() -> None:
         ),
         (replace(known(), unreachable=[seen(age_s=72)]), "WORKER_OFFLINE", "worker offline (never seen)"),
         (known(seen(), health={"w": LinkState.UNREACHABLE}), "WORKER_OFFLINE", "worker offline (last seen 1s ago)"),
+        # It beats, and has long been out of reach: its address changed, or there is none of a kind that both have.
+        (
+            known(seen(), health={"w": LinkState.UNREACHABLE}, since_s=-20),
+            "WORKER_OFFLINE",
+            "worker w reaches Postgres, but cannot be called from here, at w:1: Socket closed",
+        ),
+        (
+            known(seen(age_s=22), health={"w": LinkState.UNREACHABLE}, since_s=-20),
+            "WORKER_OFFLINE",
+            "worker offline (last seen 22s ago)",
+        ),
         (known(seen(), health={"w": LinkState.UNKNOWN}), "WORKER_OFFLINE", "has not answered yet"),
         (known(seen(), health={"w": LinkState.NOT_SERVING}), "WORKER_OFFLINE", "has just stopped serving"),
         (known(seen(phase=Phase.STARTING)), "WORKER_LOADING", "worker is starting"),

@@ -69,7 +69,9 @@ def _write(
     folder: Path, mark: Mark, told: Mapping[str, Any], heartbeat: Mapping[str, Any] | None, log_files: Sequence[Path]
 ) -> Path | None:
     try:
-        folder.mkdir(parents=True, mode=0o700)
+        # Not with parents=True, which makes the parent accessible to others.
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700)
     except OSError as error:
         log.warning("evidence_not_kept", cause=str(error))
         return None

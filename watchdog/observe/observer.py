@@ -115,10 +115,13 @@ class Observer:
             self.seen = seen
             beat = seen.beat
             pid = process.pid if process else 0
-            is_ours = identity.is_ours(seen, self._place)
-            is_current = is_ours and bool(pid) and (beat.pid == pid or processes.is_in_group(beat.pid, pid))
             is_running = processes.is_running(Leader(beat.pid, beat.start_ticks))
-            taken_by = identity.taken_by(seen, self._place, is_running, self._silence_s)
+            # The process itself is proof, whatever has become of the file with the machine's id.
+            is_here = bool(is_running) and beat.place.pid_space == self._place.pid_space != ""
+            is_ours = is_here or identity.is_ours(seen, self._place)
+            is_current = is_ours and bool(pid) and (beat.pid == pid or processes.is_in_group(beat.pid, pid))
+            if not is_current:
+                taken_by = identity.taken_by(seen, self._place, is_running, self._silence_s)
             heartbeat = Heartbeat(
                 seen.age_s, beat.phase, is_current, str(beat.incarnation), *heartbeats.failure(beat).values()
             )

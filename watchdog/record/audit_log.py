@@ -65,7 +65,8 @@ class AuditLog:
         if self._is_away or self._has_read_database:
             return False
         try:
-            found = self._database.call(recoveries.of_note, self._worker_id, self._machine, counted_since(self._clock))
+            since, known = counted_since(self._clock), [entry.event.key for entry in self._entries or []]
+            found = self._database.call(recoveries.of_note, self._worker_id, self._machine, since, known)
         except DATABASE_ERRORS:
             self._is_away = True
             return False
@@ -130,10 +131,15 @@ class AuditLog:
         return replace(event, machine=self._machine)
 
     def _own(self, entries: list[Entry] | None) -> list[Entry] | None:
-        """The journal's entries without those of the machine from which this home was copied."""
+        """The journal's entries without those of the machine from which this home was copied, or of another name."""
         if entries is None:
             return None
-        return [entry for entry in entries if entry.event.machine in (self._machine, "")]
+        events = ((entry, entry.event) for entry in entries)
+        return [
+            entry
+            for entry, event in events
+            if event.machine in (self._machine, "") and event.worker_id == self._worker_id
+        ]
 
     def _put_surely(self, event: Event) -> Event:
         if self._entries is None:

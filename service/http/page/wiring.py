@@ -41,7 +41,7 @@ class Page:
         explainer = Explainer(self.database, self.presence, self.clock)
         # Nobody calls what it has no methods for.
         servicer = ExplainedServicer(self.database, self.limits, explainer)  # type: ignore[abstract]
-        host_servicer = HostServicer(self.database, self.heartbeat_timeout_s, self.presence.place.network)
+        host_servicer = HostServicer(self.database, self.heartbeat_timeout_s, self.presence)
         following = Live(self.database, servicer, host_servicer, self.presence, self.clock, self._ending)
         return [
             assets.router(),
