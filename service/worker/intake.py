@@ -212,7 +212,7 @@ class Rows:
 
 
 def _used_before(custom_id: str) -> str:
-    return f"{custom_id!r} is already used by an earlier request"
+    return f"{custom_id[:100]!r} is already used by an earlier request"
 
 
 def _escape(field: bytes) -> bytes:
