@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vllm_batch.cli.options import OUTPUT_FILE, part_of, result_json_option
+from vllm_batch.cli.options import OUTPUT_FILE, STDOUT, is_stdout, part_of, result_json_option
 from vllm_batch.cli.terminal import errors, file_errors
 from vllm_batch.client import Client
 from vllm_batch.output import json_line, line
@@ -100,7 +100,8 @@ def _write_file(output: Path, lines: Iterable[bytes]) -> None:
     """A file that exists under its name can be trusted to be complete."""
     part = part_of(output)
     if part is None:
-        with output.open("wb") as file:
+        # Opened again, a file behind stdout would lose what it has.
+        with os.fdopen(os.dup(STDOUT), "wb") if is_stdout(output) else output.open("wb") as file:
             file.writelines(lines)
         return
     try:
