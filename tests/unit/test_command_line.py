@@ -177,6 +177,23 @@ def test_two_commands_that_write_the_same_output(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_an_output_that_is_broken_off_by_a_signal(tmp_path: Path, ending: signal.Signals) -> None:
+    """`timeout`, a scheduler or a terminal that is closed leave nothing of a file that is not complete."""
+    program = (
+        "import sys; from pathlib import Path; from vllm_batch.cli import results; "
+        "results._write_file(Path(sys.argv[1]), iter(lambda: (print(flush=True), input().encode())[1], b'end'))"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "out.jsonl"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert len(list(tmp_path.iterdir())) == 1
+        process.send_signal(ending)
+        assert process.wait(30) == 128 + ending
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_over_a_link(tmp_path: Path) -> None:
     """The file behind a link is written, also one that is not there yet, and the link stays."""
     for name in ("old", "new"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import stat
-from collections.abc import Iterable
+import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +108,7 @@ def _write_file(output: Path, lines: Iterable[bytes]) -> None:
             file.writelines(lines)
         return
     try:
-        with part.open("wb") as file:
+        with _ended_by_signals(), part.open("wb") as file:
             with contextlib.suppress(FileNotFoundError):
                 # Whoever may not read the older file may not read this one.
                 part.chmod(stat.S_IMODE(output.stat().st_mode))
@@ -117,3 +120,26 @@ def _write_file(output: Path, lines: Iterable[bytes]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, as of `timeout` or a scheduler, and a closed terminal end this as Ctrl-C does: nothing is left behind.
+
+    Where they are ignored, as under nohup, they stay so.
+    """
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    # Python gives signals to the main thread alone; Windows has no SIGHUP.
+    is_main = threading.current_thread() is threading.main_thread()
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in known if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
