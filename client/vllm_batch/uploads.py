@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +74,7 @@ class Upload:
         self._lock = threading.Lock()
         self._attempt = 0
         self._failure: Exception | None = None
+        self._state: object = None
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -112,10 +114,23 @@ class Upload:
                 return None
             if not sent:
                 self._file.seek(0)
+                self._state = _state(self._file)
             piece = self._file.read(PIECE_BYTES)
+            # Part of the old and part of the new text may be valid lines, too.
+            if not piece and self._state != _state(self._file):
+                raise OSError("the file changed while it was being sent; nothing was stored: submit it again")
         if not isinstance(piece, bytes):
             raise TypeError("the file must be opened in binary mode, as open(path, 'rb') does")
         return piece
+
+
+def _state(file: BinaryIO) -> object:
+    """What differs once a file on a disk has been written to; None for what is none."""
+    try:
+        found = os.fstat(file.fileno())
+    except (AttributeError, OSError):
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def check_lines(lines: object) -> None:

@@ -294,8 +294,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
 def asked_tenant(tenant: str, what: str) -> str | None:
     """The tenant that a call is about, given what the caller asks for (empty: all it may see); None: all.
 
-    Raises PERMISSION_DENIED, which says `what`, for another tenant than the caller's.
+    Raises PERMISSION_DENIED, which says `what`, for another tenant than the caller's, and INVALID_ARGUMENT.
     """
+    if "\0" in tenant:
+        raise invalid([Violation("tenant", "must not contain NUL")])
     caller = call_context.current().caller
     if tenant and not caller.sees_all and tenant != caller.tenant:
         raise roles.missing(f"{what} of another tenant", caller.role, Role.OPERATE)

@@ -10,11 +10,12 @@ from service.db.connection import Database
 
 @dataclass
 class PartWriter:
-    """Writes one part of at most `most` bytes."""
+    """Writes one part of at most `most` bytes; `what` it is called in errors."""
 
     database: Database
     part_id: int
     most: int
+    what: str = "file"
     size: int = 0
     # The first bytes, to see what is in it.
     head: bytes = b""
@@ -26,7 +27,7 @@ class PartWriter:
         """Raises RESOURCE_EXHAUSTED for a part that is too large, and what storing an earlier piece raised."""
         self.size += len(data)
         if self.size > self.most:
-            raise too_large("bytes of the file", self.most, self.size)
+            raise too_large(f"bytes of the {self.what}", self.most, self.size)
         self._waiting.append(data)
         self._waiting_bytes += len(data)
         if self._waiting_bytes >= files.PIECE_BYTES:

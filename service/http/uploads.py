@@ -62,7 +62,7 @@ def router(database: Database, keeping: Keeping) -> APIRouter:
             raise objects.wrong("data", str(error)) from None
         if part_id is None:
             raise not_found(f"pending upload {upload_id!r}")
-        writer = PartWriter(database, part_id, MAX_PART_BYTES)
+        writer = PartWriter(database, part_id, MAX_PART_BYTES, "part")
         try:
             has_data = is_complete = False
             async for field, data in multipart.fields(request):

@@ -212,7 +212,7 @@ class Rows:
 
 
 def _used_before(custom_id: str) -> str:
-    return f"{custom_id!r} is already used by an earlier request"
+    return f"{custom_id[:100]!r} is already used by an earlier request"
 
 
 def _escape(field: bytes) -> bytes:
@@ -238,7 +238,8 @@ def inline_lines(request: pb.CreateBatchRequest) -> bytes:
         try:
             msgspec.json.decode(body, type=msgspec.Raw)
         except (msgspec.DecodeError, RecursionError) as error:
-            what = not_json(item.body_json.encode(), error)
+            is_deep = isinstance(error, RecursionError)
+            what = "nested too deeply" if is_deep else not_json(item.body_json.encode(), error)
             violations.append(Violation(f"requests[{number}]: body_json", what))
             continue
         # In JSON line breaks occur only between tokens, where a space means the same.
@@ -246,7 +247,7 @@ def inline_lines(request: pb.CreateBatchRequest) -> bytes:
         head = json.dumps({"custom_id": item.custom_id, "method": item.method or "POST", "url": item.url})
         lines.append(f'{head[:-1]}, "body": {body}}}\n')
     if violations:
-        raise invalid(violations)
+        raise invalid(violations[:MAX_VIOLATIONS])
     return "".join(lines).encode()
 
 

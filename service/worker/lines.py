@@ -20,10 +20,18 @@ MAX_VIOLATIONS = 20
 _FORMATS = {
     b"\x1f\x8b": "compressed with gzip",
     b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    # A frame to be skipped, with which parallel compressors begin.
+    **{bytes((first, 0x2A, 0x4D, 0x18)): "compressed with zstd" for first in range(0x50, 0x60)},
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\x1f\x9d": "compressed with compress",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"\xfd7zXZ\0": "compressed with xz",
     b"BZh": "compressed with bzip2",
     b"PK\x03\x04": "a zip archive",
     b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"SQLite format 3\0": "an SQLite database",
+    b"%PDF-": "a PDF",
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -273,6 +274,38 @@ def test_each_try_sends_the_same() -> None:
     assert b"".join(message.data for message in second) == file.getvalue()
     assert second[-1] == pb.UploadBatchRequest(end=pb.UploadEnd())
     assert list(first) == []
+
+
+@pytest.mark.parametrize("text", [b"x" * 700_000, b"y" * 600_000, b"y" * 400_000, b""])
+def test_a_file_that_changes_while_it_is_sent(tmp_path: Path, text: bytes) -> None:
+    """It is not submitted half old and half new: the upload breaks off before its end, also where lines are whole."""
+    path = tmp_path / "batch.jsonl"
+    path.write_bytes(b"x" * 600_000)
+    with path.open("rb") as file:
+        messages = Upload(file, {}).messages()
+        begun = [next(messages), next(messages)]
+        # As an editor or a program that logs may do it; a file that takes its place is another matter.
+        with path.open("r+b") as written:
+            written.write(text)
+            written.truncate()
+        os.utime(path, (0, 0))
+        with pytest.raises(OSError, match="changed while it was being sent"):
+            begun.extend(messages)
+    assert not begun[-1].HasField("end")
+
+
+def test_a_file_that_is_replaced_while_it_is_sent(tmp_path: Path) -> None:
+    """What is sent is the file that was opened, and so it is if nobody touches it."""
+    path, other = tmp_path / "batch.jsonl", tmp_path / "other"
+    path.write_bytes(b"x" * 600_000)
+    other.write_bytes(b"y")
+    with path.open("rb") as file:
+        messages = Upload(file, {}).messages()
+        begun = [next(messages), next(messages)]
+        other.replace(path)
+        begun.extend(messages)
+    assert b"".join(message.data for message in begun) == b"x" * 600_000
+    assert begun[-1].HasField("end")
 
 
 class Broken(io.BytesIO):

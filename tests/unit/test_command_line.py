@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 from rich.progress import DownloadColumn
 
-from vllm_batch.cli import main, results, terminal
+from vllm_batch import Client
+from vllm_batch.cli import main, results, submit, terminal
 from vllm_batch.cli.options import OUTPUT_FILE
 
 CLI = Path(sys.executable).parent / "vllm-batch"
@@ -68,6 +70,68 @@ def test_an_output_is_not_the_input(file: str, tmp_path: Path, kind: str) -> Non
     assert Path(file).read_text() == "{}\n"
 
 
+def test_an_output_in_a_folder_that_is_not_there(file: str, tmp_path: Path) -> None:
+    """What ends with a slash is no file: none of that name is made."""
+    found = CliRunner().invoke(main, ["submit", file, "--wait", "-o", f"{tmp_path}/results/"])
+    assert (found.exit_code, "names a folder" in found.output) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "FILE"])
+def test_an_output_that_is_stdout(file: str, tmp_path: Path, name: str) -> None:
+    """Results follow what others have written to the file behind stdout, and what others write then follows them."""
+    program = (
+        "import sys; from vllm_batch.cli import options, results; "
+        "results._write_file(options.OUTPUT_FILE.convert(sys.argv[1], None, None), [b'2\\n', b'3\\n'])"
+    )
+    with open(file, "wb") as stdout:
+        stdout.write(b"1\n")
+        stdout.flush()
+        command = [sys.executable, "-c", program, name.replace("FILE", file)]
+        subprocess.run(command, stdout=stdout, cwd=tmp_path, check=True, timeout=60)
+        stdout.seek(0, os.SEEK_CUR)
+        os.write(stdout.fileno(), b"4\n")
+    assert Path(file).read_bytes() == b"1\n2\n3\n4\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "😀" * 63])
+def test_an_output_with_the_longest_name(tmp_path: Path, name: str) -> None:
+    """A name may be as long as the file system takes it, although a longer one stands for it until it is complete."""
+    results._write_file(OUTPUT_FILE.convert(str(tmp_path / name), None, None), [b"{}\n"])
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"{}\n")]
+
+
+def test_a_stdin_that_was_partly_read(file: str) -> None:
+    """What another command has read of a file behind stdin is not submitted."""
+    Path(file).write_bytes(b"a\nb\nc\n")
+    with open(file, "rb", buffering=0) as raw:
+        raw.read(2)
+        with open(raw.fileno(), "rb", closefd=False) as stdin, submit._seekable(stdin) as (source, size):
+            source.seek(0)
+            assert (source.read(), size) == (b"b\nc\n", 4)
+
+
+def test_a_full_disk_for_temporary_files(tmp_path: Path) -> None:
+    """A pipe that does not fit there ends with one line that names the folder and the variable."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [CLI, "submit", "-"]
+    done = subprocess.run(command, input=b"x" * 1_000_000, capture_output=True, env=env, preexec_fn=limit, timeout=60)
+    assert done.returncode == 5
+    assert done.stderr.decode().startswith(f"{tmp_path}: File too large: <stdin> is copied there first; TMPDIR can")
+
+
+def test_a_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several files, the line says which one failed."""
+    monkeypatch.setattr(Client, "submit", lambda _, file, **__: file.read())
+    found = CliRunner().invoke(main, ["submit", "/proc/self/mem"])
+    assert (found.exit_code, found.stderr) == (5, "/proc/self/mem: Input/output error\n")
+
+
 @pytest.mark.parametrize("others", [(), (0,), (2,), (0, 2)])
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_a_closed_stdout_is_an_error(argument: str, others: tuple[int, ...]) -> None:
@@ -111,6 +175,23 @@ def test_two_commands_that_write_the_same_output(tmp_path: Path) -> None:
     results._write_file(output, lines())
     assert output.read_bytes() == b"a1\na2\n"
     assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_an_output_that_is_broken_off_by_a_signal(tmp_path: Path, ending: signal.Signals) -> None:
+    """`timeout`, a scheduler or a terminal that is closed leave nothing of a file that is not complete."""
+    program = (
+        "import sys; from pathlib import Path; from vllm_batch.cli import results; "
+        "results._write_file(Path(sys.argv[1]), iter(lambda: (print(flush=True), input().encode())[1], b'end'))"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "out.jsonl"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert len(list(tmp_path.iterdir())) == 1
+        process.send_signal(ending)
+        assert process.wait(30) == 128 + ending
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_over_a_link(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from service.errors import ApiError
 from service.http import content, door, uploads
 from service.http import files as http_files
 from service.http.files import Keeping
+from service.http.storing import PartWriter
 from service.rpc import call_context
 
 FORM = {"data": ("a", b"12345")}
@@ -135,3 +136,11 @@ def test_a_list_of_files_waits_for_the_own_ones_alone() -> None:
     answer = call(database, "GET", "/v1/files", Caller("ann", "ann", Role.READ))
     assert (answer.status_code, answer.json()["data"]) == (200, [])
     assert [each for name, *each in database.calls if name == "unmeasured"] == [[content.BATCHES, "ann"]]
+
+
+def test_what_is_too_large_is_called_what_it_is() -> None:
+    """A part is not called a file, whose limit is another."""
+    nowhere: Any = None
+    for what in ("file", "part"):
+        with pytest.raises(ApiError, match=f"bytes of the {what}: 5, at most 4 are allowed"):
+            asyncio.run(PartWriter(nowhere, 1, 4, what).add(b"12345"))

@@ -5,6 +5,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from service.api import messages
+from service.api.servicer import asked_tenant
 from service.errors import ApiError
 from service.rpc import pages
 from vllm_batch.output import line
@@ -84,3 +85,10 @@ def test_output_line_keeps_the_body() -> None:
     assert line(error) == (
         '{"id": "r", "custom_id": "a", "response": null, "error": {"code": "REQUEST_CRASHED_ENGINE", "message": "m"}}'
     )
+
+
+def test_a_tenant_that_cannot_be() -> None:
+    """Postgres takes no NUL: it is the caller's fault, not an internal error."""
+    with pytest.raises(ApiError, match="tenant: must not contain NUL") as raised:
+        asked_tenant("a\0", "Listing")
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT

@@ -163,3 +163,14 @@ def test_a_number_that_json_lacks_in_a_structure_is_the_requests_fault(number: f
     [violation] = raised.value.violations
     assert violation.field == "requests[1]: body"
     assert "NaN and Infinity" in violation.description
+
+
+def test_inline_bodies_are_refused_as_lines_are() -> None:
+    """One that is nested too deeply is called so although it is JSON, and no more than 20 are told of."""
+    asked = batch_service_pb2.CreateBatchRequest()
+    for number in range(30):
+        asked.requests.add(custom_id=f"c{number}", url=URL, body_json='{"x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ApiError) as raised:
+        inline_lines(asked)
+    told = [(violation.field, violation.description) for violation in raised.value.violations]
+    assert told == [(f"requests[{number}]: body_json", "nested too deeply") for number in range(20)]

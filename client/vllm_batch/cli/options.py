@@ -11,15 +11,32 @@ import click
 
 from vllm_batch.channel import DEFAULT_WATCHDOG_TARGET
 
+# Its descriptor.
+STDOUT = 1
+
 
 def part_of(output: Path) -> Path | None:
-    """Where an output file is written until it is complete; None for what is no regular file, such as a pipe.
+    """Where an output file is written until it is complete; None for what is no regular file, such as a pipe, and for
+    the one behind stdout, to which others write too.
 
     Another name each time: another command may be writing the same output.
     """
-    if output.exists() and not output.is_file():
+    if output.exists() and (not output.is_file() or is_stdout(output)):
         return None
-    return output.with_name(f"{output.name}.{secrets.token_hex(4)}.part")
+    return output.with_name(f"{_begin(output)}.{secrets.token_hex(4)}.part")
+
+
+def is_stdout(output: Path) -> bool:
+    """Whether this is where stdout goes, as /dev/stdout is."""
+    try:
+        return os.path.samestat(output.stat(), os.fstat(STDOUT))
+    except OSError:
+        return False
+
+
+def _begin(output: Path) -> str:
+    """As much of its name as leaves room for more, whatever its characters: a name has at most 255 bytes."""
+    return output.name[:60]
 
 
 class _OutputFile(click.Path):
@@ -30,6 +47,10 @@ class _OutputFile(click.Path):
         if not value:
             # As with `-o "$UNSET"`: for click it names the working directory.
             self.fail("must not be empty", param, ctx)
+        if str(value).endswith(os.sep):
+            self.fail(f"{value!r} names a folder, and not a file in it", param, ctx)
+        if value == "-":
+            output = Path("/dev/stdout")
         try:
             part = part_of(output)
             if part is None:
@@ -38,7 +59,7 @@ class _OutputFile(click.Path):
                 # The file behind it is replaced, and not the link.
                 output = Path(os.path.realpath(output))
                 part = output.with_name(part.name)
-            with tempfile.NamedTemporaryFile(dir=part.parent, prefix=f"{output.name}.", suffix=".part") as file:
+            with tempfile.NamedTemporaryFile(dir=part.parent, prefix=f"{_begin(output)}.", suffix=".part") as file:
                 # On a full disk a file can be created, but not written to.
                 file.write(b"\n" * 4096)
                 file.flush()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import stat
-from collections.abc import Iterable
+import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vllm_batch.cli.options import OUTPUT_FILE, part_of, result_json_option
+from vllm_batch.cli.options import OUTPUT_FILE, STDOUT, is_stdout, part_of, result_json_option
 from vllm_batch.cli.terminal import errors, file_errors
 from vllm_batch.client import Client
 from vllm_batch.output import json_line, line
@@ -100,11 +103,12 @@ def _write_file(output: Path, lines: Iterable[bytes]) -> None:
     """A file that exists under its name can be trusted to be complete."""
     part = part_of(output)
     if part is None:
-        with output.open("wb") as file:
+        # Opened again, a file behind stdout would lose what it has.
+        with os.fdopen(os.dup(STDOUT), "wb") if is_stdout(output) else output.open("wb") as file:
             file.writelines(lines)
         return
     try:
-        with part.open("wb") as file:
+        with _ended_by_signals(), part.open("wb") as file:
             with contextlib.suppress(FileNotFoundError):
                 # Whoever may not read the older file may not read this one.
                 part.chmod(stat.S_IMODE(output.stat().st_mode))
@@ -116,3 +120,26 @@ def _write_file(output: Path, lines: Iterable[bytes]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, as of `timeout` or a scheduler, and a closed terminal end this as Ctrl-C does: nothing is left behind.
+
+    Where they are ignored, as under nohup, they stay so.
+    """
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    # Python gives signals to the main thread alone; Windows has no SIGHUP.
+    is_main = threading.current_thread() is threading.main_thread()
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in known if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

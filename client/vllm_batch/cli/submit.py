@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -20,6 +21,8 @@ from vllm_batch.cli.watch import is_success, wait_for
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
+# What writing raises, and reading does not.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The most that the server takes.
 MAX_WINDOW_S = 366 * 86_400.0
 
@@ -116,7 +119,7 @@ def _upload(
     webhook: str,
     require_live: bool,
 ) -> pb.Batch:
-    with _seekable(file) as (source, size), progress_bar(DownloadColumn()) as progress:
+    with _naming(file.name), _seekable(file) as (source, size), progress_bar(DownloadColumn()) as progress:
         task = progress.add_task(f"uploading {file.name}", total=size)
         return client.submit(
             source,
@@ -139,11 +142,31 @@ def _wait(client: Client, batch_id: str, output: Path | None, as_json: bool) -> 
 
 
 @contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Names the file in what reading it raises."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or name
+        raise
+
+
+@contextmanager
 def _seekable(file: BinaryIO) -> Iterator[tuple[BinaryIO, int]]:
-    """The file and its size in bytes; a pipe is copied to a temporary file first."""
-    if file.seekable():
+    """The file and its size in bytes; a pipe is copied to a temporary file first.
+
+    So is a stdin of which another command has read the beginning: each attempt begins at the first byte.
+    """
+    if file.seekable() and not file.tell():
         yield file, os.fstat(file.fileno()).st_size
         return
     with tempfile.TemporaryFile() as copy:
-        shutil.copyfileobj(file, copy)
+        try:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+        except OSError as error:
+            if error.errno in FULL:
+                error.filename = tempfile.gettempdir()
+                error.strerror = f"{error.strerror}: {file.name} is copied there first; TMPDIR can name another folder"
+            raise
         yield copy, copy.tell()
