@@ -11,6 +11,15 @@ from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "vllm_batch"
 
+# Clients take 8 KiB of metadata at the end of a call unless they ask for more, and get an error of gRPC instead of ours
+# for more than that. The message comes twice: percent-encoded, which makes up to three bytes of one, and in the status,
+# which is in base64.
+MAX_MESSAGE_BYTES = 1000
+MAX_METADATA_BYTES = 500
+# More would tell the client nothing new.
+MAX_VIOLATIONS = 20
+MAX_VIOLATIONS_BYTES = 1800
+
 WORKER_OFFLINE = "WORKER_OFFLINE"
 WORKER_LOADING = "WORKER_LOADING"
 WORKER_STALLED = "WORKER_STALLED"
@@ -44,26 +53,28 @@ class ApiError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def details(self) -> str:
+        """The message as a call ends with it."""
+        return shortened(self.message, MAX_MESSAGE_BYTES)
+
     def status(self) -> status_pb2.Status:
-        """The error as google.rpc.Status."""
+        """The error as google.rpc.Status, its texts as long as the end of a call can have them."""
         details = []
         if self.reason:
-            info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=dict(self.metadata))
-            details.append(info)
+            metadata = {name: shortened(value, MAX_METADATA_BYTES) for name, value in self.metadata.items()}
+            details.append(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata))
         if self.retry_delay_s is not None:
             delay = Duration()
             delay.FromMilliseconds(round(self.retry_delay_s * 1000))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         if self.violations:
-            bad = error_details_pb2.BadRequest()
-            for violation in self.violations:
-                bad.field_violations.add(field=violation.field, description=violation.description)
-            details.append(bad)
+            details.append(_bad_request(self.violations[:MAX_VIOLATIONS]))
         packed = []
         for detail in details:
             packed.append(any_pb2.Any())
             packed[-1].Pack(detail)
-        return status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
+        return status_pb2.Status(code=self.code.value[0], message=self.details, details=packed)
 
     @cached_property
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
@@ -72,6 +83,24 @@ class ApiError(Exception):
         if self.retry_delay_s is not None:
             metadata.append(("grpc-retry-pushback-ms", str(round(self.retry_delay_s * 1000))))
         return tuple(metadata)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or as much of its begin as `most` bytes of UTF-8 hold, with an ellipsis."""
+    data = text.encode()
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
+
+
+def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    """Each violation gets an equal share of the space if they need more than there is."""
+    sizes = [len(f"{violation.field}{violation.description}".encode()) for violation in violations]
+    share = MAX_VIOLATIONS_BYTES // len(violations) if sum(sizes) > MAX_VIOLATIONS_BYTES else MAX_VIOLATIONS_BYTES
+    bad = error_details_pb2.BadRequest()
+    for violation in violations:
+        field = shortened(violation.field, share // 2)
+        left = share - len(field.encode())
+        bad.field_violations.add(field=field, description=shortened(violation.description, left))
+    return bad
 
 
 def invalid(violations: Sequence[Violation]) -> ApiError:
