@@ -15,6 +15,10 @@ from service.config import Settings
 from vllm_batch.channel import check_target
 
 ADDRESSES = st.ip_addresses().map(str)
+# What hosts are made of, in any order.
+PIECES = st.sampled_from(
+    [*"[]:./%@- \n0", "::", "::1", "fe80::1", "127.0.0.1", "%25", "eth0", "a", "é", "\0", "://", "dns", "0x7f", "443"]
+)
 
 
 @given(ADDRESSES, st.integers(1, 65_535))
@@ -49,7 +53,10 @@ def test_any_name_is_right(labels: list[str]) -> None:
 
 
 @example("dns")
-@given(st.text(max_size=40))
+@example("::%]")
+@example("fe80::1%eth 0")
+@example("fe80::1%eth0\n")
+@given(st.text(max_size=40) | st.lists(PIECES, max_size=6).map("".join))
 def test_any_text_is_a_host_or_told_why_not(text: str) -> None:
     """Any accepted text works as a client's target; any other is refused in a sentence that shows it."""
     if problem := addresses.problem(text):
@@ -91,6 +98,10 @@ def test_what_is_right(host: str) -> None:
         (" ", "neither"),
         ("x" * 64, "neither"),
         ("127.0.0.1,::1", "not an IPv6 address"),
+        ("fe80::1%eth0/64", "not an IPv6 address"),
+        ("fe80::1%", "not an IPv6 address"),
+        ("fe80::1%eth 0", "has a zone"),
+        ("[fe80::1%eth0\n]", "has a zone"),
         ("localhost,gpu-1", "neither"),
     ],
 )
