@@ -21,7 +21,10 @@ def check_collector(endpoint: str) -> None:
     # gRPC takes a user for a part of the host's name, and says that name in the log.
     if "@" in endpoint:
         raise ValueError("a user or password in it does not work over gRPC: use OTEL_EXPORTER_OTLP_HEADERS")
-    scheme = endpoint.partition(":")[0] if "://" in endpoint or endpoint.startswith("unix") else ""
+    is_naming = "://" in endpoint or endpoint.startswith(("unix:", "unix-abstract:"))
+    scheme, _, rest = endpoint.partition(":") if is_naming else ("", "", endpoint)
+    if any(character.isspace() for character in endpoint) or not rest.strip("/"):
+        raise ValueError("is not an address such as http://127.0.0.1:4317")
     if scheme in _NAMING:
         return
     if scheme not in ("", "http", "https", "grpc"):
@@ -31,5 +34,5 @@ def check_collector(endpoint: str) -> None:
         is_whole = bool(url.hostname) and url.port != 0
     except ValueError:
         is_whole = False
-    if not is_whole or any(character.isspace() for character in endpoint):
+    if not is_whole:
         raise ValueError("is not an address such as http://127.0.0.1:4317")
