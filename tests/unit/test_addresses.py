@@ -29,6 +29,8 @@ def test_any_address_can_be_joined_with_a_port(host: str, port: int) -> None:
     assert joined == addresses.joined(addresses.bare(joined.rpartition(":")[0]), port)
     assert ipaddress.ip_address(addresses.bare(joined.rpartition(":")[0])) == ipaddress.ip_address(host)
     assert joined.rpartition(":")[2] == str(port)
+    # Only in brackets is it told from its port.
+    check_target(joined)
     if ":" in host:
         assert addresses.problem(f"[{host}]") == ""
 
