@@ -76,6 +76,9 @@ def test_any_collector(endpoint: str) -> None:
         "h:0",
         "dns:///",
         "dns:/// h:1",
+        "unix://[",
+        "h:4317/",
+        "h?a",
         "unix:",
     ],
 )
