@@ -118,7 +118,7 @@ def test_any_inline_batch(options: Any, requests: list[Any]) -> None:
     refusal, copied = None, b""
     try:
         taken = messages.options(asked.options)
-        rows = Rows(7, Offer({"tiny"}, {"/v1/chat/completions"}), Sizes(100, 1 << 20, 1 << 30), inline_place)
+        rows = Rows(7, Offer({"tiny"}, {"/v1/chat/completions"}), Sizes(100, 1 << 26, 1 << 30), inline_place)
         copied = rows.feed(inline_lines(asked)) + rows.end()
     except ApiError as error:
         refusal = error
@@ -130,3 +130,21 @@ def test_any_inline_batch(options: Any, requests: list[Any]) -> None:
     assert b"\0" not in copied
     assert "\0" not in "".join([taken.request_id or "", *taken.metadata, *taken.metadata.values()])
     assert taken.completion_window_s is None or 0 < taken.completion_window_s < 1e9
+
+
+BODIES = st.sampled_from(
+    ["{}", "{\n}", '{"x":\r\n[1,\n2]}', '\t{"n": 1e999, "x": "\\n"}', '{"model": "tiny"} ', '{"x": "\u2028\x85"}']
+)
+
+
+@given(
+    st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=9), BODIES))
+)
+def test_inline_requests_that_are_right(given: list[tuple[str, str]]) -> None:
+    """Whatever names and blanks right inline requests have, each becomes a row, with its body but for line breaks."""
+    asked = pb.CreateBatchRequest()
+    for number, (name, body) in enumerate(given):
+        asked.requests.add(custom_id=f"{number}{name}", url="/v1/chat/completions", body_json=body)
+    rows = Rows(7, Offer({"tiny"}, {"/v1/chat/completions"}), Sizes(100, 1 << 26, 1 << 30), inline_place)
+    copied = rows.feed(inline_lines(asked)) if given else b""
+    assert rows.total == len(given) == copied.count(b"\n")
