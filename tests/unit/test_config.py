@@ -1,13 +1,14 @@
 """Settings: defaults match the documentation, all errors are reported at once, secrets are never shown."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from psycopg2.extensions import parse_dsn
 
@@ -177,6 +178,10 @@ VALUES = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=4))
+@example({"BATCH_HOST": "postgresql://u:hunter2@h/d"})
+@example({"BATCH_PROGRAMS": "worker,postgresql://u:hunter2@h/d"})
+@example({"BATCH_WEBHOOK_NETWORKS": "postgresql://u:hunter2@h/d"})
+@example({"BATCH_TLS_CA": "postgresql://u:hunter2@h/d"})
 def test_any_values(values: dict[str, str]) -> None:
     """Any values are taken, and then all that follows from them can be asked, or are refused in words, not shown."""
     with pytest.MonkeyPatch.context() as patch:
@@ -186,8 +191,10 @@ def test_any_values(values: dict[str, str]) -> None:
         told = "\n".join(judgement.wrong)
         if judgement.wrong:
             assert all("BATCH_" in line or line.partition(":")[0] in values for line in judgement.wrong)
-            assert not [name for name in SECRETS & values.keys() if len(values[name]) > 6 and values[name] in told]
-            assert "hunter2" not in told
+            for name in SECRETS & values.keys():
+                others = "".join(value for other, value in values.items() if other != name)
+                assert len(values[name]) < 7 or values[name] in others or values[name] not in told
+            assert not re.search("://.*hunter2", told)
             return
         assert settings is not None
         given = {name: str(value) for name, value in settings}
