@@ -1,5 +1,7 @@
 """Errors as a call ends with them: always in few enough bytes for any client."""
 
+import asyncio
+from typing import Any
 from urllib.parse import quote
 
 import grpc
@@ -8,7 +10,14 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.clock import SystemClock
 from service.errors import MAX_VIOLATIONS, ApiError, Violation, invalid, shortened
+from service.rpc import ports
+from service.rpc.access import Access
+from service.rpc.server import Interceptor
+from vllm_batch import CallError
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import batch_service_pb2_grpc
 
 # What gRPC takes by default, less what it puts there itself.
 MOST_BYTES = (8 << 10) - 500
@@ -60,3 +69,38 @@ def test_what_fits_is_told_in_full() -> None:
 def test_shortened(text: str, most: int, found: str) -> None:
     """A text that is too long ends with an ellipsis, between two characters."""
     assert shortened(text, most) == found
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "😀", "%"])
+def test_any_client_gets_them(letter: str) -> None:
+    """A client with gRPC's defaults gets the code and the fields of an error, and not one of gRPC about its size."""
+    errors = {
+        "many": invalid([Violation(f"line {number}: custom_id", letter * 512) for number in range(5000)]),
+        "long": ApiError(grpc.StatusCode.NOT_FOUND, letter * 50_000, "REASON", {"models": letter * 50_000}, 5),
+    }
+
+    class Refusing(batch_service_pb2_grpc.BatchServiceServicer):
+        async def GetBatch(self, request: pb.GetBatchRequest, context: Any) -> pb.GetBatchResponse:
+            raise errors[request.batch_id]
+
+    async def call() -> dict[str, CallError]:
+        server = grpc.aio.server(interceptors=[Interceptor(Access(None, SystemClock()))], options=ports.OPTIONS)
+        batch_service_pb2_grpc.add_BatchServiceServicer_to_server(Refusing(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        found = {}
+        # Without the proxy that the environment may name.
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+            for name in errors:
+                try:
+                    await stub.GetBatch(pb.GetBatchRequest(batch_id=name), timeout=20)
+                except grpc.aio.AioRpcError as error:
+                    found[name] = CallError(error)
+        await server.stop(None)
+        return found
+
+    found = asyncio.run(call())
+    assert found["many"].code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [field for field, _ in found["many"].violations] == [f"line {n}: custom_id" for n in range(MAX_VIOLATIONS)]
+    assert (found["long"].code, found["long"].reason) == (grpc.StatusCode.NOT_FOUND, "REASON")
