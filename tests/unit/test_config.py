@@ -147,7 +147,7 @@ FIELDS = sorted(config.variable(name) for name in Settings.model_fields)
 SECRETS = {"DATABASE_URL", "BATCH_GATEWAY_DATABASE_URL", "SENTRY_DSN"}
 # No variable has NUL; other bytes that are no UTF-8 come as halves of characters.
 VALUES = st.one_of(
-    st.text(st.characters(exclude_characters="\0"), max_size=20),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20),
     st.binary(max_size=10).map(lambda value: os.fsdecode(value.replace(b"\0", b""))),
     st.integers().map(str),
     st.floats().map(str),
