@@ -39,7 +39,7 @@ def _one(field: FieldDescriptor, real: Mapping[str, Sequence[str]], depth: int) 
     if kind in INTEGERS:
         least, most = INTEGERS[kind]
         return st.integers(max(least, -1), 10) | st.sampled_from([least, most]) | st.integers(least, most)
-    if kind == FieldDescriptor.CPPTYPE_STRING:
+    if kind == FieldDescriptor.CPPTYPE_STRING and field.type != FieldDescriptor.TYPE_BYTES:
         return st.sampled_from(known) | TEXTS if known else TEXTS
     if kind == FieldDescriptor.CPPTYPE_BOOL:
         return st.booleans()
