@@ -6,6 +6,8 @@ import socket
 
 # RFC 1123, and the underscore that container networks allow.
 _NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+# Names of interfaces may have more, which nobody uses and gRPC's targets cannot have.
+_ZONE = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
 # What gRPC takes for the beginning of another kind of target: https://github.com/grpc/grpc/blob/master/doc/naming.md
 _SCHEMES = frozenset({"dns", "unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds", "google-c2p"})
 
@@ -55,10 +57,14 @@ def is_any(host: str) -> bool:
 
 def problem(host: str) -> str:
     """Why a host is invalid; empty for a valid address or name, whether or not the name resolves."""
-    shown = repr(host)
+    shown = repr(host[:100])
     if "://" in host:
         return f"{shown} is a URL, not a host: leave out what stands before and after it"
     if parsed(host) is not None:
+        # The parser takes anything for a zone.
+        zone = re.search("%(.*)", bare(host), re.DOTALL)
+        if zone is not None and not _ZONE.fullmatch(zone[1]):
+            return f"{shown} has a zone that is not the name or number of a network interface"
         # Brackets are for IPv6, in pairs.
         return f"{shown} is not an IPv6 address" if host.startswith("[") and ":" not in host else ""
     if re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d*", host):

@@ -55,6 +55,9 @@ ENGINE_VARIABLES = ("CUDA_", "HF_", "LD_", "NCCL_", "NVIDIA_", "PYTORCH_", "RAY_
 # What libpq, and the server itself, read from the environment.
 LIBPQ_VARIABLE = re.compile("PG[A-Z]+")
 
+# In a URL.
+_USER = re.compile(r"://\S*@")
+
 # Postgres counts to 2**63, and its dates begin 4713 BC.
 MAX_COUNT = 1 << 60
 CENTURY_S = 100 * 366 * 86_400
@@ -503,7 +506,10 @@ def load(*, warns: bool = True, is_check: bool = False, **given: Any) -> Setting
 
 
 def examine(**given: Any) -> tuple[Settings | None, variables.Judgement]:
-    """The settings, None when they cannot be read, and everything to report about their variables."""
+    """The settings, None when they cannot be read, and everything to report about their variables.
+
+    A URL in it has no user and no password, whichever setting it was put in.
+    """
     judgement = judge_variables()
     settings = None
     if ENV_FILE.is_fifo():
@@ -517,6 +523,7 @@ def examine(**given: Any) -> tuple[Settings | None, variables.Judgement]:
     except (OSError, UnicodeDecodeError):
         # About the file, which has been reported already.
         pass
+    judgement.wrong = [_USER.sub("://…@", line) for line in judgement.wrong]
     return settings, judgement
 
 

@@ -21,15 +21,19 @@ def check_collector(endpoint: str) -> None:
     # gRPC takes a user for a part of the host's name, and says that name in the log.
     if "@" in endpoint:
         raise ValueError("a user or password in it does not work over gRPC: use OTEL_EXPORTER_OTLP_HEADERS")
-    scheme = endpoint.partition(":")[0] if "://" in endpoint or endpoint.startswith("unix") else ""
-    if scheme in _NAMING:
-        return
-    if scheme not in ("", "http", "https", "grpc"):
+    is_naming = "://" in endpoint or endpoint.startswith(("unix:", "unix-abstract:"))
+    scheme, _, rest = endpoint.partition(":") if is_naming else ("", "", endpoint)
+    if any(character.isspace() for character in endpoint) or not rest.strip("/"):
+        raise ValueError("is not an address such as http://127.0.0.1:4317")
+    if scheme not in ("", "http", "https", "grpc", *_NAMING):
         raise ValueError(f"begins with {scheme}://, and http://, https:// or host:port alone is known")
     try:
         url = urlsplit(endpoint if scheme else f"//{endpoint}")
-        is_whole = bool(url.hostname) and url.port != 0
+        # The exporter reads it as a URL in any case.
+        is_whole = scheme in _NAMING or (bool(url.hostname) and url.port != 0)
+        # Without a scheme, gRPC takes all of it for the host and its port.
+        is_whole = is_whole and (bool(scheme) or url.netloc == endpoint)
     except ValueError:
         is_whole = False
-    if not is_whole or any(character.isspace() for character in endpoint):
+    if not is_whole:
         raise ValueError("is not an address such as http://127.0.0.1:4317")

@@ -10,13 +10,18 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "vllm_batch"
-# An error travels in headers. Of more than 8 KiB gRPC's clients reject some, and of more than 16 KiB all, with an error
-# of their own instead of this one. The rest is for headers that are always there.
+
+# Clients take 8 KiB of metadata at the end of a call unless they ask for more, and get an error of gRPC instead of ours
+# for more than that. What is not counted here is for what is always there.
 MAX_SENT_BYTES = 7 << 10
-# Of a message, which is sent twice; of each part of one; of a description or a value of the metadata.
-MAX_MESSAGE_BYTES = 1 << 10
-MAX_PART_BYTES = 300
-MAX_TEXT_BYTES = 500
+MAX_MESSAGE_BYTES = 1000
+# Of each violation that the message shows.
+MAX_SHOWN_BYTES = 300
+MAX_METADATA_BYTES = 500
+# More would tell the client nothing new.
+MAX_VIOLATIONS = 20
+# What says where each begins, and how long its texts are.
+VIOLATION_BYTES = 12
 
 WORKER_OFFLINE = "WORKER_OFFLINE"
 WORKER_LOADING = "WORKER_LOADING"
@@ -48,46 +53,31 @@ class ApiError(Exception):
     retry_delay_s: float | None = None
     violations: Sequence[Violation] = ()
 
-    def __post_init__(self) -> None:
-        self.message = cut(self.message, MAX_MESSAGE_BYTES)
-
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def details(self) -> str:
+        """The message as a call ends with it."""
+        return shortened(self.message, MAX_MESSAGE_BYTES)
+
     def status(self) -> status_pb2.Status:
-        """The error as google.rpc.Status, with as many violations as can be sent."""
+        """The error as google.rpc.Status, its texts as long as the end of a call can have them."""
         details = []
         if self.reason:
-            metadata = {name: cut(value, MAX_TEXT_BYTES) for name, value in self.metadata.items()}
+            metadata = {name: shortened(value, MAX_METADATA_BYTES) for name, value in self.metadata.items()}
             details.append(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata))
         if self.retry_delay_s is not None:
             delay = Duration()
             delay.FromMilliseconds(round(self.retry_delay_s * 1000))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         if self.violations:
-            details.append(self._sendable())
+            details.append(_bad_request(self.violations[:MAX_VIOLATIONS], _left_beside(self.details)))
         packed = []
         for detail in details:
             packed.append(any_pb2.Any())
             packed[-1].Pack(detail)
-        return status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
-
-    def _sendable(self) -> error_details_pb2.BadRequest:
-        bad = error_details_pb2.BadRequest()
-        message = self.message.encode(errors="replace")
-        # In its own header each byte that is no printable ASCII takes three; the details are sent in base64.
-        sent = len(message) + 2 * sum(not 32 <= byte <= 126 or byte == ord("%") for byte in message)
-        sent += 4 * len(message) // 3
-        for violation in self.violations:
-            one = error_details_pb2.BadRequest.FieldViolation(
-                field=cut(violation.field, MAX_TEXT_BYTES), description=cut(violation.description, MAX_TEXT_BYTES)
-            )
-            # With the bytes that say what it is and how long.
-            sent += 4 * (one.ByteSize() + 4) // 3
-            if sent > MAX_SENT_BYTES:
-                break
-            bad.field_violations.append(one)
-        return bad
+        return status_pb2.Status(code=self.code.value[0], message=self.details, details=packed)
 
     @cached_property
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
@@ -98,15 +88,39 @@ class ApiError(Exception):
         return tuple(metadata)
 
 
-def cut(text: str, most: int) -> str:
-    """The text, or its beginning if it has more than so many bytes in UTF-8."""
-    data = text.encode(errors="replace")
-    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "..."
+def shortened(text: str, most: int) -> str:
+    """The text, or as much of its begin as `most` bytes of UTF-8 hold, with an ellipsis."""
+    data = text.encode()
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
+
+
+def _left_beside(message: str) -> int:
+    """How many bytes of other texts an error with this message has room for.
+
+    The message is sent twice: in a header, where a byte that is no printable ASCII takes three, and in the status. That
+    is in base64, like all other texts.
+    """
+    data = message.encode()
+    header = len(data) + 2 * sum(not 32 <= byte <= 126 or byte == ord("%") for byte in data)
+    return (MAX_SENT_BYTES - header) * 3 // 4 - len(data)
+
+
+def _bad_request(violations: Sequence[Violation], most: int) -> error_details_pb2.BadRequest:
+    """Each violation gets an equal share of the `most` bytes if they need more."""
+    sizes = [len(f"{violation.field}{violation.description}".encode()) for violation in violations]
+    most -= VIOLATION_BYTES * len(violations)
+    share = most // len(violations) if sum(sizes) > most else most
+    bad = error_details_pb2.BadRequest()
+    for violation in violations:
+        field = shortened(violation.field, share // 2)
+        left = share - len(field.encode())
+        bad.field_violations.add(field=field, description=shortened(violation.description, left))
+    return bad
 
 
 def invalid(violations: Sequence[Violation]) -> ApiError:
     """INVALID_ARGUMENT with all violations; the message shows the first three."""
-    shown = "; ".join(cut(f"{v.field}: {v.description}", MAX_PART_BYTES) for v in violations[:3])
+    shown = "; ".join(shortened(f"{v.field}: {v.description}", MAX_SHOWN_BYTES) for v in violations[:3])
     more = f"; and {len(violations) - 3} more" if len(violations) > 3 else ""
     return ApiError(grpc.StatusCode.INVALID_ARGUMENT, shown + more, violations=tuple(violations))
 

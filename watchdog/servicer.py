@@ -57,8 +57,9 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
     async def PauseRecovery(self, request: pb.PauseRecoveryRequest, context: Context) -> pb.PauseRecoveryResponse:
         """Pauses recovery of one worker or gateway, or of all."""
         violations = []
-        lasts = request.duration.ToTimedelta()
-        if not timedelta(0) < lasts <= MAX_PAUSE:
+        # Seconds of a message may be more than a timedelta holds.
+        lasts_s = request.duration.seconds + request.duration.nanos / 1e9
+        if not 0 < lasts_s <= MAX_PAUSE.total_seconds():
             hours = MAX_PAUSE // timedelta(hours=1)
             violations.append(Violation("duration", f"must be more than 0 and at most {hours} hours"))
         violations += _wrong_reason(request.reason)
@@ -66,7 +67,7 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
             raise invalid(violations)
         by = call_context.current().caller.name
         reason = f"{request.reason} ({by})" if by else request.reason
-        end_time = await self._order(request.worker_id, "paused", reason, lasts.total_seconds())
+        end_time = await self._order(request.worker_id, "paused", reason, lasts_s)
         return pb.PauseRecoveryResponse(end_time=timestamp(end_time))
 
     async def ResumeRecovery(self, request: pb.ResumeRecoveryRequest, context: Context) -> pb.ResumeRecoveryResponse:
@@ -85,7 +86,7 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
         """Records an order for one worker or gateway, or for all. Returns when the last of them ends."""
         guards = {**self._workers.by_worker, **self._gateways.by_worker}
         if worker_id and worker_id not in guards:
-            raise not_found(f"worker {worker_id!r}")
+            raise not_found(f"worker {worker_id[:100]!r}")
         chosen = [guards[worker_id]] if worker_id else list(guards.values())
         if not chosen:
             raise ApiError(grpc.StatusCode.UNAVAILABLE, "the watchdog has not found any worker yet", retry_delay_s=5)

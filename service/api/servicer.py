@@ -225,7 +225,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         result = await self.database.read(results.read_one, batch_id, name, messages.MAX_BODY_BYTES, scope)
         if result is None:
             await self._get(batch_id)
-            raise not_found(f"a result of {name!r} in {request.batch_id}")
+            raise not_found(f"a result of {name[:100]!r} in {request.batch_id}")
         return pb.GetResultResponse(result=messages.result_message(batch_id, result))
 
     async def CancelBatch(self, request: pb.CancelBatchRequest, context: Context) -> pb.CancelBatchResponse:
@@ -294,7 +294,8 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
 def asked_tenant(tenant: str, what: str) -> str | None:
     """The tenant that a call is about, given what the caller asks for (empty: all it may see); None: all.
 
-    Raises PERMISSION_DENIED, which says `what`, for another tenant than the caller's, and INVALID_ARGUMENT.
+    Raises INVALID_ARGUMENT for a name that no tenant can have, and PERMISSION_DENIED, which says `what`, for another
+    tenant than the caller's.
     """
     if "\0" in tenant:
         raise invalid([Violation("tenant", "must not contain NUL")])

@@ -63,7 +63,7 @@ def router(database: Database, limits: Limits, webhook_networks: Networks) -> AP
             asked.webhook or None,
         )
         # SDKs count how often they have sent a request before.
-        is_repeated = retry is not None and retry.isdigit() and int(retry[:9]) > 0
+        is_repeated = retry is not None and retry.isdecimal() and int(retry[:9]) > 0
         found = await database.retry_once(
             lambda is_again: database.run(file_batches.create, spec, limits, is_repeated or is_again)
         )

@@ -86,7 +86,7 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
             raise invalid([Violation("name", "is required and must not contain NUL")])
         found = await self._database.read(hosts.read, 1, "", name)
         if not found:
-            raise not_found(f"host {name!r}")
+            raise not_found(f"host {name[:100]!r}")
         return found[0]
 
 

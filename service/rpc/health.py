@@ -67,6 +67,6 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 sent = status
             elif self._is_ending:
                 error = ending()
-                await context.abort(error.code, error.message, error.trailing_metadata)
+                await context.abort(error.code, error.details, error.trailing_metadata)
             else:
                 await changed.wait()

@@ -218,4 +218,4 @@ async def _abort(context: Context, method: str, error: Exception) -> None:
     if not isinstance(error, ApiError):
         log.error("call_failed", method=method, exc_info=error)
         error = ApiError(grpc.StatusCode.INTERNAL, f"{method} failed: {type(error).__name__}")
-    await context.abort(error.code, error.message, error.trailing_metadata)
+    await context.abort(error.code, error.details, error.trailing_metadata)

@@ -24,8 +24,8 @@ from service.db.connection import Database
 from service.db.creation import Content, Options
 from service.db.limits import FullError, Limits
 from service.db.run_order import RunOrder
-from service.errors import ApiError, Violation, invalid
-from service.worker.lines import MAX_VIOLATIONS, LineError, format_of, not_json, parse
+from service.errors import MAX_VIOLATIONS, ApiError, Violation, invalid
+from service.worker.lines import LineError, format_of, not_json, parse
 from service.worker.offer import Offer
 from service.worker.survey import Survey
 from vllm_batch.v1 import batch_service_pb2 as pb

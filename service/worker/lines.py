@@ -13,8 +13,6 @@ from service.worker.offer import Offer
 MAX_CUSTOM_ID = 512
 # Digits that are read of a number of tokens: more than any model has.
 MAX_DIGITS = 12
-# Stop after this many invalid fields: more would tell the client nothing new.
-MAX_VIOLATIONS = 20
 
 # The first bytes of files in other formats, and what these formats are called.
 _FORMATS = {

@@ -11,15 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.rpc import pages
 from tests.support.batches import count, finished, line, lines, refused
+from tests.support.made_up import payloads
 from tests.support.servers import Stack
 from tests.support.waiting import until
 from vllm_batch import CallError, Client
+from vllm_batch.v1 import batch_service_pb2, batch_service_pb2_grpc, host_service_pb2, webhook_service_pb2
 from vllm_batch.v1 import batch_service_pb2 as pb
-from vllm_batch.v1 import batch_service_pb2_grpc
 
-SERVICE = "/vllm_batch.v1.BatchService"
 CLEAR = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED}
+# Of a message that is right, at the wrong time.
+CONFLICTS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS}
 # One stack for all examples: they do not depend on what is stored. Fewer than for a pure function: a call costs more.
 EXAMPLES = settings.default.max_examples * 6 // 10
 fuzz = settings(
@@ -63,6 +66,15 @@ def test_hostile_lines(serving: Stack, client: Client, wrong: bytes, field: str,
     assert count(serving, "requests") == 0
 
 
+@pytest.mark.parametrize("name", ["x" * 512, "😀" * 512])
+def test_many_long_errors(serving: Stack, client: Client, name: str) -> None:
+    """Each of twenty repeated names is told, however long it is."""
+    error = refused(lambda: client.submit_lines([line(name)] * 21))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [field for field, _ in error.violations] == [f"line {number}: custom_id" for number in range(2, 22)]
+    assert count(serving, "requests") == 0
+
+
 def test_huge_numbers_are_the_engines_affair(serving: Stack, client: Client) -> None:
     """Numbers beyond any type are stored as given; if the engine rejects one, only that request fails."""
     huge = [raw("a", b'{"max_tokens": 1e99999}'), raw("b", b'{"x": ' + b"9" * 100_000 + b"}"), line("c")]
@@ -80,7 +92,8 @@ def test_fuzzed_files(serving: Stack, client: Client) -> None:
     @fuzz
     @given(
         changes=st.lists(st.tuples(st.integers(0, len(good) - 1), st.binary(max_size=3)), min_size=1, max_size=4),
-        cut=st.integers(0, len(good)),
+        # Mostly whole: nearly every cut is refused alone for ending in the middle of a line.
+        cut=st.one_of(st.just(len(good)), st.just(len(good)), st.integers(0, len(good))),
     )
     def check(changes: list[tuple[int, bytes]], cut: int) -> None:
         data = bytearray(good)
@@ -100,49 +113,135 @@ def test_fuzzed_files(serving: Stack, client: Client) -> None:
     check()
 
 
+SERVICES = {
+    f"/{service.full_name}/{method.name}": method
+    for file in (batch_service_pb2, host_service_pb2, webhook_service_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+
+
 def test_fuzzed_messages(serving: Stack, client: Client) -> None:
-    """Random bytes as the message of any method end that call with a clear status, and the server keeps working."""
-    calls = {method.name: method for method in pb.DESCRIPTOR.services_by_name["BatchService"].methods}
+    """Any message, or any bytes as one, ends its call with a clear status, and the server keeps working."""
+    ended = finished(client, client.submit_lines(lines(3)).id).id
+    real = {"batch_id": [ended], "page_token": made_tokens(serving, ended), "resume_token": made_tokens(serving, ended)}
+    # As many of each message as of bytes: what is no message is refused before anything reads it.
+    made = {
+        path: payloads(method.input_type, {} if method.name == "DeleteBatch" else real)
+        for path, method in SERVICES.items()
+    }
+    calls = st.sampled_from(sorted(SERVICES)).flatmap(
+        lambda path: st.tuples(st.just(path), st.lists(made[path], min_size=1, max_size=4))
+    )
+    seen: set[tuple[str, grpc.StatusCode | None]] = set()
+    with grpc.insecure_channel(serving.target) as channel:
 
-    @fuzz
-    @given(name=st.sampled_from(sorted(calls)), data=st.binary(max_size=300))
-    def check(name: str, data: bytes) -> None:
-        with grpc.insecure_channel(serving.target) as channel:
-            method = calls[name]
+        @fuzz
+        @given(calls)
+        def check(one: tuple[str, list[bytes]]) -> None:
+            path, messages = one
+            method = SERVICES[path]
             kind = ("stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary")
-            call: Any = getattr(channel, "_".join(kind))(f"{SERVICE}/{name}")
-            given = iter([data]) if method.client_streaming else data
+            call: Any = getattr(channel, "_".join(kind))(path)
+            sent = iter(messages) if method.client_streaming else messages[0]
             is_stream = method.server_streaming
-            _, error = outcome(lambda: [*call(given, timeout=20)] if is_stream else call(given, timeout=20))
-            assert error is None or error.code in CLEAR, (name, data, error)
+            _, error = outcome(lambda: [*call(sent, timeout=20)] if is_stream else call(sent, timeout=20))
+            seen.add((method.name, error and error.code))
+            assert error is None or error.code in {*CLEAR, *CONFLICTS}, (path, messages, error)
 
-    check()
+        check()
+    # Some have got past the checks of their fields, and some have not.
+    assert {code for _, code in seen} >= {None, grpc.StatusCode.INVALID_ARGUMENT}
     assert finished(client, client.submit_lines(lines(1)).id).counts.completed == 1
     assert all(server.process.poll() is None for server in serving.servers)
     assert not [event for server in serving.servers for event in server.events("call_failed")]
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("BatchService/ListBatches", pb.ListBatchesRequest(tenant="a\0b")),
+        ("WebhookService/ListDeliveries", webhook_service_pb2.ListDeliveriesRequest(tenant="a\0b")),
+        ("HostService/DrainHost", host_service_pb2.DrainHostRequest(name="x" * 50_000)),
+        ("BatchService/CreateBatch", pb.CreateBatchRequest(requests=[pb.InlineRequest(custom_id="a")] * 1000)),
+        (
+            "BatchService/CreateBatch",
+            pb.CreateBatchRequest(
+                options=pb.BatchOptions(metadata={f"{number:\u00e9>65}": "" for number in range(100)}),
+                requests=[pb.InlineRequest(custom_id="a", url="/v1/chat/completions", body_json="{}")],
+            ),
+        ),
+    ],
+)
+def test_messages_that_were_made_up(serving: Stack, path: str, message: Any) -> None:
+    """NUL in a tenant, and names or errors that are too long or too many for the end of a call, are refused as such."""
+    with grpc.insecure_channel(serving.target) as channel:
+        call: Any = channel.unary_unary(f"/vllm_batch.v1.{path}")
+        _, error = outcome(lambda: call(message.SerializeToString(), timeout=20))
+    assert error is not None
+    assert error.code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+    assert not [event for server in serving.servers for event in server.events("call_failed")]
+
+
+def made_tokens(serving: Stack, batch_id: str) -> list[str]:
+    """Tokens that the server has issued, of each kind."""
+    with grpc.insecure_channel(serving.target) as channel:
+        stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+        page = stub.ListBatches(pb.ListBatchesRequest(page_size=1), timeout=20)
+        found = [page.next_page_token, pages.token("batches", 5), pages.token_after("hosts", "a")]
+        for order in (pb.RESULT_ORDER_INPUT, pb.RESULT_ORDER_FINISHED):
+            for which in pb.ResultFilter.values():
+                asked = pb.StreamResultsRequest(batch_id=batch_id, order=order, filter=which)
+                found += [response.resume_token for response in stub.StreamResults(asked, timeout=20)]
+    return sorted(set(filter(None, found)))
+
+
+KINDS = ("batches", "index", "sequence", "index-failed", "sequence-succeeded", "")
+NUMBERS = st.integers(-1, 2**64).map(str) | st.sampled_from([str(2**62 - 1), "9" * 5000, "1_0", " 1", "²", "0x1", ""])
+
+
 def test_fuzzed_tokens(serving: Stack, client: Client) -> None:
-    """Random tokens, names and states are INVALID_ARGUMENT or NOT_FOUND, never an internal error."""
-    batch = client.submit_lines(lines(3))
+    """Any tokens, names and states are INVALID_ARGUMENT or NOT_FOUND, never an internal error.
+
+    Most tokens are nearly right: one that was issued with a character changed, or one of any kind, place and offset.
+    """
+    batch = finished(client, client.submit_lines(lines(3)).id)
+    issued = st.sampled_from(made_tokens(serving, batch.id))
+    changed = st.builds(
+        lambda token, place, other: token[: place % (len(token) + 1)] + other + token[place % (len(token) + 1) + 1 :],
+        issued,
+        st.integers(0, 40),
+        st.sampled_from(["", *"AZaz09-_=+/", "é"]),
+    )
+    made = st.builds(pages.token_after, st.sampled_from(KINDS), st.lists(NUMBERS, max_size=3).map(":".join))
     with grpc.insecure_channel(serving.target) as channel:
         stub = batch_service_pb2_grpc.BatchServiceStub(channel)
 
         @fuzz
-        @given(text=st.text(max_size=40), number=st.integers(-(2**31), 2**31 - 1))
-        def check(text: str, number: int) -> None:
+        @given(
+            text=st.one_of(issued, changed, made, st.text(max_size=40)),
+            number=st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 1001),
+            filter=st.sampled_from(pb.ResultFilter.values()),
+            order=st.sampled_from(pb.ResultOrder.values()),
+            format=st.sampled_from(pb.ResultFormat.values()),
+            name=st.text(max_size=20) | NUMBERS.map("batch_{}".format),
+        )
+        def check(text: str, number: int, filter: Any, order: Any, format: Any, name: str) -> None:
+            asked = pb.StreamResultsRequest(
+                batch_id=batch.id, resume_token=text, filter=filter, order=order, format=format
+            )
             for call in (
                 lambda: stub.ListBatches(pb.ListBatchesRequest(page_token=text, page_size=number), timeout=20),
                 lambda: stub.ListBatches(pb.ListBatchesRequest(states=[number]), timeout=20),  # type: ignore[list-item]
-                lambda: list(stub.StreamResults(pb.StreamResultsRequest(batch_id=batch.id, resume_token=text))),
+                lambda: list(stub.StreamResults(asked, timeout=20)),
                 lambda: stub.GetResult(pb.GetResultRequest(batch_id=batch.id, custom_id=text), timeout=20),
-                lambda: stub.GetBatch(pb.GetBatchRequest(batch_id=text), timeout=20),
-                lambda: stub.DeleteBatch(pb.DeleteBatchRequest(batch_id=text), timeout=20),
+                lambda: stub.GetBatch(pb.GetBatchRequest(batch_id=name), timeout=20),
             ):
                 _, error = outcome(call)
-                assert error is None or error.code in CLEAR, (text, number, error)
+                assert error is None or error.code in CLEAR, (text, number, name, error)
 
         check()
+    assert not [event for server in serving.servers for event in server.events("call_failed")]
 
 
 def test_client_vanishes_in_the_middle_of_an_upload(serving: Stack, client: Client) -> None:

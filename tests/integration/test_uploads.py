@@ -20,12 +20,11 @@ from service.db.availability import DatabaseAwayError
 from service.db.connection import Database
 from service.db.creation import Options
 from service.db.limits import Limits
-from service.errors import ApiError
+from service.errors import MAX_VIOLATIONS, ApiError
 from service.gateway import upload
 from service.insight.links import LostError
 from service.worker import intake
 from service.worker.intake import Intake, file_place
-from service.worker.lines import MAX_VIOLATIONS
 from tests.support.batches import finished, lines
 from tests.support.lives import check_invariants, dies_and_comes_back
 from tests.support.servers import Stack

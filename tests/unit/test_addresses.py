@@ -15,6 +15,10 @@ from service.config import Settings
 from vllm_batch.channel import check_target
 
 ADDRESSES = st.ip_addresses().map(str)
+# What hosts are made of, in any order.
+PIECES = st.sampled_from(
+    [*"[]:./%@- \n0", "::", "::1", "fe80::1", "127.0.0.1", "%25", "eth0", "a", "é", "\0", "://", "dns", "0x7f", "443"]
+)
 
 
 @given(ADDRESSES, st.integers(1, 65_535))
@@ -25,6 +29,8 @@ def test_any_address_can_be_joined_with_a_port(host: str, port: int) -> None:
     assert joined == addresses.joined(addresses.bare(joined.rpartition(":")[0]), port)
     assert ipaddress.ip_address(addresses.bare(joined.rpartition(":")[0])) == ipaddress.ip_address(host)
     assert joined.rpartition(":")[2] == str(port)
+    # Only in brackets is it told from its port.
+    check_target(joined)
     if ":" in host:
         assert addresses.problem(f"[{host}]") == ""
 
@@ -49,7 +55,10 @@ def test_any_name_is_right(labels: list[str]) -> None:
 
 
 @example("dns")
-@given(st.text(max_size=40))
+@example("::%]")
+@example("fe80::1%eth 0")
+@example("fe80::1%eth0\n")
+@given(st.text(max_size=40) | st.lists(PIECES, max_size=6).map("".join))
 def test_any_text_is_a_host_or_told_why_not(text: str) -> None:
     """Any accepted text works as a client's target; any other is refused in a sentence that shows it."""
     if problem := addresses.problem(text):
@@ -91,6 +100,10 @@ def test_what_is_right(host: str) -> None:
         (" ", "neither"),
         ("x" * 64, "neither"),
         ("127.0.0.1,::1", "not an IPv6 address"),
+        ("fe80::1%eth0/64", "not an IPv6 address"),
+        ("fe80::1%", "not an IPv6 address"),
+        ("fe80::1%eth 0", "has a zone"),
+        ("[fe80::1%eth0\n]", "has a zone"),
         ("localhost,gpu-1", "neither"),
     ],
 )

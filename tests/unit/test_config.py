@@ -1,6 +1,7 @@
 """Settings: defaults match the documentation, all errors are reported at once, secrets are never shown."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from psycopg2.extensions import parse_dsn
 
-from service import config
+from service import addresses, config
 from service.config import Settings
 from tests.support.certificates import Authority
+from vllm_batch.channel import check_target
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,6 +142,70 @@ def test_any_home(name: str) -> None:
     assert parse_dsn(settings.postgres_url)["host"] == f"{run}/pg"
     assert unquote(settings.probe_address("worker")) == f"unix:{run}/worker.sock"
     assert settings.supervisor_url == f"unix://{run}/supervisor.sock"
+
+
+FIELDS = sorted(config.variable(name) for name in Settings.model_fields)
+SECRETS = {"DATABASE_URL", "BATCH_GATEWAY_DATABASE_URL", "SENTRY_DSN"}
+# No variable has NUL; other bytes that are no UTF-8 come as halves of characters.
+VALUES = st.one_of(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20),
+    st.binary(max_size=10).map(lambda value: os.fsdecode(value.replace(b"\0", b""))),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        [
+            *("true", "off", "None", "null", "1_000", " 5 ", "0x10", "\u0663", "9" * 5000, "1e400", "nan", "-0", "5s"),
+            *(
+                "/",
+                "//",
+                ".",
+                "~",
+                "a/../..",
+                "/dev/null",
+                "/nothing",
+                "x" * 5000,
+                "'",
+                '"',
+                "\n",
+                "a,b",
+                ",",
+                "worker",
+            ),
+            *("0.0.0.0", "::", "[::1]", "fe80::1%", "simulated", "DEBUG", "10.0.0.0/8", "postgresql://u:hunter2@h/d"),
+            *("https://hunter2@h/1", "http://h:4317", "unix:", "tcp://10.0.0.1:80", "service=hunter2"),
+        ]
+    ),
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=4))
+@example({"BATCH_HOST": "postgresql://u:hunter2@h/d"})
+@example({"BATCH_PROGRAMS": "worker,postgresql://u:hunter2@h/d"})
+@example({"BATCH_WEBHOOK_NETWORKS": "postgresql://u:hunter2@h/d"})
+@example({"BATCH_TLS_CA": "postgresql://u:hunter2@h/d"})
+def test_any_values(values: dict[str, str]) -> None:
+    """Any values are taken, and then all that follows from them can be asked, or are refused in words, not shown."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        settings, judgement = config.examine()
+        told = "\n".join(judgement.wrong)
+        if judgement.wrong:
+            assert all("BATCH_" in line or line.partition(":")[0] in values for line in judgement.wrong)
+            for name in SECRETS & values.keys():
+                others = "".join(value for other, value in values.items() if other != name)
+                assert len(values[name]) < 7 or values[name] in others or values[name] not in told
+            assert not re.search("://.*hunter2", told)
+            return
+        assert settings is not None
+        given = {name: str(value) for name, value in settings}
+        assert "hunter2" not in "".join(value for name, value in given.items() if config.variable(name) in SECRETS)
+        assert settings.runs <= {*config.PROGRAMS}
+        assert settings.fingerprint == config.fingerprint_now()
+        assert parse_dsn(settings.postgres_url) or settings.database_url
+        assert addresses.problem(settings.own_host) == addresses.problem(settings.host) == ""
+        assert settings.client_environment["no_grpc_proxy"]
+        check_target(settings.own_address(settings.gateway_port))
 
 
 def test_home_that_can_be() -> None:

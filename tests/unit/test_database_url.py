@@ -7,6 +7,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from psycopg2.extensions import make_dsn, parse_dsn
 
 from service import config
 from service.config import Settings
@@ -63,6 +64,34 @@ def test_nothing_is_shown(password: str, form: str) -> None:
     except UrlError as error:
         said = str(error)
     assert SECRET not in said
+
+
+PIECES = st.sampled_from(
+    [
+        *("postgresql://", "postgres://", "host=", "port=", "password=", "user=u", "dbname=d", "service=", "sslmode="),
+        *("u", SECRET, "h", "db", "[::1]", "10.0.0.1", "5432", "0", "require", "connect_timeout", "options", "-c"),
+        *(":", "@", "/", ",", "?", "&", "=", "%40", "%00", "%zz", "%", "'", "\\", " ", "\n", "\0", "é", "\udcff", "#"),
+    ]
+)
+
+
+@given(
+    st.lists(PIECES, max_size=10).map("".join)
+    | st.lists(PIECES, max_size=8).map(lambda parts: "postgresql://" + "".join(parts))
+)
+def test_any_url(url: str) -> None:
+    """Any text is a URL with names that libpq has, or refused in a sentence that has nothing of it."""
+    said = ""
+    try:
+        found = parse(url)
+    except UrlError as error:
+        said = str(error)
+    if said:
+        assert SECRET not in said
+        assert len(said) < 200
+        return
+    assert set(found) <= set(parse_dsn(make_dsn(**found)))
+    assert "@" not in found.get("host", "") or "%40" in url or not url.startswith("postgres")
 
 
 @pytest.mark.parametrize(

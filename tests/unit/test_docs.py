@@ -15,7 +15,7 @@ import yaml
 
 from benchmarks import run as benchmark
 from benchmarks.lib import page
-from service import config
+from service import config, errors
 from service.api import error_kinds, messages, watching
 from service.api import servicer as api
 from service.auth import roles
@@ -117,7 +117,10 @@ STATEMENTS = [
     ),
     ("proto/vllm_batch/v1/batch_service.proto", f"at most {messages.MAX_WINDOW_S / 86_400:.0f} days"),
     ("proto/vllm_batch/v1/batch_service.proto", f"1 to {lines.MAX_CUSTOM_ID} characters"),
-    ("proto/vllm_batch/v1/batch_service.proto", f"`line N: field` for a line of a batch; up to {lines.MAX_VIOLATIONS}"),
+    (
+        "proto/vllm_batch/v1/batch_service.proto",
+        f"`line N: field` for a line of a batch; up to {errors.MAX_VIOLATIONS}",
+    ),
     ("README.md", f"at most {default('max_restarts_per_hour')} times an hour"),
     ("README.md", f"heartbeat every {default('heartbeat_interval_s')} s"),
     ("README.md", f"gateway :{default('gateway_port')}"),
@@ -128,7 +131,7 @@ STATEMENTS = [
     ("docs/capacity.md", f"The embedded server takes {POSTGRES['max_connections']}:"),
     ("docs/capacity.md", f"one row per worker every {default('heartbeat_interval_s')} s"),
     ("docs/client.md", f"`patience_s` ({retries.PATIENCE_S:.0f} s)"),
-    ("docs/client.md", f"(up to {lines.MAX_VIOLATIONS})"),
+    ("docs/client.md", f"(up to {errors.MAX_VIOLATIONS})"),
     ("docs/client.md", f"up to {messages.MAX_WINDOW_S / 86_400:.0f} days"),
     ("docs/durability.md", f"{mib(intake.STAGE_BYTES)} at a time"),
     ("docs/durability.md", f"chunks of {run_order.CHUNK_SIZE} requests"),
@@ -251,7 +254,7 @@ STATEMENTS = [
     ("docs/client.md", f"larger than a gRPC message ({mib(rpc.MAX_MESSAGE_BYTES)})"),
     ("docs/client.md", f"of over {mib(results.MAX_BODY_BYTES)} are not stored"),
     ("docs/client.md", f"lines of over {mib(results.LARGE_BYTES)} in pieces"),
-    ("docs/client.md", f"(up to {lines.MAX_VIOLATIONS}), of the {mib(intake.READ_ON_BYTES)} from"),
+    ("docs/client.md", f"(up to {errors.MAX_VIOLATIONS}), of the {mib(intake.READ_ON_BYTES)} from"),
     ("docs/client.md", f"the first {intake.REMEMBERED:,} lines"),
     ("docs/client.md", f"exits with {terminal.EXIT_OUTPUT}, and"),
     ("docs/webhooks.md", f"answers with a status of 2xx within {sender.DEADLINE_S:.0f} s"),
@@ -262,7 +265,7 @@ STATEMENTS = [
     ("docs/webhooks.md", f"At most {webhook_retries.PER_TARGET} deliveries to one target are under way at once"),
     ("docs/webhooks.md", f"and {deliverer.CONCURRENCY} in all, {deliverer.PER_TENANT} of one tenant"),
     ("docs/troubleshooting.md", f"the limit ({mib(results.MAX_BODY_BYTES)};"),
-    ("docs/troubleshooting.md", f"up to {lines.MAX_VIOLATIONS}. Nothing was stored"),
+    ("docs/troubleshooting.md", f"up to {errors.MAX_VIOLATIONS}. Nothing was stored"),
     ("docs/troubleshooting.md", f"exits with {terminal.EXIT_REFUSED}"),
     (
         "docs/troubleshooting.md",

@@ -1,5 +1,6 @@
 """Where alerts and spans go, and certificates: what would fail only when it is used is refused before anything runs."""
 
+import re
 import sys
 from pathlib import Path
 from subprocess import run
@@ -35,6 +36,31 @@ def test_what_sentry_takes(dsn: str) -> None:
     assert "key" not in refusal
 
 
+COLLECTORS = st.sampled_from(
+    [
+        *("http://", "https://", "grpc://", "dns:///", "unix:", "ftp://", "//", "h", "h.example", "127.0.0.1", "[::1]"),
+        *("::1", ":", ":4317", ":0", ":99999", "/", "/v1", "?a", "#a", "@", "[", "]", "%", "é", " ", "\n"),
+    ]
+)
+
+
+@given(st.lists(COLLECTORS, max_size=6).map("".join))
+def test_any_collector(endpoint: str) -> None:
+    """Any text is refused with a reason, or taken by OpenTelemetry's exporter."""
+    refusal = ""
+    try:
+        endpoints.check_collector(endpoint)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert re.match(r"is not an address|begins with|a user or password", refusal)
+        return
+    exporter = OTLPSpanExporter(endpoint=endpoint)
+    exporter.shutdown()
+    assert not re.search(r"\s", endpoint)
+    assert re.search(r"[^/:]", exporter._endpoint)
+
+
 @pytest.mark.parametrize(
     "endpoint",
     [
@@ -48,6 +74,12 @@ def test_what_sentry_takes(dsn: str) -> None:
         ":4317",
         "http://u:p@h:1",
         "h:0",
+        "dns:///",
+        "dns:/// h:1",
+        "unix://[",
+        "h:4317/",
+        "h?a",
+        "unix:",
     ],
 )
 def test_what_is_no_collector(endpoint: str) -> None:
@@ -67,6 +99,8 @@ def test_what_is_no_collector(endpoint: str) -> None:
         "http://[::1]:4317",
         "dns:///h:1",
         "unix:/a/b",
+        "unix-1:4317",
+        "dns-1.example:4317",
     ],
 )
 def test_collectors(endpoint: str) -> None:

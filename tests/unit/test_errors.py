@@ -1,61 +1,109 @@
-"""Errors as they are sent: whatever is in them, they fit into the headers that clients accept."""
+"""Errors as a call ends with them: always in few enough bytes for any client."""
 
-import base64
+import asyncio
+from typing import Any
 from urllib.parse import quote
 
 import grpc
+import pytest
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import ApiError, Violation, cut, invalid
+from service.clock import SystemClock
+from service.errors import MAX_VIOLATIONS, ApiError, Violation, invalid, shortened
+from service.rpc import ports
+from service.rpc.access import Access
+from service.rpc.server import Interceptor
+from vllm_batch import CallError
+from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import batch_service_pb2_grpc
 
-# What gRPC's clients always accept, and what each header takes beside its name and value.
-ACCEPTED_BYTES = 8 << 10
-HEADER_BYTES = 32
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).flatmap(
-    lambda text: st.sampled_from([1, 20, 500]).map(lambda times: text * times)
+# What gRPC takes by default, less what it puts there itself.
+MOST_BYTES = (8 << 10) - 500
+TEXTS = st.text(max_size=200) | st.builds(
+    lambda text, times: text * times, st.sampled_from("x%é漢😀"), st.integers(0, 9999)
 )
+VIOLATIONS = st.lists(st.builds(Violation, TEXTS, TEXTS), max_size=40)
 
 
-def sent_bytes(error: ApiError) -> int:
-    """The size of the headers with which a call ends."""
-    sizes = [len("grpc-message" + quote(error.message, safe=" ")) + HEADER_BYTES]
-    for name, value in (("content-type", "application/grpc"), ("grpc-status", "16"), *error.trailing_metadata):
-        text = base64.b64encode(value).decode() if isinstance(value, bytes) else value
-        sizes.append(len(name + text) + HEADER_BYTES)
-    return sum(sizes)
-
-
-def violations_of(error: ApiError) -> list[tuple[str, str]]:
-    """Those that are sent."""
-    bad = error_details_pb2.BadRequest()
-    [detail] = status_pb2.Status.FromString(error.status().SerializeToString()).details
-    assert detail.Unpack(bad)
-    return [(violation.field, violation.description) for violation in bad.field_violations]
-
-
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=20))
-def test_any_violations_fit(given: list[tuple[str, str]]) -> None:
-    """However many and long they are, the client gets the first ones instead of an error of gRPC's."""
-    error = invalid([Violation(*each) for each in given])
-    assert sent_bytes(error) <= ACCEPTED_BYTES
-    sent = violations_of(error)
-    assert sent == [(cut(field, 500), cut(text, 500)) for field, text in given[: len(sent)]]
-    assert sent
-
-
-@given(TEXTS, TEXTS)
-def test_any_message_fits(message: str, models: str) -> None:
-    """An error that names all models of a large fleet reaches the client."""
-    error = ApiError(grpc.StatusCode.UNAVAILABLE, message, "WORKER_OFFLINE", {"models": models}, retry_delay_s=5)
-    assert sent_bytes(error) <= ACCEPTED_BYTES
-
-
-def test_usual_violations_are_all_sent() -> None:
-    """Twenty wrong lines with names of a usual length are all told."""
-    name = "summarise-03-7f9c2ba4-e88f-4d5b-b1c2-9a0f5d3e8c11"
-    wrong = [
-        Violation(f"line {each}: custom_id", f"{name!r} is already used by an earlier request") for each in range(20)
+def at_the_end(error: ApiError) -> int:
+    """The bytes of metadata at the end of a call, counted as HTTP/2 counts them, encoded as gRPC does."""
+    trailers = [
+        (name, len(value) * 4 / 3 if name.endswith("-bin") else len(value)) for name, value in error.trailing_metadata
     ]
-    assert len(violations_of(invalid(wrong))) == 20
+    message = len(quote(error.details, safe="".join(map(chr, range(0x20, 0x7F))).replace("%", "")))
+    return round(sum(len(name) + size + 32 for name, size in [*trailers, ("grpc-message", message)]))
+
+
+@given(TEXTS, TEXTS, VIOLATIONS)
+def test_any_error_fits(message: str, value: str, violations: list[Violation]) -> None:
+    """Whatever an error quotes, it ends its call with its own code: what is too long for that is shortened."""
+    error = ApiError(grpc.StatusCode.NOT_FOUND, message, "REASON", {"models": value}, 5)
+    assert at_the_end(error) < MOST_BYTES
+    assert message.startswith(error.details.removesuffix("…"))
+    error = invalid([*violations, Violation("a", "b")])
+    assert at_the_end(error) < MOST_BYTES
+    bad = error_details_pb2.BadRequest()
+    assert error.status().details[0].Unpack(bad)
+    assert len(bad.field_violations) == min(len(violations) + 1, MAX_VIOLATIONS)
+    for told, violation in zip(bad.field_violations, violations, strict=False):
+        assert violation.field.startswith(told.field.removesuffix("…"))
+        assert violation.description.startswith(told.description.removesuffix("…"))
+
+
+def test_what_fits_is_told_in_full() -> None:
+    """Twenty invalid lines with a usual error are all told, word for word."""
+    violations = [
+        Violation(
+            f"line {number}: custom_id", f"'summary-{number}-{'7f9c2ba4' * 8}' is already used by an earlier request"
+        )
+        for number in range(20)
+    ]
+    bad = error_details_pb2.BadRequest()
+    status = status_pb2.Status.FromString(dict(invalid(violations).trailing_metadata)["grpc-status-details-bin"])  # type: ignore[arg-type]
+    assert status.details[0].Unpack(bad)
+    assert [(each.field, each.description) for each in bad.field_violations] == [
+        (each.field, each.description) for each in violations
+    ]
+
+
+@pytest.mark.parametrize(("text", "most", "found"), [("abcde", 5, "abcde"), ("abcdef", 5, "ab…"), ("ééé", 5, "é…")])
+def test_shortened(text: str, most: int, found: str) -> None:
+    """A text that is too long ends with an ellipsis, between two characters."""
+    assert shortened(text, most) == found
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "😀", "%"])
+def test_any_client_gets_them(letter: str) -> None:
+    """A client with gRPC's defaults gets the code and the fields of an error, and not one of gRPC about its size."""
+    errors = {
+        "many": invalid([Violation(f"line {number}: custom_id", letter * 512) for number in range(5000)]),
+        "long": ApiError(grpc.StatusCode.NOT_FOUND, letter * 50_000, "REASON", {"models": letter * 50_000}, 5),
+    }
+
+    class Refusing(batch_service_pb2_grpc.BatchServiceServicer):
+        async def GetBatch(self, request: pb.GetBatchRequest, context: Any) -> pb.GetBatchResponse:
+            raise errors[request.batch_id]
+
+    async def call() -> dict[str, CallError]:
+        server = grpc.aio.server(interceptors=[Interceptor(Access(None, SystemClock()))], options=ports.OPTIONS)
+        batch_service_pb2_grpc.add_BatchServiceServicer_to_server(Refusing(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        found = {}
+        # Without the proxy that the environment may name.
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub = batch_service_pb2_grpc.BatchServiceStub(channel)
+            for name in errors:
+                try:
+                    await stub.GetBatch(pb.GetBatchRequest(batch_id=name), timeout=20)
+                except grpc.aio.AioRpcError as error:
+                    found[name] = CallError(error)
+        await server.stop(None)
+        return found
+
+    found = asyncio.run(call())
+    assert found["many"].code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [field for field, _ in found["many"].violations] == [f"line {n}: custom_id" for n in range(MAX_VIOLATIONS)]
+    assert (found["long"].code, found["long"].reason) == (grpc.StatusCode.NOT_FOUND, "REASON")

@@ -1,11 +1,18 @@
 """What the HTTP door decides: ranges, statuses of errors, codes of wrong lines, ids, windows, names in certificates."""
 
+import asyncio
 import json
+import re
+from itertools import pairwise
+from typing import Any
 
 import grpc
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
 
 from service.api import messages
 from service.errors import ApiError, Violation, database_unavailable, invalid, not_found
@@ -36,6 +43,129 @@ SIZE = 1000
 def test_range(header: str | None, found: tuple[int, int] | None) -> None:
     """One range is answered as asked; what is no single range is answered with the whole file."""
     assert ranges.asked(header, SIZE) == found
+
+
+RANGES = st.text("bytes=-0123456789, \xb2", max_size=25) | st.builds(
+    "bytes={}-{}".format, st.just("") | st.integers(0, 2000), st.just("") | st.integers(0, 2000)
+)
+
+
+@given(RANGES, st.integers(0, 1500))
+def test_any_range(header: str, size: int) -> None:
+    """Whatever is asked for, the answer has bytes of the file, or all of it; only what begins behind it is refused."""
+    first, _, last = header.removeprefix("bytes=").partition("-")
+    is_range = re.fullmatch(r"bytes=\d{1,18}-(\d{1,18})?|bytes=-\d{1,18}", header, re.ASCII) is not None
+    try:
+        found = ranges.asked(header, size)
+    except ranges.UnsatisfiableError:
+        assert not is_range or (int(first) >= size if first else not size or not int(last))
+        return
+    if found is None:
+        assert not is_range or (first and last and int(last) < int(first))
+        return
+    begin, end = found
+    assert 0 <= begin < end <= size
+    if is_range and first:
+        assert found == (int(first), min(size, int(last) + 1) if last else size)
+    elif is_range:
+        assert found == (max(0, size - int(last)), size)
+
+
+CONTENTS = st.lists(
+    st.sampled_from([b"\r", b"\n", b"\r\n", b"-", b"--", b"\r\n--ab", b"--abc", b"\r\n--abd", b"a", b"\0", b"\xff"]),
+    max_size=8,
+).map(b"".join)
+NAMED = st.text(st.characters(exclude_characters='"\\;', exclude_categories=["Cc", "Cs"]), min_size=1, max_size=10)
+
+
+def fields(pieces: list[bytes], content_type: str = "multipart/form-data; boundary=abc") -> list[Any]:
+    """What a form that arrives in these pieces has: name, file name and content of each field."""
+    arriving = iter([*({"type": "http.request", "body": piece, "more_body": True} for piece in pieces)])
+
+    async def receive() -> Any:
+        return next(arriving, {"type": "http.request", "body": b"", "more_body": False})
+
+    async def read() -> list[Any]:
+        found, content = [], b""
+        scope = {"type": "http", "headers": [(b"content-type", content_type.encode("latin-1"))]}
+        async for field, data in multipart.fields(Request(scope, receive)):
+            content += data or b""
+            if data is None:
+                found.append((field.name, field.filename, content))
+                content = b""
+        return found
+
+    return asyncio.run(read())
+
+
+@given(
+    st.lists(st.tuples(NAMED, st.none() | NAMED, CONTENTS), max_size=4),
+    st.lists(st.integers(0, 400), max_size=8),
+    st.booleans(),
+)
+def test_any_form_in_pieces_of_any_size(
+    parts: list[tuple[str, str | None, bytes]], cuts: list[int], is_each_byte: bool
+) -> None:
+    """However a form is split on its way, its fields and files are what was sent, byte for byte."""
+    assume(not any(b"\r\n--abc" in b"\r\n" + content for *_, content in parts))
+    data = b""
+    for name, filename, content in parts:
+        named = f'; filename="{filename}"' if filename is not None else ""
+        data += b"--abc\r\n" + f'Content-Disposition: form-data; name="{name}"{named}\r\n\r\n'.encode()
+        data += content + b"\r\n"
+    data += b"--abc--\r\n"
+    places = sorted({0, len(data), *(range(len(data)) if is_each_byte else (cut for cut in cuts if cut < len(data)))})
+    assert fields([data[begin:end] for begin, end in pairwise(places)]) == parts
+
+
+FORM_PIECES = st.sampled_from(
+    [
+        *(
+            b"--abc",
+            b"--abc--",
+            b"\r\n",
+            b"\r\n\r\n",
+            b"Content-Disposition: ",
+            b"form-data",
+            b"; ",
+            b'name="a"',
+            b"name",
+        ),
+        *(
+            b"=",
+            b'"',
+            b"\\",
+            b"filename=",
+            b"filename*=",
+            b"utf-8''%ff",
+            b"iso-8859-1''%E9",
+            b"filename*0=",
+            b"*",
+            b":",
+        ),
+        *(b"\0", b"\xff", b"Content-Type: x", b"Content-Transfer-Encoding: base64", b"x" * 20_000, b"a"),
+    ]
+)
+
+
+@given(
+    st.lists(FORM_PIECES, max_size=14),
+    st.sampled_from(["", "multipart/form-data", "multipart/form-data; boundary=", "MULTIPART/Form-Data;Boundary=abc"])
+    | st.just("multipart/form-data; boundary=abc")
+    | st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=20).map(
+        "multipart/form-data; boundary={}".format
+    ),
+)
+def test_what_is_no_form(pieces: list[bytes], content_type: str) -> None:
+    """Any bytes are read as a form, or refused in words."""
+    refusal = None
+    try:
+        fields(pieces, content_type)
+    except ApiError as error:
+        refusal = error
+    if refusal is not None:
+        assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert refusal.violations[0].field in ("body", "content-type")
 
 
 @pytest.mark.parametrize("header", ["bytes=1000-", "bytes=1000-2000", "bytes=-0"])

@@ -15,7 +15,7 @@ from service.db import files
 from service.db.files import File, Part, PartGoneError, PartsError
 from service.db.limits import Limits
 from service.errors import ApiError
-from service.http import content, door, uploads
+from service.http import batches, content, door, uploads
 from service.http import files as http_files
 from service.http.files import Keeping
 from service.http.storing import PartWriter
@@ -58,6 +58,7 @@ def post(database: Any, path: str, **body: Any) -> httpx.Response:
 def call(database: Any, method: str, path: str, caller: Caller, **body: Any) -> httpx.Response:
     """What the door answers a caller."""
     app, keeping = FastAPI(), Keeping(None, 1 << 20, Limits(1, 1))
+    app.include_router(batches.router(database, keeping.limits, []))
     app.include_router(uploads.router(database, keeping))
     app.include_router(http_files.router(database, keeping))
     app.add_exception_handler(ApiError, door.on_error)  # type: ignore[arg-type]
@@ -144,3 +145,12 @@ def test_what_is_too_large_is_called_what_it_is() -> None:
     for what in ("file", "part"):
         with pytest.raises(ApiError, match=f"bytes of the {what}: 5, at most 4 are allowed"):
             asyncio.run(PartWriter(nowhere, 1, 4, what).add(b"12345"))
+
+
+@pytest.mark.parametrize("count", ["0", "1", "-1", "a", "9" * 5000, "\xb2", "\xff"])
+def test_what_is_no_count_of_retries(count: str) -> None:
+    """Whatever a header says about how often a request was sent before, it is answered as any other."""
+    asked = {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    headers = {"x-stainless-retry-count": count.encode("latin-1")}
+    answer = post(Played(read_piece=b"", create=None), "/v1/batches", json=asked, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (404, "file 'file-1' does not exist")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,49 @@ def test_networks_that_are_allowed(url: str) -> None:
     assert not webhook_targets.is_allowed("169.254.169.254", PRIVATE)
     with pytest.raises(ValueError, match=r"'10\.0\.0\.1/8' is not a network"):
         webhook_targets.networks("10.0.0.1/8")
+
+
+# What other machines of a network, or this one, have, and what leads there by another way.
+NOT_PUBLIC = [
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"),
+    *("224.0.0.0/4", "240.0.0.0/4", "::/128", "::1/128", "fc00::/7", "fe80::/10", "ff00::/8", "::ffff:10.0.0.0/104"),
+    *("64:ff9b::7f00:0/104", "64:ff9b::a9fe:0/112", "2002:a00::/24", "2002:c0a8::/32", "::10.0.0.0/104"),
+]
+
+
+@given(st.sampled_from(NOT_PUBLIC).flatmap(lambda network: st.ip_addresses(network=network)), st.integers(1, 65_535))
+def test_no_address_that_is_not_public(address: Any, port: int) -> None:
+    """No address of a private network is a target, however it is written, nor connected to once a name leads there."""
+    assert not webhook_targets.is_allowed(str(address), [])
+    hosts = [str(address)] if address.version == 4 else [f"[{address}]", f"[{address.exploded}]".upper()]
+    for host in hosts:
+        for url in (f"https://{host}", f"https://{host}:{port}/a?b", f"HTTPS://{host}/"):
+            assert webhook_targets.problem(url, [])
+
+
+URL_PIECES = st.sampled_from(
+    [
+        *("https://", "http://", "//", "HTTPS:", "a.example", "10.0.0.1", "127.1", "0x7f.1", "[::1]", "[fe80::1%25a]"),
+        *(":", ":443", ":0", ":99999", "@", "/", "?", "#", "\\", "%", "%2f", ".", "..", "[", "]", "é", " ", "\n", "\0"),
+    ]
+)
+
+
+@given(
+    st.lists(URL_PIECES, max_size=7).map("".join)
+    | st.lists(URL_PIECES, max_size=4).map(lambda parts: "https://a.example" + "".join(parts))
+)
+def test_any_url(url: str) -> None:
+    """Any text is refused with a reason, or is a URL of which every reader has the same host, without a user."""
+    if told := webhook_targets.problem(url, []):
+        assert told[0].islower() or told[0] == "'", told
+        return
+    read = httpx.URL(url)
+    parts = webhook_targets.split(url)
+    assert (read.scheme, read.host, read.port) == ("https", parts.hostname, parts.port if parts.port != 443 else None)
+    assert not read.userinfo
+    assert not re.search(r"[\s\\]", url)
+    assert webhook_targets.origin(url).lower() == f"https://{parts.netloc}".lower()
 
 
 def test_origin() -> None:
