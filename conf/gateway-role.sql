@@ -13,6 +13,9 @@
 --
 -- Then set BATCH_GATEWAY_DATABASE_URL=postgresql://vllm_batch_gateway:PASSWORD@host/database for both.
 
+-- All or nothing: gateways that run have their rights all the time, also if the schema is of a version before this file.
+BEGIN;
+
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'vllm_batch_gateway') THEN
@@ -53,3 +56,5 @@ GRANT EXECUTE ON FUNCTION note_of_host, forget_host TO vllm_batch_gateway;
 -- The page: sessions, and orders that the watchdogs take and record.
 GRANT INSERT, DELETE ON page_sessions TO vllm_batch_gateway;
 GRANT INSERT ON recovery_orders TO vllm_batch_gateway;
+
+COMMIT;

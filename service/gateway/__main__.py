@@ -112,8 +112,13 @@ async def serve(settings: Settings) -> int:
         WebhookCollector(deliverer, surveying, FRESH_S),
     )
     await server.set_health("", True)
-    for service in (HOST_SERVICE, WEBHOOK_SERVICE):
-        await server.set_health(service, True)
+
+    async def tell_schema() -> None:
+        # Before that, in an upgrade, gateways of the version before serve more.
+        await presence.has_schema.wait()
+        for service in (HOST_SERVICE, WEBHOOK_SERVICE):
+            await server.set_health(service, True)
+
     log.info("gateway_serving", address=server.address)
     following = asyncio.create_task(presence.follow(), name="presence")
     keeper = Housekeeping(
@@ -125,6 +130,7 @@ async def serve(settings: Settings) -> int:
     delivering = asyncio.create_task(deliverer.follow(), name="webhooks")
     beat = ServerBeat(database, settings.own_id("gateway"), "gateway", server.address, settings.heartbeat_interval_s)
     beating = asyncio.create_task(beat.follow(), name="beat")
+    telling = asyncio.create_task(tell_schema(), name="schema")
     stopping = asyncio.create_task(stop.wait())
     lasting = (following, housekeeping, reporting, delivering, beating)
     tasks: set[asyncio.Task[Any]] = {*lasting, stopping}
@@ -132,7 +138,7 @@ async def serve(settings: Settings) -> int:
     # They never end by themselves: without one of them the process would run, but be useless.
     failed = [task for task in lasting if programs.has_failed(task, log)]
     log.info("gateway_draining")
-    for task in (housekeeping, reporting, delivering, beating):
+    for task in (housekeeping, reporting, delivering, beating, telling):
         task.cancel()
     servicer.end_streams()
     await server.end(GRACE_S)

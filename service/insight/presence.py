@@ -77,7 +77,8 @@ class Presence:
     _refused: "_Refused | None" = None
     _loads: dict[str, Load] = field(default_factory=dict)
     _is_accepting: bool | None = None
-    _is_schema_there: bool = False
+    # Set once the schema was found that this version needs.
+    has_schema: asyncio.Event = field(default_factory=asyncio.Event)
     _are_addresses_checked: bool = False
     # Workers that announce an address of which only their own host knows.
     _unreachable: frozenset[UUID] = frozenset()
@@ -181,9 +182,9 @@ class Presence:
         hosts are there that cannot reach this one.
         """
         try:
-            if not self._is_schema_there:
+            if not self.has_schema.is_set():
                 await self.database.run(check_schema)
-                self._is_schema_there = True
+                self.has_schema.set()
             now_s = self.clock.monotonic()
             # Refusals tell why, and for how long.
             is_all = not self._is_accepting or now_s >= self._rest_due_s
@@ -196,7 +197,7 @@ class Presence:
                 self._judge_now.set()
             found = await reading
         except DATABASE_ERRORS as error:
-            if isinstance(error, DatabaseUnfitError) and not self._is_schema_there:
+            if isinstance(error, DatabaseUnfitError) and not self.has_schema.is_set():
                 raise
             self._note_away(error)
         else:

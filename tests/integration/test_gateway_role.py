@@ -26,9 +26,13 @@ def as_gateway(url: str) -> str:
     return url.replace("user=postgres", "user=vllm_batch_gateway")
 
 
-def make_role(url: str) -> None:
+def run_file(url: str) -> "subprocess.CompletedProcess[str]":
     arguments = [str(embedded.binaries() / "psql"), url, "-v", "ON_ERROR_STOP=1", "-f", "conf/gateway-role.sql"]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def make_role(url: str) -> None:
+    done = run_file(url)
     assert done.returncode == 0, done.stderr
 
 
@@ -101,6 +105,17 @@ def test_openai_api_works_under_the_role(role_url: str, stack: Stack) -> None:
         lambda: not count(stack, "files") + count(stack, "file_parts") + count(stack, "file_pieces"), "the cleaning up"
     )
     assert not door.events("call_failed") + door.events("call_without_database")
+
+
+def test_a_file_that_is_newer_than_the_schema_takes_no_rights(role_url: str, database_url: str) -> None:
+    """Run before the upgrade has migrated the schema, the file is refused, and running gateways keep their rights."""
+    with psycopg2.connect(database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("DROP TABLE gone_files")
+    done = run_file(database_url)
+    assert done.returncode
+    assert "gone_files" in done.stderr
+    with psycopg2.connect(role_url) as connection, connection.cursor() as cursor:
+        cursor.execute("DELETE FROM servers WHERE false")
 
 
 @pytest.mark.parametrize("how", ["in the URL", "of the database"])

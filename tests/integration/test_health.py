@@ -6,16 +6,18 @@ import queue
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.db.connection import Database, migrate
 from service.rpc.services import HOST_SERVICE, WEBHOOK_SERVICE
 from tests.support.batches import inline, line, lines, refused
 from tests.support.ports import free_port
-from tests.support.servers import Server, Stack
+from tests.support.servers import Server, Stack, new_database
 from tests.support.waiting import until
 from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -58,6 +60,25 @@ def test_names(stack: Stack) -> None:
     stack.wait_until_accepting()
     assert listed(address) == {"": SERVING, SERVICE: SERVING}
     assert listed(stack.target) == listed(address) | dict.fromkeys(others, SERVING)
+
+
+def test_a_gateway_is_ready_once_the_schema_is_there(postgres: str, tmp_path: Path) -> None:
+    """What reads Postgres becomes SERVING with the schema of this version, so that an upgrade can wait for that; the
+    gateway itself, which must not be restarted for it, is SERVING from the start.
+    """
+    with new_database(postgres, "template1") as url:
+        stack = Stack(url, tmp_path, free_port(), [])
+        try:
+            gateway = stack.gateway()
+            until(lambda: gateway.events("database_away"), "the gateway to miss the schema")
+            others = {HOST_SERVICE, WEBHOOK_SERVICE}
+            assert listed(stack.target) == {"": SERVING, **dict.fromkeys((SERVICE, *others), NOT_SERVING)}
+            database = Database(url, "test")
+            database.call(migrate)
+            database.close()
+            until(lambda: {name for name, one in listed(stack.target).items() if one == SERVING} == {"", *others}, "it")
+        finally:
+            stack.end()
 
 
 @pytest.mark.parametrize(

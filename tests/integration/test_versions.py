@@ -1,23 +1,37 @@
 """Versions on one database: contractions wait for old programs, old programs are refused, two releases work at once."""
 
+import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import venv
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 import pytest
+from openai import OpenAI
 
 from service.db import schema, server_beats
 from service.db.availability import DatabaseAwayError, DatabaseUnfitError
 from service.db.connection import Database
 from tests.support.batches import count, finished, health, lines, run_sql
+from tests.support.fleet import Fleet, Host, fleet
 from tests.support.namespaces import own_name
 from tests.support.ports import free_port
 from tests.support.servers import ROOT, Server, Stack, new_database
 from tests.support.waiting import until
 from vllm_batch import Client
 
+# To be renewed with each release.
+LAST_RELEASE = "dcbd10bd84f9f7ce7e91740030233087fc7c9a64"
+REQUESTS = 3000
+QUICK = {"heartbeat_interval_s": 1, "simulated_request_s": 0.1, "simulated_window": 8, "window": 8}
+AUDIT = "SELECT kind, verdict FROM recovery_events WHERE kind <> 'verdict'"
 UP = """
 
 def up(migrator, db):
@@ -79,29 +93,121 @@ def test_a_program_that_is_too_old_says_so(stack: Stack) -> None:
         assert all("upgrade this host" in str(event["cause"]) for event in told)
 
 
+def take_out(commit: str, folder: Path, *paths: str) -> None:
+    """Writes these paths as they are in the commit; skips the test if that is not here."""
+    try:
+        git("rev-parse", "--verify", f"{commit}^{{commit}}")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"the commit {commit} is not here, as in a shallow clone")
+    command = ["git", "archive", commit, *paths]
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=True)
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, timeout=60, check=True)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def last_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of the last release, set up without a download: its libraries are those of this one."""
+    folder = tmp_path_factory.mktemp("last")
+    take_out(LAST_RELEASE, folder, "service", "watchdog", "client", "scripts", "conf", "setup.cfg")
+    (folder / "scripts" / "setup.sh").write_text("#!/bin/sh\n")
+    venv.create(folder / ".venv", symlinks=True)
+    [packages] = (folder / ".venv").glob("lib/python*/site-packages")
+    libraries = [entry for entry in sys.path if entry.endswith("site-packages")]
+    (packages / "these.pth").write_text("\n".join([str(folder / "client"), *libraries]))
+    return folder
+
+
+def upgrade(host: Host, root: Path) -> None:
+    """As docs/fleet.md has it, without draining."""
+    assert host.full is not None
+    stopped = host.full.script("stop-all.sh")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    host.supervised(root)
+
+
+def kill_workers(all_hosts: Fleet) -> None:
+    """Waits until the watchdogs have healed them."""
+    for host in all_hosts.hosts:
+        os.kill(host.worker_pid, signal.SIGKILL)
+    for host in all_hosts.hosts:
+        assert host.full is not None
+        until(lambda: host.full.recovered(len(all_hosts.hosts)), "the workers to be back")  # noqa: B023
+
+
+def use(all_hosts: Fleet) -> None:
+    """Each host runs a batch that another has accepted, and OpenAI's door of each shows it."""
+    for one, other in (all_hosts.hosts, reversed(all_hosts.hosts)):
+        with one.client(patience_s=60) as before, other.client(patience_s=60) as now:
+            batch = before.submit_lines(lines(20))
+            assert now.wait(batch.id).counts.completed == 20
+            assert len({result.custom_id for result in now.results(batch.id)}) == 20
+        assert other.full is not None
+        with OpenAI(
+            base_url=f"http://{other.address}:{other.full.http_port}/v1", api_key="none", max_retries=9
+        ) as client:
+            assert client.batches.retrieve(batch.id).status == "completed"
+
+
+def notes(asked: Host, about: Host) -> str:
+    with asked.client(patience_s=60) as client:
+        return " ".join(note for host in client.hosts(about.name) for note in host.notes)
+
+
+def complaints(host: Host) -> list[str]:
+    """What a log of the host should not have: errors and tracebacks."""
+    found = []
+    for log in (host.home / "log").glob("*.log"):
+        for said in log.read_text().splitlines():
+            event = json.loads(said) if said.startswith("{") else {}
+            if "Traceback" in said or event.get("level") in ("error", "critical"):
+                found.append(f"{host.name}, {log.name}: {said}")
+    return found
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
+def test_whole_hosts_are_upgraded_and_returned(last_release: Path) -> None:
+    """Whole hosts of the last release are upgraded one by one while clients use both, and one returns to the release:
+    each request has one result, and nothing is restarted that was not killed.
+    """
+    with fleet(2) as made, ThreadPoolExecutor() as pool:
+        a, b = made.hosts
+        for started in [pool.submit(host.supervised, last_release, **QUICK) for host in made.hosts]:
+            started.result()
+        made.wait_until_accepting()
+        with b.client(patience_s=60) as client:
+            long = client.submit_lines(lines(REQUESTS)).id
+            streamed = pool.submit(lambda: [result.custom_id for result in client.results(long, follow=True)])
+            upgrade(a, ROOT)
+            assert "older than this server" in notes(a, b)
+            assert "newer than this server" in notes(b, a)
+            use(made)
+            kill_workers(made)
+            upgrade(b, ROOT)
+            upgrade(a, last_release)
+            use(made)
+            assert client.wait(long).counts.completed == REQUESTS
+            assert streamed.result(60) == [f"c{number}" for number in range(REQUESTS)]
+        kinds = Counter((kind, verdict) for kind, verdict in made.sql(AUDIT))
+        assert kinds == {("restart", "CRASHED"): 2}
+        assert [line for host in made.hosts for line in complaints(host)] == []
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The code of before the newest release's migrations: the last commit whose programs did not report a version."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-        ).stdout.strip()
-
     try:
         first = git("log", "--diff-filter=A", "--format=%H", "--", "service/db/schema.py").splitlines()[-1]
-        before = git("rev-parse", "--verify", f"{first}^")
     except (OSError, subprocess.CalledProcessError, IndexError):
         pytest.skip("the history of the earlier version is not here, as in a shallow clone")
     folder = tmp_path_factory.mktemp("release")
-    archive = subprocess.run(
-        ["git", "archive", before, "service", "watchdog", "client"],
-        cwd=ROOT,
-        capture_output=True,
-        timeout=60,
-        check=True,
-    )
-    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, timeout=60, check=True)
+    take_out(f"{first}^", folder, "service", "watchdog", "client")
     return folder
 
 

@@ -36,7 +36,7 @@ from service.processes import Mark
 from tests.support.networks import Network, network
 from tests.support.ports import free_port
 from tests.support.servers import Server, Stack
-from tests.support.stacks import FullStack
+from tests.support.stacks import ROOT, FullStack
 from tests.support.waiting import until
 from vllm_batch import Client
 
@@ -142,13 +142,17 @@ class Host(Machine):
         self._stack.servers[:] = [server for server in self._stack.servers if server.log.stem != name]
         return self._stack.run(module, name, **SETTINGS | ports | settings)
 
-    def supervised(self, **settings: object) -> FullStack:
-        """Starts the stack under supervisord, or starts it again, and waits until it accepts new work."""
+    def supervised(self, root: Path = ROOT, **settings: object) -> FullStack:
+        """Starts the stack under supervisord, or starts it again, and waits until it accepts new work.
+
+        `root` is the checkout that it runs.
+        """
         if self.full is None:
             given = {f"BATCH_{key.upper()}": str(value) for key, value in (SETTINGS | settings).items()}
             own = {"BATCH_HOST": self.address, "DATABASE_URL": self._stack.database_url, "BATCH_ENGINE": "simulated"}
             self.full = FullStack(self.home, own | given)
             self.full.prefix = self._stack.prefix
+        self.full.root = root
         started = self.full.script("start-all.sh")
         assert started.returncode == 0, started.stdout + started.stderr
         return self.full

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from service.config import OTHER_VARIABLES, PROGRAMS, Settings, known_variables
+from service.rpc.services import HOST_SERVICE
 
 helm = pytest.importorskip("helm_python")
 kubernetes = pytest.importorskip("kubernetes_validate")
@@ -161,10 +162,15 @@ def test_fits_the_server(rendered: Any, variant: str) -> None:
         assert not spec["automountServiceAccountToken"]
         probes = [container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in container]
         for probe in probes:
+            # A gateway is ready once the schema of its version is there.
+            is_of_schema = component == "gateway" and probe is container["readinessProbe"]
             if "exec" in probe:
-                assert probe["exec"]["command"][1:] == ["-m", "scripts.probe", component]
+                assert (
+                    probe["exec"]["command"][1:] == ["-m", "scripts.probe", component] + [HOST_SERVICE] * is_of_schema
+                )
             elif "grpc" in probe:
-                assert probe["grpc"] == {"port": default[f"{component}_port"]}
+                asked = {"service": HOST_SERVICE} if is_of_schema else {}
+                assert probe["grpc"] == {"port": default[f"{component}_port"], **asked}
         # Room for preStop, the stop of the worker and that of the watchdog.
         assert spec["terminationGracePeriodSeconds"] >= (120 if component == "worker" else 35)
 

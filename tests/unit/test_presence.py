@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from service import machine
+from service.db.availability import DatabaseAwayError
+from service.db.connection import check_schema
 from service.insight.presence import RARELY_S, Presence
 from service.insight.routing import Freshness
 
@@ -50,3 +52,27 @@ def test_what_changes_rarely_is_read_rarely(is_accepting: bool, is_all: list[boo
 
     asyncio.run(look())
     assert stub.readings == is_all
+
+
+def test_the_schema_is_there_once_it_was_found() -> None:
+    """A gateway of a new version, which others may wait for, has its schema only once that is migrated."""
+    stub, pending = Postgres(), True
+
+    def run(function: Callable[..., Any], *given: Any) -> asyncio.Future[Any]:
+        if function is check_schema and pending:
+            raise DatabaseAwayError("migration 0028 is pending")
+        return Postgres.run(stub, function, *given)
+
+    there: Any = stub
+    stub.run = run  # type: ignore[method-assign]
+
+    async def look() -> None:
+        nonlocal pending
+        presence = Presence(there, there, there, 60.0, ignore, machine.here())
+        await presence.look()
+        assert not presence.has_schema.is_set()
+        pending = False
+        await presence.look()
+        assert presence.has_schema.is_set()
+
+    asyncio.run(look())

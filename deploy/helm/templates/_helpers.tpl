@@ -45,14 +45,17 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* Probes of a gRPC server: (dict "port" 50051 "program" "gateway" "root" $). The kubelet's gRPC probes speak no TLS. */}}
+{{/*
+Probes of a gRPC server, or of a service of it: (dict "port" 50051 "program" "gateway" "service" "" "root" $). The
+kubelet's gRPC probes speak no TLS.
+*/}}
 {{- define "vllm-batch.probe" -}}
 {{- if .root.Values.tls.existingSecret -}}
 exec:
-  command: [.venv/bin/python, -m, scripts.probe, {{ .program }}]
+  command: [.venv/bin/python, -m, scripts.probe, {{ .program }}{{ with .service }}, {{ . }}{{ end }}]
 timeoutSeconds: 10
 {{- else -}}
-grpc: {port: {{ .port }}}
+grpc: {port: {{ .port }}{{ with .service }}, service: {{ . }}{{ end }}}
 timeoutSeconds: 5
 {{- end }}
 {{- end }}
