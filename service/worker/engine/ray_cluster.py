@@ -68,7 +68,8 @@ async def prepare(worker_id: str, timeout_s: float = SWEEP_TIMEOUT_S) -> None:
         raise EngineStartError(
             Cause.of(
                 f"the Ray cluster at RAY_ADDRESS={address} cannot be used: {lines[-1]}",
-                "It must run the same version of Ray and of Python, and be reachable: ray status --address ADDRESS",
+                "It must run the same version of Ray and of Python, and be reachable: ray status --address ADDRESS."
+                " With a token, each host needs it and RAY_AUTH_MODE=token, as does .env.",
             )
         )
     if removed := said.decode().split():
