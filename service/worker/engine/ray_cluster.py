@@ -27,7 +27,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 OWNER = "vllm_batch_worker"
 # A cluster that ends with the worker. Ray's default would be one that ran on this machine before, dead or not.
 OWN_CLUSTER = "local"
-# Ray kills an actor that does not end by itself, and takes a host for dead that is silent for half a minute.
+# Ray kills an actor that does not end by itself, and takes a host for dead after 65 s of silence.
 SWEEP_TIMEOUT_S = 90.0
 # By then the sweep has ended by itself, unless it cannot connect.
 CONNECT_TIMEOUT_S = 10.0
