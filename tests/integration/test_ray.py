@@ -55,8 +55,8 @@ class Host(Machine):
         self.ray("start", *role, f"--node-ip-address={self.address}", "--num-gpus=2", "--num-cpus=2")
 
     def processes(self) -> list[psutil.Process]:
-        """Those of Ray; its workers are children of what has the address in its arguments."""
-        own = re.compile(rf"node.ip.address={re.escape(self.address)}(\s|$)")
+        """Those of Ray; its workers are children of what has the address, or the head's files, in its arguments."""
+        own = re.compile(rf"node.ip.address={re.escape(self.address)}(\s|$)|{re.escape(str(self.home))}/")
         roots = [each for each in psutil.process_iter(["cmdline"]) if own.search(" ".join(each.info["cmdline"] or ()))]
         return [each for root in roots for each in (root, *root.children(recursive=True))]
 
