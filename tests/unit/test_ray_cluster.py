@@ -12,6 +12,8 @@ from service.worker.engine import ray_cluster
 from service.worker.engine.cause import Failure, explain
 from service.worker.engine.protocol import EngineStartError
 
+NEED = ray_cluster.Need("GPU", 2, here=2)
+
 
 def job(number: int, **metadata: str) -> SimpleNamespace:
     """A job as Ray describes it."""
@@ -35,16 +37,25 @@ def test_a_cluster_of_its_own_by_default(monkeypatch: pytest.MonkeyPatch) -> Non
     """Without RAY_ADDRESS nothing is swept, and Ray starts a cluster for this life whose job names the worker."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
     monkeypatch.setattr(os, "environ", {})
-    asyncio.run(ray_cluster.prepare("a:worker"))
+    asyncio.run(ray_cluster.prepare("a:worker", NEED))
     assert os.environ["RAY_ADDRESS"] == "local"
     assert json.loads(os.environ[ray_cluster.JOB_CONFIG]) == {"metadata": {"vllm_batch_worker": "a:worker"}}
+
+
+def test_too_few_gpus_for_a_cluster_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that needs more GPUs than this host has is refused at once, instead of waiting half an hour for them."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace())
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(EngineStartError, match="over 4 GPUs, and this host has 2") as failed:
+        asyncio.run(ray_cluster.prepare("a:worker", ray_cluster.Need("GPU", 4, here=2)))
+    assert "RAY_ADDRESS" in failed.value.cause.advice
 
 
 def test_ray_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package the start fails at once, with what to type."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EngineStartError) as failed:
-        asyncio.run(ray_cluster.prepare("a:worker"))
+        asyncio.run(ray_cluster.prepare("a:worker", NEED))
     assert ".[ray]" in failed.value.cause.advice
 
 

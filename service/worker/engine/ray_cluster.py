@@ -1,8 +1,11 @@
 """Prepares Ray for vLLM: marks what this worker will run in a cluster, and removes what its earlier lives left there.
 
+Then it waits until the GPUs that vLLM needs are free.
+
 Processes on this host are ended by the watchdog. Ray's are on other hosts too, where a placement group that is still
-held would keep the next start waiting for its GPUs. The sweep is a process of its own, since connecting may hang and
-vLLM has to make its own connection: `RAY_ADDRESS=... python -m service.worker.engine.ray_cluster WORKER`.
+held would keep the next start waiting for its GPUs. So would a host that is away: vLLM waits half an hour for it, and
+says so only then. The sweep is a process of its own, since connecting may hang and vLLM has to make its own connection:
+`RAY_ADDRESS=... python -m service.worker.engine.ray_cluster WORKER DEVICE COUNT SECONDS`.
 """
 
 import asyncio
@@ -12,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from service.telemetry import logs
@@ -23,17 +27,33 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 OWNER = "vllm_batch_worker"
 # A cluster that ends with the worker. Ray's default would be one that ran on this machine before, dead or not.
 OWN_CLUSTER = "local"
-# Ray kills an actor that does not end by itself, and takes a host for dead that is silent for half a minute.
+# Ray kills an actor that does not end by itself, and takes a host for dead after 65 s of silence.
 SWEEP_TIMEOUT_S = 90.0
+# By then the sweep has ended by itself, unless it cannot connect.
+CONNECT_TIMEOUT_S = 10.0
 LOOK_INTERVAL_S = 0.2
+WAITED_IN_VAIN = 2
 
 log = logs.get("ray")
 
 
-async def prepare(worker_id: str, timeout_s: float = SWEEP_TIMEOUT_S) -> None:
+class _WaitedInVainError(Exception):
+    """What is not as it has to be, to be said of the cluster."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What vLLM reserves in the cluster: `count` of what Ray calls `device`. This host has `here` of them."""
+
+    device: str
+    count: int
+    here: int
+
+
+async def prepare(worker_id: str, need: Need, timeout_s: float = SWEEP_TIMEOUT_S) -> None:
     """Sets the environment from which Ray starts, and waits until no earlier life of this worker holds anything.
 
-    Raises EngineStartError.
+    Raises EngineStartError, also if what it needs does not become free.
     """
     if importlib.util.find_spec("ray") is None:
         advice = "On each host: .venv/bin/pip install -e '.[ray]'"
@@ -42,33 +62,44 @@ async def prepare(worker_id: str, timeout_s: float = SWEEP_TIMEOUT_S) -> None:
     environment = dict(os.environ)
     os.environ[JOB_CONFIG] = json.dumps({"metadata": {OWNER: worker_id}})
     if address == OWN_CLUSTER:
+        if need.here < need.count:
+            text = f"the model is spread over {need.count} {need.device}s, and this host has {need.here}"
+            raise EngineStartError(Cause.of(text, "Set RAY_ADDRESS to the address of the cluster's head."))
         return
     sweep = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", __name__, worker_id),
+        *(sys.executable, "-m", __name__, worker_id, need.device, str(need.count), str(timeout_s)),
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        said, failed = await asyncio.wait_for(sweep.communicate(), timeout_s)
+        said, failed = await asyncio.wait_for(sweep.communicate(), timeout_s + CONNECT_TIMEOUT_S)
     except TimeoutError:
         raise EngineStartError(
             Cause.of(
-                f"the Ray cluster at RAY_ADDRESS={address} did not answer, or still holds what an earlier life of this"
-                f" worker started, after {timeout_s:.0f} s",
-                "ray status --address ADDRESS shows the cluster, ray list placement-groups what holds its GPUs.",
+                f"the Ray cluster at RAY_ADDRESS={address} did not answer within {timeout_s:.0f} s",
+                "ray status --address ADDRESS shows the cluster.",
             )
         ) from None
     finally:
         if sweep.returncode is None:
             sweep.kill()
             await sweep.wait()
+    if sweep.returncode == WAITED_IN_VAIN:
+        raise EngineStartError(
+            Cause.of(
+                f"the Ray cluster at RAY_ADDRESS={address} {said.decode().strip()}; waited {timeout_s:.0f} s",
+                "ray status --address ADDRESS shows hosts and GPUs, ray list placement-groups what holds them. A host"
+                " that was away joins again with: ray stop --force, then ray start --address ADDRESS",
+            )
+        )
     if sweep.returncode != 0:
         lines = failed.decode(errors="replace").strip().splitlines() or ["no message"]
         raise EngineStartError(
             Cause.of(
                 f"the Ray cluster at RAY_ADDRESS={address} cannot be used: {lines[-1]}",
-                "It must run the same version of Ray and of Python, and be reachable: ray status --address ADDRESS",
+                "It must run the same version of Ray and of Python, and be reachable: ray status --address ADDRESS."
+                " With a token, each host needs it and RAY_AUTH_MODE=token, as does .env.",
             )
         )
     if removed := said.decode().split():
@@ -85,8 +116,12 @@ def of_jobs(ids: Collection[str], jobs: set[str]) -> set[str]:
     return {each for each in ids if any(each.endswith(job) for job in jobs)}
 
 
-def _sweep(worker_id: str) -> set[str]:
-    """Removes the placement groups of all jobs of a worker; returns once neither they nor any actor is left."""
+def _sweep(worker_id: str, device: str, count: int, timeout_s: float) -> set[str]:
+    """Removes the placement groups of all jobs of a worker.
+
+    Returns once neither they nor any actor is left, and enough devices are free. Raises _WaitedInVainError.
+    """
+    deadline_s = time.monotonic() + timeout_s
     import ray
     from ray._private.state import actors
     from ray._raylet import PlacementGroupID
@@ -103,10 +138,26 @@ def _sweep(worker_id: str) -> set[str]:
             worker.core_worker.remove_placement_group(PlacementGroupID.from_hex(group))
         removed |= groups
         left = of_jobs([name for name, one in actors().items() if one["State"] != "DEAD"], jobs)
-        if not groups and not left:
+        free = int(ray.available_resources().get(device, 0))
+        if not groups and not left and free >= count:
             return removed
+        if time.monotonic() > deadline_s:
+            if groups or left:
+                raise _WaitedInVainError("still holds what an earlier life of this worker started")
+            hosts = sum(node["Alive"] for node in ray.nodes())
+            found = f"{free} free {device}s and the model needs {count} (hosts in the cluster: {hosts})"
+            raise _WaitedInVainError(f"has {found}")
         time.sleep(LOOK_INTERVAL_S)
 
 
+def _main(worker_id: str, device: str, count: str, timeout_s: str) -> None:
+    """The caller reads what it prints."""
+    try:
+        print(*_sweep(worker_id, device, int(count), float(timeout_s)), sep="\n")  # noqa: T201
+    except _WaitedInVainError as waited:
+        print(waited)  # noqa: T201
+        sys.exit(WAITED_IN_VAIN)
+
+
 if __name__ == "__main__":
-    print(*_sweep(sys.argv[1]), sep="\n")  # noqa: T201 - the caller reads it
+    _main(*sys.argv[1:])

@@ -139,8 +139,7 @@ class VllmEngine:
 
         parsed = self._parse(arguments)
         if "ray" in (parsed.distributed_executor_backend, parsed.data_parallel_backend):
-            _check_ray()
-            await ray_cluster.prepare(self._settings.worker_id)
+            await ray_cluster.prepare(self._settings.worker_id, _ray_need(parsed))
         engine_args = AsyncEngineArgs.from_cli_args(parsed)
         context = UsageContext.OPENAI_BATCH_RUNNER
         config = engine_args.create_engine_config(usage_context=context)
@@ -307,11 +306,12 @@ def load_extension() -> str:
     return str(current_platform.device_name or current_platform.device_type)
 
 
-def _check_ray() -> None:
-    """Raises EngineStartError where vLLM would fail late, or with data parallelism hang."""
+def _ray_need(parsed: Any) -> ray_cluster.Need:
+    """What vLLM will reserve. Raises EngineStartError where it would fail late, or with data parallelism hang."""
     from vllm.platforms import current_platform
 
-    if not current_platform.ray_device_key:
+    device = current_platform.ray_device_key
+    if not device:
         raise EngineStartError(
             Cause.of(
                 f"this build of vLLM cannot use Ray: it is for {current_platform.device_name or 'an unknown device'}",
@@ -320,6 +320,11 @@ def _check_ray() -> None:
                 recurs=True,
             )
         )
+    engines = parsed.data_parallel_size
+    if parsed.data_parallel_backend != "ray":
+        engines = parsed.data_parallel_size_local or engines
+    each = parsed.tensor_parallel_size * parsed.pipeline_parallel_size * parsed.prefill_context_parallel_size
+    return ray_cluster.Need(device, engines * each, here=current_platform.device_count())
 
 
 def _http_request(headers: Mapping[str, str] | None) -> Any:
