@@ -224,7 +224,7 @@ def probe_ports(settings: Settings) -> list[Port]:
     hosts = {"": settings.host, "_METRICS": settings.metrics_host}
     found = []
     for kind, host in hosts.items():
-        for program in (name.upper() for name in settings.programs.split(",") if name != "http"):
+        for program in settings.programs.upper().split(","):
             number = getattr(settings, f"{program}{kind}_PORT".lower())
             if number:
                 found.append(_probe_port(f"BATCH_{program}{kind}_PORT", host, number, ours))

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.timeout(180)
 
 def doctor(home: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
     """Runs the script with its own settings."""
-    ports = {f"BATCH_{name}_PORT": str(free_port()) for name in ("GATEWAY", "WORKER", "WATCHDOG")}
-    ports |= {f"BATCH_{name}_METRICS_PORT": "0" for name in ("GATEWAY", "WORKER", "WATCHDOG")}
+    ports = {f"BATCH_{name}_PORT": str(free_port()) for name in ("GATEWAY", "HTTP", "WORKER", "WATCHDOG")}
+    ports |= {f"BATCH_{name}_METRICS_PORT": "0" for name in ("GATEWAY", "HTTP", "WORKER", "WATCHDOG")}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("BATCH_", "HF_")) and k != "DATABASE_URL"}
     env = kept | ports | {"BATCH_ENV_FILE": "/dev/null", "BATCH_HOME": str(home)} | settings
     command = [str(ROOT / "scripts" / "doctor.sh"), *arguments]

@@ -26,6 +26,7 @@ from service.gateway import __main__ as gateway
 from service.gateway import metrics as gateway_metrics
 from service.gateway import unserved_log, upload
 from service.http import certified
+from service.http.page import live
 from service.insight import estimate, links, routing, waiting
 from service.rpc import ports, rate_limit
 from service.rpc import server as rpc
@@ -208,6 +209,7 @@ STATEMENTS = [
     ("docs/queue.md", f"at most {survey.REMEMBERED:,} beginnings"),
     ("docs/queue.md", f"divided by {estimates.BYTES_PER_TOKEN}"),
     ("docs/queue.md", f"times `n`; {estimates.COMPLETION_TOKENS} for a request"),
+    ("docs/page.md", f"up to {live.MAX_STREAMS} of them, {live.MAX_STREAMS_EACH} with one token"),
     ("docs/recovery.md", f"(polled every {wiring.PACES[wiring.GROUP].poll_s:g} s)"),
     (
         "docs/recovery.md",

@@ -209,6 +209,14 @@ def test_a_port_that_is_let_go_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(port.number, port.error) for port in found] == [(number, 0)]
 
 
+def test_ports_of_all_programs() -> None:
+    """The ports of each program that the host runs are looked at, those of metrics too unless there are none."""
+    numbers = {name: number for number, name in enumerate(Settings.model_fields, 40_000) if name.endswith("_port")}
+    found = stack.probe_ports(Settings(**(numbers | {"http_metrics_port": 0})))  # type: ignore[arg-type]
+    names = {port.setting.removeprefix("BATCH_").lower() for port in found}
+    assert names == numbers.keys() - {"http_metrics_port"}
+
+
 def test_home() -> None:
     """A home that belongs to someone else, is not writable, or has folders open to others is rejected."""
     home = stack.Folder(Path("/var/x"), "ada", 0o755, True)

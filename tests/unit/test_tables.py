@@ -9,8 +9,10 @@ from rich.console import Console
 
 from vllm_batch.cli import tables
 from vllm_batch.cli.batch_errors import title
+from vllm_batch.cli.recovery import event_line
 from vllm_batch.cli.terminal import Terminal, printable
 from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import recovery_service_pb2
 
 
 def batch() -> pb.Batch:
@@ -104,3 +106,10 @@ def test_no_text_takes_over_the_terminal(text: str) -> None:
     console.print(text)
     assert not any((ord(each) < 32 and each not in "\n\t") or 127 <= ord(each) < 160 for each in file.getvalue())
     assert printable("\x1b]0;x\x07\x9b\t\n") == "\\x1b]0;x\\x07\\x9b\t\n"
+
+
+def test_an_event_says_what_it_is_about() -> None:
+    """The line of an event names its worker, host or model, which its reason need not do."""
+    event = recovery_service_pb2.RecoveryEvent(worker_id="gpu-2", kind="host_lost", reason="last seen 75 s ago")
+    event.start_time.FromSeconds(1_767_323_000)
+    assert event_line(event) == "2026-01-02 03:03:20 UTC  gpu-2  host_lost  (last seen 75 s ago)"

@@ -148,11 +148,11 @@ def print_worker(worker: pb.WorkerStatus) -> None:
 
 
 def event_line(event: pb.RecoveryEvent) -> str:
-    """An event in one line: when, what, outcome, why, how long each phase took."""
+    """An event in one line: when, of which worker, host or model, what, outcome, why, how long each phase took."""
     took = ", ".join(f"{timing.phase} {_seconds(timing.duration):.1f} s" for timing in event.timings)
     what = f"{event.kind} {_name(pb.Verdict, event.verdict)}".rstrip()
     end = f" → {event.outcome}" if event.outcome else ""
-    return f"{_time(event.start_time)}  {what}{end}  ({event.reason})  {took}".rstrip()
+    return f"{_time(event.start_time)}  {event.worker_id}  {what}{end}  ({event.reason})  {took}".rstrip()
 
 
 def _name(enum: Any, value: int) -> str:
