@@ -90,7 +90,7 @@ class ApiError(Exception):
 
 def shortened(text: str, most: int) -> str:
     """The text, or as much of its begin as `most` bytes of UTF-8 hold, with an ellipsis."""
-    data = text.encode()
+    data = text.encode(errors="replace")
     return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
 
 
@@ -100,20 +100,20 @@ def _left_beside(message: str) -> int:
     The message is sent twice: in a header, where a byte that is no printable ASCII takes three, and in the status. That
     is in base64, like all other texts.
     """
-    data = message.encode()
+    data = message.encode(errors="replace")
     header = len(data) + 2 * sum(not 32 <= byte <= 126 or byte == ord("%") for byte in data)
     return (MAX_SENT_BYTES - header) * 3 // 4 - len(data)
 
 
 def _bad_request(violations: Sequence[Violation], most: int) -> error_details_pb2.BadRequest:
     """Each violation gets an equal share of the `most` bytes if they need more."""
-    sizes = [len(f"{violation.field}{violation.description}".encode()) for violation in violations]
+    sizes = [len(f"{violation.field}{violation.description}".encode(errors="replace")) for violation in violations]
     most -= VIOLATION_BYTES * len(violations)
     share = most // len(violations) if sum(sizes) > most else most
     bad = error_details_pb2.BadRequest()
     for violation in violations:
         field = shortened(violation.field, share // 2)
-        left = share - len(field.encode())
+        left = share - len(field.encode(errors="replace"))
         bad.field_violations.add(field=field, description=shortened(violation.description, left))
     return bad
 

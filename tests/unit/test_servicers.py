@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from service.db.limits import Limits
 from service.errors import ApiError
 from service.gateway.webhook_servicer import WebhookServicer
 from service.insight.host_servicer import HostServicer
+from service.machine import Place
 from service.rpc import call_context
 from service.tenants import Quotas
 from service.worker.intake import Rows, Sizes, inline_lines, inline_place
@@ -35,6 +37,7 @@ SERVICES = {
 STORED = sorted({*SERVICES} - {f"vllm_batch.v1.BatchService.{name}Batch" for name in ("Create", "Upload")})
 STORED.remove("vllm_batch.v1.BatchService.GetServiceStatus")
 REAL = {"batch_id": ["batch_1", "batch_9223372036854775807"], "delivery_id": ["evt_" + "0" * 32]}
+NO_WORKERS: Any = SimpleNamespace(place=Place(), unreached=dict)
 
 
 class Nothing:
@@ -56,7 +59,7 @@ def answer(name: str, message: Message) -> None:
     database, limits = Nothing(), Limits(1, 1)
     servicers: dict[str, Any] = {
         "BatchService": BatchServicer(database, limits),  # type: ignore[arg-type]
-        "HostService": HostServicer(database, 60),  # type: ignore[arg-type]
+        "HostService": HostServicer(database, 60, NO_WORKERS),  # type: ignore[arg-type]
         "WebhookService": WebhookServicer(database, None, [], Quotas),  # type: ignore[arg-type]
     }
     called = getattr(servicers[service], method)
