@@ -70,10 +70,12 @@ PRIVILEGES_SINCE = 150000
 LOOK = """
 SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_schema(),
        (SELECT n.nspname
-        FROM pg_catalog.unnest(pg_catalog.string_to_array(pg_catalog.current_setting('search_path'), ','))
-             WITH ORDINALITY AS p (name, place)
-        JOIN pg_catalog.pg_namespace n
-             ON n.nspname = pg_catalog.replace(pg_catalog.btrim(name, ' "'), '$user', current_user)
+        FROM pg_catalog.regexp_matches(pg_catalog.current_setting('search_path'), '"(?:[^"]|"")*"|[^", ]+', 'g')
+             WITH ORDINALITY AS p (part, place)
+        CROSS JOIN LATERAL (SELECT CASE WHEN part[1] OPERATOR(pg_catalog.~) '^"'
+            THEN pg_catalog.replace(pg_catalog.substr(part[1], 2, pg_catalog.length(part[1]) - 2), '""', '"')
+            ELSE pg_catalog.lower(part[1]) END) AS read (name)
+        JOIN pg_catalog.pg_namespace n ON n.nspname = CASE name WHEN '$user' THEN current_user ELSE name END
         ORDER BY place LIMIT 1),
        (SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
         WHERE c.oid = pg_catalog.to_regclass('schema_floor')),

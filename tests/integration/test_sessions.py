@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -189,23 +190,27 @@ def test_tables_behind_another_schema(postgres: str) -> None:
         owner.close()
 
 
-def test_a_schema_that_the_role_may_not_use(postgres: str) -> None:
+@pytest.mark.parametrize("schema", ["mine", "Mine", 'my "own", public'])
+def test_a_schema_that_the_role_may_not_use(postgres: str, schema: str) -> None:
     """A role that lacks a right on the schema of its tables does not begin an empty set of them in the next one."""
     role = f"r_{uuid.uuid4().hex[:8]}"
+    quoted = '"{}"'.format(schema.replace('"', '""'))
     with made(postgres, "ENCODING 'UTF8'") as url, psycopg2.connect(url) as owner, owner.cursor() as cursor:
-        cursor.execute("CREATE SCHEMA mine")
+        cursor.execute(f"CREATE SCHEMA {quoted}")
         cursor.execute(f"CREATE ROLE {role} LOGIN; GRANT ALL ON SCHEMA public TO {role}")
-        cursor.execute(f"ALTER ROLE {role} SET search_path = mine, public")
+        cursor.execute(f"ALTER ROLE {role} SET search_path = {quoted}, public")
         owner.commit()
         database = Database(url.replace("user=postgres", f"user={role}"), "test")
-        with pytest.raises(DatabaseUnfitError, match="begins with schema mine, which the role may not use"):
+        with pytest.raises(
+            DatabaseUnfitError, match=re.escape(f"begins with schema {schema}, which the role may not use")
+        ):
             database.call(migrate)
-        cursor.execute(f"GRANT ALL ON SCHEMA mine TO {role}")
+        cursor.execute(f"GRANT ALL ON SCHEMA {quoted} TO {role}")
         owner.commit()
         assert database.call(migrate)
         database.close()
         cursor.execute("SELECT DISTINCT schemaname FROM pg_tables WHERE tablename = 'batches'")
-        assert cursor.fetchall() == [("mine",)]
+        assert cursor.fetchall() == [(schema,)]
         cursor.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
         owner.commit()
 
