@@ -335,8 +335,13 @@ def test_an_interrupt_outside_of_calls(file: str, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Client, "get", lambda *_: pb.Batch())
+    monkeypatch.setattr(Client, "cancel", lambda *_: pb.Batch())
     monkeypatch.setattr(batches, "details", interrupt)
+    monkeypatch.setattr(batches, "print_batch", lambda *_: None)
     found = CliRunner().invoke(main, ["get", "batch_1"])
+    assert (found.exit_code, found.output) == (130, "")
+    monkeypatch.setattr(Client, "close", interrupt)
+    found = CliRunner().invoke(main, ["cancel", "batch_1"])
     assert (found.exit_code, found.output) == (130, "")
 
 

@@ -63,7 +63,11 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command. Ctrl-C outside of any call ends it as one within a call does; click would make it a 1."""
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                # click would close it out of reach.
+                ctx.close()
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
 
