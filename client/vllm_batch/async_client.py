@@ -32,9 +32,15 @@ from vllm_batch.v1 import webhook_service_pb2 as wpb
 
 T = TypeVar("T")
 ALL = "RESULT_FILTER_UNSPECIFIED"
-_CLOSED = grpc.aio.AioRpcError(
-    grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), details=CHANNEL_CLOSED
-)
+
+
+def _failure(code: grpc.StatusCode, message: str) -> grpc.RpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=message)
+
+
+_CLOSED = _failure(grpc.StatusCode.CANCELLED, CHANNEL_CLOSED)
+# The words of gRPC's blocking API.
+_UNREADABLE = _failure(grpc.StatusCode.INTERNAL, "Exception deserializing response!")
 
 
 class AsyncClient:
@@ -85,9 +91,9 @@ class AsyncClient:
     async def accepting(self) -> str:
         """Why new work is not accepted now; empty when it is. Never retries, raises no CallError."""
         try:
-            return (await self._service_status()).message
-        except grpc.RpcError as error:
-            return CallError(error).message
+            return (await _attempt(self._service_status)).message
+        except CallError as error:
+            return error.message
 
     async def submit(self, file: BinaryIO, **options: Unpack[SubmitOptions]) -> pb.Batch:
         """Upload a seekable JSONL file as one batch; exactly one, however often the upload is retried.
@@ -139,7 +145,7 @@ class AsyncClient:
 
     async def get(self, batch_id: str) -> pb.Batch:
         """One batch."""
-        request = pb.GetBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.GetBatchRequest, batch_id=batch_id)
         return (await self._retry(lambda: self._stub.GetBatch(request, timeout=CALL_TIMEOUT_S))).batch
 
     async def list(
@@ -149,7 +155,7 @@ class AsyncClient:
 
         Those of `tenant`, which only operators may ask for unless it is their own; empty: all that the caller may see.
         """
-        listing = requests.Listing(pb.ListBatchesRequest(states=states, tenant=tenant), limit)
+        listing = requests.Listing(requests.message(pb.ListBatchesRequest, states=states, tenant=tenant), limit)
         while not listing.is_complete:
             page = await self._retry(lambda: self._stub.ListBatches(listing.request, timeout=CALL_TIMEOUT_S))
             listing.came(len(page.batches), page.next_page_token)
@@ -163,7 +169,7 @@ class AsyncClient:
 
     async def hosts(self, name: str = "") -> AsyncGenerator[hpb.Host, None]:
         """All hosts by name, or the one called `name`; for operators."""
-        request = hpb.ListHostsRequest(page_size=requests.HOSTS_PAGE, name=name)
+        request = requests.message(hpb.ListHostsRequest, page_size=requests.HOSTS_PAGE, name=name)
         while True:
             page = await self._retry(lambda: self._host_stub.ListHosts(request, timeout=CALL_TIMEOUT_S))
             for host in page.hosts:
@@ -174,17 +180,17 @@ class AsyncClient:
 
     async def drain_host(self, name: str, reason: str = "") -> None:
         """Order a host to drain: it gets no new work, finishes what is in its engines and releases the rest."""
-        request = hpb.DrainHostRequest(name=name, reason=reason)
+        request = requests.message(hpb.DrainHostRequest, name=name, reason=reason)
         await self._retry(lambda: self._host_stub.DrainHost(request, timeout=CALL_TIMEOUT_S))
 
     async def resume_host(self, name: str) -> None:
         """Give a drained host work again."""
-        request = hpb.ResumeHostRequest(name=name)
+        request = requests.message(hpb.ResumeHostRequest, name=name)
         await self._retry(lambda: self._host_stub.ResumeHost(request, timeout=CALL_TIMEOUT_S))
 
     async def forget_host(self, name: str) -> None:
         """Remove what is stored about a host that is gone for good."""
-        request = hpb.ForgetHostRequest(name=name)
+        request = requests.message(hpb.ForgetHostRequest, name=name)
         await self._retry(lambda: self._host_stub.ForgetHost(request, timeout=CALL_TIMEOUT_S))
 
     async def deliveries(
@@ -195,7 +201,7 @@ class AsyncClient:
 
         Only that of `batch_id`, and only those of `tenant`; empty: all that the caller may see.
         """
-        request = wpb.ListDeliveriesRequest(states=states, batch_id=batch_id, tenant=tenant)
+        request = requests.message(wpb.ListDeliveriesRequest, states=states, batch_id=batch_id, tenant=tenant)
         listing = requests.Listing(request, limit)
         while not listing.is_complete:
             page = await self._retry(lambda: self._webhook_stub.ListDeliveries(listing.request, timeout=CALL_TIMEOUT_S))
@@ -208,7 +214,7 @@ class AsyncClient:
 
         A target that fails is no CallError: `error` of the answer says why.
         """
-        request = wpb.TestWebhookRequest(url=url, tenant=tenant)
+        request = requests.message(wpb.TestWebhookRequest, url=url, tenant=tenant)
         return await self._retry(lambda: self._webhook_stub.TestWebhook(request, timeout=WEBHOOK_TIMEOUT_S))
 
     async def replay_deliveries(self, *, delivery_id: str = "", batch_id: str = "") -> Sequence[wpb.Delivery]:
@@ -221,7 +227,7 @@ class AsyncClient:
 
     async def watch(self, batch_id: str) -> AsyncGenerator[pb.Batch, None]:
         """The batch now and after each change, until it has ended. Survives lost connections."""
-        request = pb.WatchBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.WatchBatchRequest, batch_id=batch_id)
         async with contextlib.aclosing(self._stream(lambda: self._stub.WatchBatch(request))) as responses:
             async for response in responses:
                 yield response.batch
@@ -296,12 +302,12 @@ class AsyncClient:
 
     async def result(self, batch_id: str, custom_id: str) -> pb.Result:
         """The result of one request. Raises NOT_FOUND until the request has finished."""
-        request = pb.GetResultRequest(batch_id=batch_id, custom_id=custom_id)
+        request = requests.message(pb.GetResultRequest, batch_id=batch_id, custom_id=custom_id)
         return (await self._retry(lambda: self._stub.GetResult(request, timeout=CALL_TIMEOUT_S))).result
 
     async def errors(self, batch_id: str) -> pb.ListErrorsResponse:
         """The kinds of failure among the results of a batch, each with its count and an example."""
-        request = pb.ListErrorsRequest(batch_id=batch_id)
+        request = requests.message(pb.ListErrorsRequest, batch_id=batch_id)
         return await self._retry(lambda: self._stub.ListErrors(request, timeout=CALL_TIMEOUT_S))
 
     async def retry(self, batch_id: str, request_id: str = "") -> pb.Batch:
@@ -311,12 +317,12 @@ class AsyncClient:
 
     async def delete(self, batch_id: str) -> None:
         """Delete an ended batch with its requests and results."""
-        request = pb.DeleteBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.DeleteBatchRequest, batch_id=batch_id)
         await self._retry(lambda: self._stub.DeleteBatch(request, timeout=CALL_TIMEOUT_S))
 
     async def cancel(self, batch_id: str) -> pb.Batch:
         """Cancel a batch. Finished results are kept."""
-        request = pb.CancelBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.CancelBatchRequest, batch_id=batch_id)
         return (await self._retry(lambda: self._stub.CancelBatch(request, timeout=CALL_TIMEOUT_S))).batch
 
     async def _service_status(self) -> pb.GetServiceStatusResponse:
@@ -329,19 +335,7 @@ class AsyncClient:
                 yield page
 
     async def _retry(self, call: Callable[[], Awaitable[T]], *, of_stream: bool = False) -> T:
-        async def attempt() -> T:
-            try:
-                return await call()
-            except grpc.RpcError as error:
-                raise CallError(error) from error
-            except (asyncio.CancelledError, grpc.FutureCancelledError):
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                # What gRPC raises in a task that nobody has cancelled when the channel of its call is closed.
-                raise CallError(_CLOSED) from None
-
-        return await tenacity.AsyncRetrying(**(self._stream_rules if of_stream else self._rules))(attempt)
+        return await tenacity.AsyncRetrying(**(self._stream_rules if of_stream else self._rules))(_attempt, call)
 
     async def _stream(self, call: Callable[[], Any]) -> AsyncGenerator[Any, None]:
         """The responses of a stream; `call` opens it, again after each failure that is retried."""
@@ -363,3 +357,21 @@ class AsyncClient:
         finally:
             if stream is not None:
                 stream.cancel()
+
+
+async def _attempt(call: Callable[[], Awaitable[T]]) -> T:
+    """One attempt of a call. Raises CallError."""
+    try:
+        answer = await call()
+    except grpc.RpcError as error:
+        raise CallError(error) from error
+    except (asyncio.CancelledError, grpc.FutureCancelledError):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # What gRPC raises in a task that nobody has cancelled when the channel of its call is closed.
+        raise CallError(_CLOSED) from None
+    if answer is None:
+        # What gRPC returns for an answer that is none of ours, as of another server.
+        raise CallError(_UNREADABLE)
+    return answer

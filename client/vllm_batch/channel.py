@@ -47,6 +47,8 @@ OPTIONS: Options = (
     # Otherwise gRPC would send a ping only every minute after two pings without data.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # The name may stand for another address by then; gRPC asks only every 30 s.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 )
 
 
@@ -91,6 +93,8 @@ def _secured(
     ca = _given(tls_ca, "BATCH_TLS_CA")
     certificate, key = _given(tls_cert, "BATCH_TLS_CERT"), _given(tls_key, "BATCH_TLS_KEY")
     server_name = _given(tls_server_name, "BATCH_TLS_SERVER_NAME")
+    if not isinstance(token, str | None):
+        raise TypeError(f"token must be a str, not {type(token).__name__}")
     # As in a file, a line break may follow, which the kept secrets of other systems often end with.
     secret = _given(token, "BATCH_TOKEN").strip()
     token_file = os.environ.get("BATCH_TOKEN_FILE", "")
@@ -145,6 +149,8 @@ def check_target(target: str) -> None:
     Valid are `host:port`, `[IPv6]:port`, `dns:host:port`, `dns://server/host:port`, and gRPC's other schemes, which are
     left to gRPC.
     """
+    if not isinstance(target, str):
+        raise TypeError(f"target must be a str, host:port, not {target!r}")
     if target.startswith(_SCHEMES):
         return
     wrong = f"{target!r} is no address"

@@ -97,7 +97,7 @@ class Client:
 
     def get(self, batch_id: str) -> pb.Batch:
         """One batch."""
-        request = pb.GetBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.GetBatchRequest, batch_id=batch_id)
         return self._retry(lambda: self._stub.GetBatch(request, timeout=CALL_TIMEOUT_S).batch)
 
     def list(self, states: Iterable[str] = (), limit: int = 50, tenant: str = "") -> Iterator[pb.Batch]:
@@ -105,7 +105,7 @@ class Client:
 
         Those of `tenant`, which only operators may ask for unless it is their own; empty: all that the caller may see.
         """
-        listing = requests.Listing(pb.ListBatchesRequest(states=states, tenant=tenant), limit)
+        listing = requests.Listing(requests.message(pb.ListBatchesRequest, states=states, tenant=tenant), limit)
         while not listing.is_complete:
             page = self._retry(lambda: self._stub.ListBatches(listing.request, timeout=CALL_TIMEOUT_S))
             listing.came(len(page.batches), page.next_page_token)
@@ -117,7 +117,7 @@ class Client:
 
     def hosts(self, name: str = "") -> Iterator[hpb.Host]:
         """All hosts by name, or the one called `name`; for operators."""
-        request = hpb.ListHostsRequest(page_size=requests.HOSTS_PAGE, name=name)
+        request = requests.message(hpb.ListHostsRequest, page_size=requests.HOSTS_PAGE, name=name)
         while True:
             page = self._retry(lambda: self._host_stub.ListHosts(request, timeout=CALL_TIMEOUT_S))
             yield from page.hosts
@@ -127,17 +127,17 @@ class Client:
 
     def drain_host(self, name: str, reason: str = "") -> None:
         """Order a host to drain: it gets no new work, finishes what is in its engines and releases the rest."""
-        request = hpb.DrainHostRequest(name=name, reason=reason)
+        request = requests.message(hpb.DrainHostRequest, name=name, reason=reason)
         self._retry(lambda: self._host_stub.DrainHost(request, timeout=CALL_TIMEOUT_S))
 
     def resume_host(self, name: str) -> None:
         """Give a drained host work again."""
-        request = hpb.ResumeHostRequest(name=name)
+        request = requests.message(hpb.ResumeHostRequest, name=name)
         self._retry(lambda: self._host_stub.ResumeHost(request, timeout=CALL_TIMEOUT_S))
 
     def forget_host(self, name: str) -> None:
         """Remove what is stored about a host that is gone for good."""
-        request = hpb.ForgetHostRequest(name=name)
+        request = requests.message(hpb.ForgetHostRequest, name=name)
         self._retry(lambda: self._host_stub.ForgetHost(request, timeout=CALL_TIMEOUT_S))
 
     def deliveries(
@@ -148,7 +148,7 @@ class Client:
 
         Only that of `batch_id`, and only those of `tenant`; empty: all that the caller may see.
         """
-        request = wpb.ListDeliveriesRequest(states=states, batch_id=batch_id, tenant=tenant)
+        request = requests.message(wpb.ListDeliveriesRequest, states=states, batch_id=batch_id, tenant=tenant)
         listing = requests.Listing(request, limit)
         while not listing.is_complete:
             page = self._retry(lambda: self._webhook_stub.ListDeliveries(listing.request, timeout=CALL_TIMEOUT_S))
@@ -160,7 +160,7 @@ class Client:
 
         A target that fails is no CallError: `error` of the answer says why.
         """
-        request = wpb.TestWebhookRequest(url=url, tenant=tenant)
+        request = requests.message(wpb.TestWebhookRequest, url=url, tenant=tenant)
         return self._retry(lambda: self._webhook_stub.TestWebhook(request, timeout=WEBHOOK_TIMEOUT_S))
 
     def replay_deliveries(self, *, delivery_id: str = "", batch_id: str = "") -> Sequence[wpb.Delivery]:
@@ -170,7 +170,7 @@ class Client:
 
     def watch(self, batch_id: str) -> Iterator[pb.Batch]:
         """The batch now and after each change, until it has ended. Survives lost connections."""
-        request = pb.WatchBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.WatchBatchRequest, batch_id=batch_id)
         for response in self._stream(lambda: self._stub.WatchBatch(request)):
             yield response.batch
 
@@ -235,12 +235,12 @@ class Client:
 
     def result(self, batch_id: str, custom_id: str) -> pb.Result:
         """The result of one request. Raises NOT_FOUND until the request has finished."""
-        request = pb.GetResultRequest(batch_id=batch_id, custom_id=custom_id)
+        request = requests.message(pb.GetResultRequest, batch_id=batch_id, custom_id=custom_id)
         return self._retry(lambda: self._stub.GetResult(request, timeout=CALL_TIMEOUT_S).result)
 
     def errors(self, batch_id: str) -> pb.ListErrorsResponse:
         """The kinds of failure among the results of a batch, each with its count and an example."""
-        request = pb.ListErrorsRequest(batch_id=batch_id)
+        request = requests.message(pb.ListErrorsRequest, batch_id=batch_id)
         return self._retry(lambda: self._stub.ListErrors(request, timeout=CALL_TIMEOUT_S))
 
     def retry(self, batch_id: str, request_id: str = "") -> pb.Batch:
@@ -250,12 +250,12 @@ class Client:
 
     def delete(self, batch_id: str) -> None:
         """Delete an ended batch with its requests and results."""
-        request = pb.DeleteBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.DeleteBatchRequest, batch_id=batch_id)
         self._retry(lambda: self._stub.DeleteBatch(request, timeout=CALL_TIMEOUT_S))
 
     def cancel(self, batch_id: str) -> pb.Batch:
         """Cancel a batch. Finished results are kept."""
-        request = pb.CancelBatchRequest(batch_id=batch_id)
+        request = requests.message(pb.CancelBatchRequest, batch_id=batch_id)
         return self._retry(lambda: self._stub.CancelBatch(request, timeout=CALL_TIMEOUT_S).batch)
 
     def _service_status(self) -> pb.GetServiceStatusResponse:

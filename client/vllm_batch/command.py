@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 
 def main() -> None:
@@ -13,5 +14,12 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from vllm_batch.cli import main as command
 
-    signal.signal(signal.SIGINT, before)
-    command()
+    try:
+        signal.signal(signal.SIGINT, before)
+        command()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        # While the interpreter ends, too.
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

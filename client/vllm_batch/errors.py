@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 
@@ -25,7 +27,9 @@ class CallError(Exception):
         trailers: Any = error.trailing_metadata() or ()
         for key, value in trailers:
             if key == "grpc-status-details-bin":
-                self._read(value)
+                # What is no server of ours may send anything; its code and message are enough.
+                with contextlib.suppress(DecodeError):
+                    self._read(value)
         super().__init__(f"{self.code.name}: {self.message}")
 
     def _read(self, packed: bytes) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 import uuid
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
 
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import webhook_service_pb2 as wpb
@@ -13,14 +17,38 @@ MAX_PAGE_SIZE = 1000
 HOSTS_PAGE = 200
 
 
+M = TypeVar("M", bound=Message)
 Request = TypeVar("Request", pb.ListBatchesRequest, wpb.ListDeliveriesRequest)
+
+
+def message(kind: type[M], **fields: Any) -> M:
+    """A message with these fields. Raises TypeError or ValueError for a value that a field cannot have, by its name."""
+    try:
+        return kind(**fields)
+    except UnicodeError:
+        # It shows the text.
+        raise
+    except (TypeError, ValueError):
+        for name, value in fields.items():
+            try:
+                kind(**{name: value})
+            except TypeError:
+                raise TypeError(f"{name} cannot be {reprlib.repr(value)}") from None
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be {reprlib.repr(value)}: {error}") from None
+        raise
 
 
 class Listing(Generic[Request]):
     """Pages with up to `limit` entries in all: send `request` and tell what came of it, until `is_complete`."""
 
     def __init__(self, request: Request, limit: int) -> None:
-        self._left = limit
+        try:
+            self._left = operator.index(limit)
+        except TypeError:
+            raise TypeError(f"limit must be a whole number, not {limit!r}") from None
+        if limit < 0:
+            raise ValueError(f"limit must be 0 or more, not {limit}")
         self._is_last = False
         self.request: Request = request
         self.request.page_size = self._page_size
@@ -52,8 +80,14 @@ def results(
 ) -> pb.StreamResultsRequest:
     """Asks for the results of a batch, as messages or as lines of OpenAI's batch output."""
     form = pb.RESULT_FORMAT_JSONL if as_lines else pb.RESULT_FORMAT_UNSPECIFIED
-    return pb.StreamResultsRequest(
-        batch_id=batch_id, order=order, follow=follow, resume_token=resume_token, format=form, filter=filter
+    return message(
+        pb.StreamResultsRequest,
+        batch_id=batch_id,
+        order=order,
+        follow=follow,
+        resume_token=resume_token,
+        format=form,
+        filter=filter,
     )
 
 
@@ -83,7 +117,7 @@ class Lines:
 
 def retry(batch_id: str, request_id: str) -> pb.RetryBatchRequest:
     """Asks to retry a batch, under a request_id of its own: however often this is sent, it creates one batch."""
-    return pb.RetryBatchRequest(batch_id=batch_id, request_id=request_id or str(uuid.uuid4()))
+    return message(pb.RetryBatchRequest, batch_id=batch_id, request_id=request_id or str(uuid.uuid4()))
 
 
 def replay(delivery_id: str, batch_id: str) -> wpb.ReplayDeliveriesRequest:
@@ -91,5 +125,5 @@ def replay(delivery_id: str, batch_id: str) -> wpb.ReplayDeliveriesRequest:
     if bool(delivery_id) == bool(batch_id):
         raise ValueError("give either delivery_id or batch_id")
     if batch_id:
-        return wpb.ReplayDeliveriesRequest(batch_id=batch_id)
-    return wpb.ReplayDeliveriesRequest(delivery_id=delivery_id)
+        return message(wpb.ReplayDeliveriesRequest, batch_id=batch_id)
+    return message(wpb.ReplayDeliveriesRequest, delivery_id=delivery_id)

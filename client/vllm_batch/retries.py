@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeAlias
 
 import grpc
@@ -46,6 +47,12 @@ def retry_rules(
     with the first failure, however long that attempt took. With `of_stream` it begins again whenever an attempt fails
     that lasted so long that it must have been connected. No wait is longer than what is left of it.
     """
+
+    if not isinstance(patience_s, Real):
+        raise TypeError(f"patience_s must be a number of seconds, not {patience_s!r}")
+    # NaN compares with nothing: nobody's patience would end.
+    if not patience_s >= 0:
+        raise ValueError(f"patience_s must be 0 or more, not {patience_s!r}")
 
     def is_retryable(error: BaseException) -> bool:
         return isinstance(error, CallError) and _is_retryable(error) and not is_closed()

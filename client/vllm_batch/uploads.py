@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, TypeAlias, TypedDict
 
+from vllm_batch import requests
 from vllm_batch.errors import CallError
 from vllm_batch.v1 import batch_service_pb2 as pb
 
@@ -53,16 +55,17 @@ class Upload:
         if unknown:
             raise TypeError(f"submit has no option {unknown[0]!r}; it has {', '.join(SubmitOptions.__annotations__)}")
         order = options.get("order", "prefix")
-        if order not in _ORDERS:
+        if order not in tuple(_ORDERS):
             raise ValueError(f"order is {order!r}, and must be one of {', '.join(map(repr, _ORDERS))}")
         if not hasattr(file, "seek"):
             raise TypeError(f"give a file that is open in binary mode, not {type(file).__name__}")
         self._file = file
-        self._on_sent: Callable[[int], None] = options.get("on_sent", lambda sent: None)
-        self._options = pb.BatchOptions(
+        self._on_sent: Callable[[int], None] = options.get("on_sent") or (lambda sent: None)
+        self._options = requests.message(
+            pb.BatchOptions,
             # Chosen once, before the first attempt: it makes further attempts harmless.
             request_id=options.get("request_id") or str(uuid.uuid4()),
-            metadata=dict(options.get("metadata") or {}),
+            metadata=options.get("metadata") or {},
             priority=options.get("priority", 0),
             order=_ORDERS[order],
             webhook=options.get("webhook", ""),
@@ -70,7 +73,11 @@ class Upload:
         )
         window_s = options.get("completion_window_s")
         if window_s is not None:
-            self._options.completion_window.FromMilliseconds(round(window_s * 1000))
+            try:
+                self._options.completion_window.FromMilliseconds(round(window_s * 1000))
+            except (TypeError, ValueError, OverflowError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"completion_window_s cannot be {window_s!r}: it is a number of seconds") from None
         self._lock = threading.Lock()
         self._attempt = 0
         self._failure: Exception | None = None
@@ -142,6 +149,8 @@ def check_lines(lines: object) -> None:
 def to_bytes(line: Line) -> bytes:
     """One line, newline included."""
     if isinstance(line, Mapping):
-        line = json.dumps(line)
+        line = json.dumps(dict(line))
+    if not isinstance(line, str | bytes | bytearray):
+        raise TypeError(f"a line is a dict, a str or bytes, and not {reprlib.repr(line)}")
     data = line.encode() if isinstance(line, str) else line
     return data if data.endswith(b"\n") else data + b"\n"

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.batches import line, lines
+from tests.support.namespaces import own_mounts
 from tests.support.servers import Stack
 from tests.support.stacks import ROOT, FullStack, full_stack
 from tests.support.waiting import until
@@ -329,3 +330,38 @@ def test_asyncio_client_outlives_the_gateway(stack: Stack) -> None:
     found = asyncio.run(use())
     assert len(found) == 600
     assert set(found) == {f"c{i}" for i in range(600)}
+
+
+ASKER = """
+import sys
+from vllm_batch import Client
+# Less than the half minute after which gRPC would ask for the name again.
+with Client(sys.argv[1], patience_s=15) as client:
+    for _ in sys.stdin:
+        client.service_status()
+        print("answered", flush=True)
+"""
+
+
+def test_a_name_that_moves_is_found_again(stack: Stack, tmp_path: Path) -> None:
+    """A client calls the gateway at the address for which its name stands since the gateway's next start."""
+    names = tmp_path / "hosts"
+
+    def move(address: str) -> None:
+        names.write_text(f"127.0.0.1 localhost\n{address} moving\n")
+
+    with own_mounts():
+        move("127.0.0.2")
+        subprocess.run(["mount", "--bind", names, "/etc/hosts"], check=True, timeout=10)
+        gateway = stack.gateway(host="moving", allow_insecure="true")
+        command = [sys.executable, "-c", ASKER, f"moving:{stack.target.rpartition(':')[2]}"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as asker:
+            assert asker.stdin is not None
+            assert asker.stdout is not None
+            for address in ("127.0.0.3", "127.0.0.4", "127.0.0.5"):
+                asker.stdin.write("\n")
+                assert asker.stdout.readline() == "answered\n"
+                gateway.terminate()
+                move(address)
+                gateway.start()
+            asker.stdin.close()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -448,3 +449,105 @@ def test_lines_in_pieces_of_any_size(texts: list[bytes], cuts: list[int]) -> Non
         taken.append(lines.take(data[begin:end]))
     assert b"".join(taken) == data
     assert all(not some or some.endswith(b"\n") for some in taken)
+
+
+LINE = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "name"),
+    [
+        (lambda client: client.get(5), TypeError, "batch_id"),
+        (lambda client: client.result("batch_1", 5), TypeError, "custom_id"),
+        (lambda client: client.list(limit=-1), ValueError, "limit"),
+        (lambda client: client.list(limit=2.5), TypeError, "limit"),
+        (lambda client: client.deliveries(limit=None), TypeError, "limit"),
+        (lambda client: client.list(["completed"]), ValueError, "states"),
+        (lambda client: client.list(tenant=5), TypeError, "tenant"),
+        (lambda client: client.results("batch_1", order="input"), ValueError, "order"),
+        (lambda client: client.result_bytes("batch_1", filter="failed"), ValueError, "filter"),
+        (lambda client: client.submit_lines([5]), TypeError, "a line"),
+        (lambda client: client.submit_lines([LINE], priority="high"), TypeError, "priority"),
+        (lambda client: client.submit_lines([LINE], priority=1 << 40), ValueError, "priority"),
+        (lambda client: client.submit_lines([LINE], metadata="team=search"), ValueError, "metadata"),
+        (lambda client: client.submit_lines([LINE], metadata={"pages": 3}), TypeError, "metadata"),
+        (lambda client: client.submit_lines([LINE], request_id=5), TypeError, "request_id"),
+        (
+            lambda client: client.submit_lines([LINE], completion_window_s=float("nan")),
+            ValueError,
+            "completion_window_s",
+        ),
+        (
+            lambda client: client.submit_lines([LINE], completion_window_s=float("inf")),
+            ValueError,
+            "completion_window_s",
+        ),
+        (lambda client: client.submit_lines([LINE], completion_window_s="24h"), TypeError, "completion_window_s"),
+        (lambda client: client.retry("batch_1", 5), TypeError, "request_id"),
+    ],
+)
+def test_values_that_an_argument_cannot_have(call: Callable[[Any], Any], kind: type[Exception], name: str) -> None:
+    """A value of the wrong type or range is an error that names the argument, in both clients and before any call."""
+
+    def sync() -> None:
+        with Client("127.0.0.1:1", patience_s=0) as client:
+            found = call(client)
+            next(found if inspect.isgenerator(found) else iter(()))
+
+    async def aio() -> None:
+        async with AsyncClient("127.0.0.1:1", patience_s=0) as client:
+            found = call(client)
+            await (anext(found) if inspect.isasyncgen(found) else found)
+
+    for run in (sync, lambda: asyncio.run(aio())):
+        with pytest.raises(kind, match=f"^{name} "):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"patience_s": float("nan")}, ValueError),
+        ({"patience_s": -1}, ValueError),
+        ({"patience_s": "5"}, TypeError),
+        ({"patience_s": None}, TypeError),
+        ({"target": None}, TypeError),
+        ({"target": b"127.0.0.1:1"}, TypeError),
+        ({"token": b"secret"}, TypeError),
+    ],
+)
+def test_values_that_a_client_cannot_have(given: dict[str, Any], kind: type[Exception]) -> None:
+    """A client is not made with what would fail with its first call, or never end."""
+    with pytest.raises(kind, match=f"^{next(iter(given))} "):
+        Client(**{"target": "127.0.0.1:1", **given})
+
+
+def test_any_mapping_is_a_line() -> None:
+    """A read-only mapping is as good as a dict."""
+    assert to_bytes(MappingProxyType({"a": 1})) == b'{"a": 1}\n'
+
+
+async def _unreadable(*_: object, **__: object) -> None:
+    """What gRPC's asyncio API makes of an answer that it cannot read."""
+
+
+@in_loop
+async def test_an_answer_that_cannot_be_read() -> None:
+    """An answer that is none of ours is a CallError of the asyncio client too."""
+    async with AsyncClient("127.0.0.1:1", patience_s=0) as client:
+        stub = SimpleNamespace(GetBatch=_unreadable, GetServiceStatus=_unreadable)
+        stub.WatchBatch = lambda _: SimpleNamespace(read=_unreadable, cancel=lambda: None)
+        client._stub = cast(Any, stub)
+        for call in (client.get, client.wait):
+            with pytest.raises(CallError, match=r"^INTERNAL: "):
+                await call("batch_1")
+        assert await client.accepting() == "Exception deserializing response!"
+
+
+@pytest.mark.parametrize("details", [b"\xff\xff", b"", b"\x1a\x02\x12\x00"])
+def test_details_that_are_none(details: bytes) -> None:
+    """What another server sends in the place of details leaves code and message as they are."""
+    failure = Failure(grpc.StatusCode.INTERNAL)
+    failure.trailing_metadata = lambda: (("grpc-status-details-bin", details),)  # type: ignore[method-assign]
+    error = CallError(failure)
+    assert (error.code, error.message, error.reason) == (grpc.StatusCode.INTERNAL, "no", "")

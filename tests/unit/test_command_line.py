@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+import grpc
 import pytest
 from click.testing import CliRunner
 from rich.progress import DownloadColumn
 
-from vllm_batch import Client
-from vllm_batch.cli import main, results, submit, terminal
+from vllm_batch import CallError, Client
+from vllm_batch.cli import batches, main, results, submit, terminal
 from vllm_batch.cli.options import OUTPUT_FILE
+from vllm_batch.v1 import batch_service_pb2 as pb
 
 CLI = Path(sys.executable).parent / "vllm-batch"
 
@@ -260,3 +263,96 @@ def test_a_file_whose_name_looks_like_markup(monkeypatch: pytest.MonkeyPatch) ->
     with terminal.progress_bar(DownloadColumn()) as progress:
         progress.add_task("uploading a[/b].jsonl", total=1)
     assert "uploading a[/b].jsonl" in shown.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    found = [tmp_path / f"{number}.jsonl" for number in range(4)]
+    for path in found:
+        path.write_text("{}\n")
+    return [str(path) for path in found]
+
+
+def test_files_are_opened_one_by_one(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many files are given, and however few a process may have open, each is closed before the next is read."""
+    taken: list[BinaryIO] = []
+
+    def take(_: Client, file: BinaryIO, **__: object) -> pb.Batch:
+        assert all(before.closed for before in taken)
+        taken.append(file)
+        return pb.Batch(id=f"batch_{len(taken)}")
+
+    monkeypatch.setattr(Client, "submit", take)
+    found = CliRunner().invoke(main, ["submit", *files])
+    assert (found.exit_code, found.stdout) == (0, "batch_1\nbatch_2\nbatch_3\nbatch_4\n")
+    found = CliRunner().invoke(main, ["submit", *files, "missing.jsonl"])
+    assert (found.exit_code, "'missing.jsonl' does not exist" in found.stderr, len(taken)) == (2, True, 4)
+
+
+class Unanswered(grpc.RpcError):
+    """What gRPC raises where nobody answers."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "no connection"
+
+    def trailing_metadata(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (CallError(Unanswered()), 4)])
+def test_what_may_be_stored_can_be_submitted_again(
+    files: list[str], error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submission or retry that is broken off or unanswered names the key under which it is stored once; of several
+    files it says which are stored."""
+    keys: list[str] = []
+
+    def fail(_: Client, given: object, request_id: str = "", **__: object) -> pb.Batch:
+        keys.append(request_id)
+        if len(keys) == 2:
+            raise error
+        return pb.Batch(id="batch_1")
+
+    monkeypatch.setattr(Client, "submit", fail)
+    monkeypatch.setattr(Client, "retry", fail)
+    found = CliRunner().invoke(main, ["submit", *files])
+    assert (found.exit_code, found.stdout, len(set(keys))) == (status, "batch_1\n", 2)
+    assert f"{files[1]} may or may not be stored: repeat it with --request-id {keys[1]}," in found.stderr
+    assert f"1 of 4 files are stored for certain; those after {files[1]} were not sent" in found.stderr
+    keys[:] = [""]
+    found = CliRunner().invoke(main, ["retry", "batch_1"])
+    assert found.exit_code == status
+    assert f"the new batch may or may not be stored: repeat it with --request-id {keys[1]}," in found.stderr
+
+
+def test_an_interrupt_outside_of_calls(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends a command with 130 at any moment, also where it calls nobody."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "get", lambda *_: pb.Batch())
+    monkeypatch.setattr(Client, "cancel", lambda *_: pb.Batch())
+    monkeypatch.setattr(batches, "details", interrupt)
+    monkeypatch.setattr(batches, "print_batch", lambda *_: None)
+    found = CliRunner().invoke(main, ["get", "batch_1"])
+    assert (found.exit_code, found.output) == (130, "")
+    monkeypatch.setattr(Client, "close", interrupt)
+    found = CliRunner().invoke(main, ["cancel", "batch_1"])
+    assert (found.exit_code, found.output) == (130, "")
+
+
+def test_interrupted_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while results are read says how to read them again, also of a batch that has ended."""
+
+    def interrupt(*_: object, **__: object) -> Iterator[bytes]:
+        yield b"{}\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "result_bytes", interrupt)
+    found = CliRunner().invoke(main, ["results", "batch_1"])
+    assert (found.exit_code, found.stdout) == (130, "{}\n")
+    assert found.stderr == "\ninterrupted; the results stay stored: vllm-batch results batch_1 -o FILE\n"

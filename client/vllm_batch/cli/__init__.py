@@ -25,7 +25,7 @@ from vllm_batch.cli import (
     webhooks,
 )
 from vllm_batch.cli.options import Number
-from vllm_batch.cli.terminal import err, file_errors, restore_streams
+from vllm_batch.cli.terminal import EXIT_INTERRUPTED, err, file_errors, restore_streams
 from vllm_batch.client import Client
 from vllm_batch.errors import CallError
 from vllm_batch.retries import PATIENCE_S
@@ -59,6 +59,17 @@ class _Commands(click.Group):
 
     Arguments that are not UTF-8 are a usage error, except for names of files.
     """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command. Ctrl-C outside of any call ends it as one within a call does; click would make it a 1."""
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                # click would close it out of reach.
+                ctx.close()
+        except KeyboardInterrupt:
+            sys.exit(EXIT_INTERRUPTED)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         restore_streams()

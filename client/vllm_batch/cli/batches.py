@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
+
 import click
 
 from vllm_batch.cli.options import json_option
 from vllm_batch.cli.tables import details, notes, table
-from vllm_batch.cli.terminal import err, errors, out, print_batch, print_json
+from vllm_batch.cli.terminal import err, errors, out, print_batch, print_json, unsure
 from vllm_batch.client import Client
 from vllm_batch.output import state_name
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -88,8 +90,9 @@ def retry(client: Client, batch: str, request_id: str, as_json: bool) -> None:
     Example:
       vllm-batch watch "$(vllm-batch retry batch_1)"
     """
-    with errors():
-        created = client.retry(batch, request_id)
+    key = request_id or str(uuid.uuid4())
+    with unsure("the new batch", key):
+        created = client.retry(batch, key)
     print_batch(created, created.id, as_json)
 
 

@@ -11,8 +11,8 @@ import click
 
 from vllm_batch.channel import DEFAULT_WATCHDOG_TARGET
 
-# Its descriptor.
-STDOUT = 1
+# Their descriptors.
+STDIN, STDOUT = 0, 1
 
 
 def part_of(output: Path) -> Path | None:
@@ -78,6 +78,8 @@ class Number(click.FloatRange):
         return number
 
 
+# Opened when its turn comes: there may be more files than a process may have open.
+INPUT_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 OUTPUT_FILE = _OutputFile(dir_okay=False, path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")

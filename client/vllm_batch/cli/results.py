@@ -45,8 +45,7 @@ def results(
       vllm-batch results batch_1 --follow --order finished | jq .custom_id
       vllm-batch results batch_1 --only failed | jq -r .custom_id
     """
-    with errors(batch):
-        write_results(client, batch, output, follow, order, as_json, only)
+    write_results(client, batch, output, follow, order, as_json, only)
 
 
 @click.command()
@@ -91,7 +90,8 @@ def write_results(
         if as_json
         else client.result_bytes(batch_id, **asked)
     )
-    with file_errors(f"; the results stay stored: vllm-batch results {batch_id} -o FILE"):
+    again = f"the results stay stored: vllm-batch results {batch_id} -o FILE"
+    with errors(interrupted=f"interrupted; {again}"), file_errors(f"; {again}"):
         if output is None:
             for some in lines:
                 click.echo(some, nl=False)

@@ -7,16 +7,17 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import click
 from rich.progress import DownloadColumn
 
-from vllm_batch.cli.options import OUTPUT_FILE, Number, json_option
-from vllm_batch.cli.terminal import EXIT_FAILED, errors, file_errors, print_batch, print_json, progress_bar
+from vllm_batch.cli.options import INPUT_FILE, OUTPUT_FILE, STDIN, Number, json_option
+from vllm_batch.cli.terminal import EXIT_FAILED, err, file_errors, print_batch, print_json, progress_bar, unsure
 from vllm_batch.cli.watch import is_success, wait_for
 from vllm_batch.client import Client
 from vllm_batch.v1 import batch_service_pb2 as pb
@@ -35,7 +36,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
 
 
 @click.command()
-@click.argument("files", type=click.File("rb"), nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", type=INPUT_FILE, nargs=-1, required=True, metavar="FILE...")
 @click.option("--wait", is_flag=True, help="Wait until the batch has ended.")
 @click.option("-o", "--output", type=OUTPUT_FILE, help="With --wait: write the results to this file, as JSONL.")
 @click.option("--request-id", default="", help="Idempotency key: submitting again with it returns the same batch.")
@@ -59,7 +60,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
 @click.pass_obj
 def submit(
     client: Client,
-    files: tuple[BinaryIO, ...],
+    files: tuple[str, ...],
     wait: bool,
     output: Path | None,
     request_id: str,
@@ -87,25 +88,36 @@ def submit(
         raise click.UsageError("--output and --request-id allow only one FILE")
     if output is not None and _is_one_of(output, files):
         raise click.UsageError(f"--output is the file that is submitted, and would replace it: {output}")
-    stored = []
-    for file in files:
-        with errors(interrupted="interrupted; `vllm-batch list` shows whether the batch was stored"):
-            stored.append(_upload(client, file, request_id, metadata, priority, window, order, webhook, require_live))
-        with file_errors(f"; the batch is stored: {stored[-1].id}"):
-            print_batch(stored[-1], stored[-1].id, as_json)
+    stored: list[pb.Batch] = []
+    try:
+        for name in files:
+            key = request_id or str(uuid.uuid4())
+            with (
+                unsure("stdin" if name == "-" else name, key),
+                file_errors(),
+                _naming(name),
+                cast(BinaryIO, click.open_file(name, "rb")) as file,
+            ):
+                stored.append(_upload(client, file, key, metadata, priority, window, order, webhook, require_live))
+            with file_errors(f"; the batch is stored: {stored[-1].id}"):
+                print_batch(stored[-1], stored[-1].id, as_json)
+    except SystemExit:
+        if len(files) > 1:
+            err.print(f"{len(stored)} of {len(files)} files are stored for certain; those after {name} were not sent")
+        raise
     if wait:
         # Waits for all, also after one has failed.
         ended = [_wait(client, batch.id, output, as_json) for batch in stored]
         sys.exit(0 if all(map(is_success, ended)) else EXIT_FAILED)
 
 
-def _is_one_of(output: Path, files: tuple[BinaryIO, ...]) -> bool:
+def _is_one_of(output: Path, files: tuple[str, ...]) -> bool:
     """Whether an output is a file that is read, by whichever name."""
     if not output.is_file():
         # A terminal or a pipe may be both.
         return False
     found = output.stat()
-    return any(os.path.samestat(found, os.fstat(file.fileno())) for file in files)
+    return any(os.path.samestat(found, os.stat(STDIN if name == "-" else name)) for name in files)
 
 
 def _upload(
@@ -119,7 +131,7 @@ def _upload(
     webhook: str,
     require_live: bool,
 ) -> pb.Batch:
-    with _naming(file.name), _seekable(file) as (source, size), progress_bar(DownloadColumn()) as progress:
+    with _seekable(file) as (source, size), progress_bar(DownloadColumn()) as progress:
         task = progress.add_task(f"uploading {file.name}", total=size)
         return client.submit(
             source,

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import click
@@ -83,10 +83,11 @@ def restore_streams() -> None:
 
 
 @contextmanager
-def errors(batch_id: str = "", *, interrupted: str = "") -> Iterator[None]:
+def errors(batch_id: str = "", *, interrupted: str = "", unanswered: str = "") -> Iterator[None]:
     """Turns a CallError into a message and an exit code, without a traceback.
 
-    Ctrl-C prints how to come back to `batch_id`, or else the text `interrupted`.
+    Ctrl-C prints how to come back to `batch_id`, or else the text `interrupted`; a call that nobody answered prints
+    `unanswered`.
     """
     try:
         yield
@@ -99,6 +100,8 @@ def errors(batch_id: str = "", *, interrupted: str = "") -> Iterator[None]:
             err.print(f"{error.code.name}{reason}: {error.message}", style="red")
         if unavailable and not error.reason:
             err.print("no answer from the server: is it running, and is --target its address?")
+            if unanswered:
+                err.print(unanswered)
         if error.code is grpc.StatusCode.UNIMPLEMENTED:
             err.print("the server there has no such call: is --target the address of a gateway, and of this version?")
         sys.exit(EXIT_UNAVAILABLE if unavailable else EXIT_REFUSED)
@@ -107,6 +110,13 @@ def errors(batch_id: str = "", *, interrupted: str = "") -> Iterator[None]:
             interrupted = f"{batch_id} goes on. Come back with: vllm-batch watch {batch_id}"
         err.print(f"\n{interrupted}".rstrip())
         sys.exit(EXIT_INTERRUPTED)
+
+
+def unsure(what: str, request_id: str) -> AbstractContextManager[None]:
+    """`errors` around a call that stores `what`: if its answer does not come, prints how to store it once all the
+    same."""
+    again = f"{what} may or may not be stored: repeat it with --request-id {request_id}, which never stores it twice"
+    return errors(interrupted=f"interrupted; {again}", unanswered=again)
 
 
 @contextmanager

@@ -48,8 +48,8 @@ def wait_for(
     """The batch once it has ended and its results are in `output`, if given. Shows a bar, then a summary."""
     with errors(batch_id):
         batch = _follow(client, batch_id, on_progress)
-        if output is not None:
-            write_results(client, batch_id, output)
+    if output is not None:
+        write_results(client, batch_id, output)
     err.print(summary(batch))
     return batch
 
