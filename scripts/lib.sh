@@ -36,11 +36,12 @@ know_home() {
   export BATCH_HOME
 }
 
-# The same with checked settings, and postgres: embedded or external; programs: those that this host runs, with blanks.
+# The same with checked settings, and postgres: embedded or external; programs: those that this host runs, with blanks;
+# host: its name.
 know_settings() {
   local told
   told=$("$python" -m scripts.settings start "$@") || exit
-  { IFS= read -r BATCH_HOME && IFS= read -r conf && read -r postgres && read -r programs; } <<<"$told"
+  { IFS= read -r BATCH_HOME && IFS= read -r conf && read -r postgres && read -r programs && read -r host; } <<<"$told"
   export BATCH_HOME
 }
 

@@ -13,6 +13,8 @@ for program in gateway http worker watchdog; do
   [[ " $programs " = *" $program "* ]] && starts=true || starts=false
   export "BATCH_START_${program^^}=$starts"
 done
+# The host may be renamed while its programs run, and they know each other by its name.
+export BATCH_HOST_NAME=$host
 # supervisord expands these paths twice, so each % needs another.
 export BATCH_PROGRAM_LOGS=${BATCH_HOME//%/%%}/log
 exec "$python" -m supervisor.supervisord -c "$conf" "$@"

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -134,7 +133,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
     )
     neighbours = Neighbours(
         database,
-        socket.gethostname(),
+        machine.host_name(),
         place.machine,
         report,
         settings.heartbeat_timeout_s,
