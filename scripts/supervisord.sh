@@ -17,4 +17,10 @@ done
 export BATCH_HOST_NAME=$host
 # supervisord expands these paths twice, so each % needs another.
 export BATCH_PROGRAM_LOGS=${BATCH_HOME//%/%%}/log
+# It keeps what it is given open: whoever waits for the end of a pipe, or for the lock of `flock FILE start-all.sh`, would
+# wait as long as it runs. Bash itself reads this script from 255.
+for path in /proc/self/fd/*; do
+  number=${path##*/}
+  ((number < 3 || number == 255)) || eval "exec $number>&-"
+done
 exec "$python" -m supervisor.supervisord -c "$conf" "$@"
