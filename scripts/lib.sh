@@ -2,8 +2,12 @@
 
 # Variables of the shell and of Python with which our folders and modules, or Python itself, would not be found.
 unset CDPATH PYTHONSAFEPATH PYTHONHOME
+# With these Python waits for a terminal instead of ending, writes no UTF-8, or ends for a warning of a library.
+unset PYTHONINSPECT PYTHONIOENCODING PYTHONWARNINGS
 # Whoever may write the supervisord.conf decides what runs.
 umask o-w
+# One that the caller has closed would become the first file that is opened, and supervisord's own socket be closed.
+for number in 0 1 2; do [[ -e /proc/self/fd/$number ]] || eval "exec $number<>/dev/null"; done
 # The script itself, which may have been called over a link and from any folder.
 self=$(readlink -f "$0")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,11 +40,12 @@ know_home() {
   export BATCH_HOME
 }
 
-# The same with checked settings, and postgres: embedded or external; programs: those that this host runs, with blanks.
+# The same with checked settings, and postgres: embedded or external; programs: those that this host runs, with blanks;
+# host: its name.
 know_settings() {
   local told
   told=$("$python" -m scripts.settings start "$@") || exit
-  { IFS= read -r BATCH_HOME && IFS= read -r conf && read -r postgres && read -r programs; } <<<"$told"
+  { IFS= read -r BATCH_HOME && IFS= read -r conf && read -r postgres && read -r programs && read -r host; } <<<"$told"
   export BATCH_HOME
 }
 
@@ -62,6 +67,14 @@ supervisord_pid() { timeout 60 "$python" -m supervisor.supervisorctl -c "$conf" 
 
 # True while supervisord answers.
 is_up() { supervisord_pid >/dev/null; }
+
+# Waits for another start-all.sh or stop-all.sh of this home, and holds off later ones until this script ends. What it
+# leaves running must not have the descriptor: {lock}>&-
+take_turn() {
+  [[ -d $BATCH_HOME && -r $BATCH_HOME ]] || { exec {lock}</dev/null && return; }
+  exec {lock}<"$BATCH_HOME"
+  flock --nonblock "$lock" || { say "$1: waiting for another start-all.sh or stop-all.sh" && flock "$lock"; }
+}
 
 # The torch version that vLLM was built for.
 torch_version() { sed -n 's/^ *torch==\([0-9.]*\)\.\*$/\1.0/p' setup.cfg; }

@@ -1,11 +1,13 @@
 """Tells the shell scripts the settings, read here as all processes read them, one line each.
 
 `home`: BATCH_HOME and its supervisord.conf, whatever else is wrong with the settings.
-`start`: the same two; `embedded` or `external`, as Postgres is; BATCH_PROGRAMS, with blanks. First checks the settings
-as `python -m service.gateway --check` does; `start quietly` warns of no variables. The status is 2 with wrong settings.
+`start`: the same two; `embedded` or `external`, as Postgres is; BATCH_PROGRAMS, with blanks; the host's name. First
+checks the settings as `python -m service.gateway --check` does; `start quietly` warns of no variables. The status is 2
+with wrong settings.
 """
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -25,7 +27,11 @@ def main(question: str, *how: str) -> int:
     rest = []
     if question == "start":
         settings = config.load(warns="quietly" not in how, is_check=True)
-        rest = ["external" if settings.database_url else "embedded", settings.programs.replace(",", " ")]
+        rest = [
+            "external" if settings.database_url else "embedded",
+            settings.programs.replace(",", " "),
+            socket.gethostname(),
+        ]
     home = config.home()
     if not str(home).isprintable():
         print("BATCH_HOME has control characters, or is not UTF-8", file=sys.stderr)

@@ -6,8 +6,17 @@ source "$(dirname "$(readlink -f "$0")")/lib.sh"
 takes_none "$@"
 scripts/setup.sh
 know_settings
+# For the lock; if it cannot be made, the doctor says why.
+mkdir -p -m 700 "$BATCH_HOME" 2>/dev/null || true
+take_turn start
 if is_up; then
   say "start: supervisord is running"
+  # Left by a stop-all.sh that was interrupted: supervisord starts a program only once it has ended.
+  for ((i = 0; i < 240; i++)); do
+    grep -q ' STOPPING ' <<<"$(supervisorctl status)" || break
+    ((i)) || say "start: waiting for what is being stopped"
+    sleep 0.5
+  done
   while read -r name state _; do
     [[ $name = postgres && $postgres = external ]] && continue
     # Of several processes the name is group:process.
@@ -25,4 +34,4 @@ else
   say "start: starting supervisord ($conf, state in $BATCH_HOME)"
   scripts/supervisord.sh
 fi
-exec "$python" scripts/wait_until_accepting.py "$conf"
+exec "$python" scripts/wait_until_accepting.py "$conf" {lock}>&-

@@ -13,6 +13,14 @@ for program in gateway http worker watchdog; do
   [[ " $programs " = *" $program "* ]] && starts=true || starts=false
   export "BATCH_START_${program^^}=$starts"
 done
+# The host may be renamed while its programs run, and they know each other by its name.
+export BATCH_HOST_NAME=$host
 # supervisord expands these paths twice, so each % needs another.
 export BATCH_PROGRAM_LOGS=${BATCH_HOME//%/%%}/log
+# It keeps what it is given open: whoever waits for the end of a pipe, or for the lock of `flock FILE start-all.sh`, would
+# wait as long as it runs. Bash itself reads this script from 255.
+for path in /proc/self/fd/*; do
+  number=${path##*/}
+  ((number < 3 || number == 255)) || eval "exec $number>&-"
+done
 exec "$python" -m supervisor.supervisord -c "$conf" "$@"

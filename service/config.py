@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from service import addresses, database_url, endpoints, variables, webhook_targets
+from service import addresses, database_url, endpoints, machine, variables, webhook_targets
 from service.addresses import bare, is_loopback
 from service.auth import handshake, key_files
 
@@ -41,6 +41,7 @@ OTHER_VARIABLES = {
     "BATCH_ENV_FILE",
     "BATCH_FAILPOINT",
     "BATCH_FAILURE_LOG",
+    "BATCH_HOST_NAME",
     "BATCH_INCARNATION",
     "BATCH_PROGRAM_LOGS",
     *(f"BATCH_START_{program}" for program in ("GATEWAY", "HTTP", "WORKER", "WATCHDOG")),
@@ -421,12 +422,12 @@ class Settings(BaseSettings):
 
     def own_id(self, program: str) -> str:
         """Identity of a program of this host: `<host>:<supervisord process>`."""
-        return f"{socket.gethostname()}:{process_name(program)}"
+        return f"{machine.host_name()}:{process_name(program)}"
 
     @property
     def worker_id(self) -> str:
         """Identity of the worker in this process: `<host>:<supervisord process>`."""
-        return f"{socket.gethostname()}:{process_name()}"
+        return f"{machine.host_name()}:{process_name()}"
 
 
 def is_supervised() -> bool:

@@ -1,6 +1,7 @@
 """Where a process runs: on which machine, and which processes and addresses it shares with others."""
 
 import os
+import socket
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,6 +55,14 @@ def keep(home: Path, machine: str) -> None:
             os.link(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def host_name() -> str:
+    """This host's name: the one that it had when supervisord started, which may be another by now (DHCP, hostnamectl).
+
+    Programs know each other by it, so one that starts later must not go by a newer name than those that run.
+    """
+    return os.environ.get("BATCH_HOST_NAME") or socket.gethostname()
 
 
 def boot_id() -> str:

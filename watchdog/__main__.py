@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -134,7 +133,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
     )
     neighbours = Neighbours(
         database,
-        socket.gethostname(),
+        machine.host_name(),
         place.machine,
         report,
         settings.heartbeat_timeout_s,
@@ -159,9 +158,12 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         return 1
     log.info("watchdog_started", address=server.address)
 
-    def keep_machine() -> None:
+    def keep_home() -> None:
         # On a full disk it is tried again.
         with contextlib.suppress(OSError):
+            # Without it supervisord starts nothing, and stops reading what a program writes once a log is full: then
+            # that program stands still.
+            settings.log_dir.mkdir(0o700, exist_ok=True)
             machine.keep(settings.home, place.machine)
 
     collector = WatchdogCollector((workers, gateways), settings.home, neighbours)
@@ -177,7 +179,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
                 ("heartbeat", neighbours.beat, settings.heartbeat_interval_s, news),
                 ("neighbours", neighbours.look, neighbours.interval_s, None),
                 ("orders", orders.take, ORDERS_INTERVAL_S, None),
-                ("machine", keep_machine, settings.heartbeat_interval_s, None),
+                ("home", keep_home, settings.heartbeat_interval_s, None),
             )
         ),
     ]

@@ -145,19 +145,18 @@ class Guard:
     def _guard(self) -> None:
         while not self._ending.is_set():
             try:
-                check_in_s = self.check()
+                self._wait(self.check())
                 self._fault = ""
             except AbandonedError:
                 log.warning("restart_abandoned", worker_id=self.worker_id)
                 break
             except Exception as error:
-                # A bug in one check must not end the guard.
+                # A bug, or what this machine refuses for a moment, must not end the guard: nobody would notice.
                 log.exception("check_failed", worker_id=self.worker_id)
                 if (name := type(error).__name__) != self._fault:
                     self._alerts.fault(f"guard-{self.worker_id}", error)
                 self._fault = name
-                check_in_s = RETRY_S
-            self._wait(check_in_s)
+                self._woken.wait(RETRY_S)
         self._observer.close()
 
     def _wait(self, check_in_s: float) -> None:

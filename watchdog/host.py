@@ -38,8 +38,9 @@ class Host:
         for worker_id in found.keys() - self.by_worker.keys():
             log.info("worker_found", worker_id=worker_id)
             guard = self.make_guard(found[worker_id])
-            self.by_worker = {**self.by_worker, worker_id: guard}
+            # Fails where no thread can be had: then it is found again the next time.
             guard.start()
+            self.by_worker = {**self.by_worker, worker_id: guard}
 
     def has_given_up(self) -> bool:
         """True when an operator has to look at one of the processes."""

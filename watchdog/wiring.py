@@ -1,6 +1,5 @@
 """Builds guards from the settings and supervisord's process names."""
 
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -171,4 +170,4 @@ class GuardFactory:
 
 
 def _worker_id(process_name: str) -> str:
-    return f"{socket.gethostname()}:{process_name}"
+    return f"{machine.host_name()}:{process_name}"

@@ -32,6 +32,8 @@ HOME_BYTES = 2 * GiB
 POSTGRES_SHM_BYTES = 8 * MiB
 # Each client is a connection, and each engine thread has a few files.
 OPEN_FILES = 4096
+# With less supervisord refuses to start.
+SUPERVISORD_FILES = 1024
 SUPERVISORCTL_TIMEOUT_S = 10.0
 # How long the port of a process that is ending may still be taken.
 ENDING_S = 5.0
@@ -161,9 +163,11 @@ def judge_home_disk(free_bytes: int, folder: Path) -> Finding:
 def judge_files(most: int) -> Finding:
     """Checks how many files a process may open: servers raise their soft limit to this hard limit."""
     if 0 <= most < OPEN_FILES:
-        problem = f"a process may open {most} files; further clients are refused"
+        is_blocking = most < SUPERVISORD_FILES
+        why = f"supervisord needs {SUPERVISORD_FILES}" if is_blocking else "further clients are refused"
+        problem = f"a process may open {most} files; {why}"
         fix = "raise `nofile` in /etc/security/limits.conf (in the systemd unit: LimitNOFILE=65536)"
-        return Finding("open files", problem=problem, fix=fix, is_blocking=most < 256)
+        return Finding("open files", problem=problem, fix=fix, is_blocking=is_blocking)
     return Finding("open files", "unlimited" if most < 0 else f"at most {most}")
 
 

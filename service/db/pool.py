@@ -99,8 +99,12 @@ class Pool(Postgres):
             if is_kept:
                 self._idle.append((time.monotonic(), connection))
                 if self._closer is None:
-                    self._closer = threading.Thread(target=self._close_unused, name="pool", daemon=True)
-                    self._closer.start()
+                    closer = threading.Thread(target=self._close_unused, name="pool", daemon=True)
+                    # Where no thread can be had, the next connection that comes back tries again: what this one was
+                    # for is done, and may be stored.
+                    with contextlib.suppress(RuntimeError):
+                        closer.start()
+                        self._closer = closer
             self._changed.notify()
             return is_kept
 

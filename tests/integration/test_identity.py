@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from tests.support.stacks import BIN, FullStack, full_stack
 from tests.support.swallowing import BOTH, firewall
 from tests.support.waiting import until
 from vllm_batch import Client
+from vllm_batch.v1 import recovery_service_pb2 as rpb
 
 pytestmark = pytest.mark.timeout(240)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="networks need root")
@@ -221,6 +223,25 @@ def test_a_name_that_moves_is_found_again(stack: Stack, tmp_path: Path) -> None:
 def serving(gateway: Server) -> int:
     """How often a link to a worker came up."""
     return sum(event["health"] == "serving" for event in gateway.events("worker_contact"))
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(120)
+def test_a_host_that_is_renamed_while_it_runs() -> None:
+    """Programs that start after their host was renamed go by the name that it had: a healthy worker is known to a new
+    watchdog, and one that dies is restarted once."""
+    settings = {"BATCH_ENGINE": "simulated", "BATCH_HEARTBEAT_INTERVAL_S": "1"}
+    with full_stack(**settings) as stack, own_name("before"):
+        stack.start_all()
+        worker, watchdog = stack.pid("worker"), stack.pid("watchdog")
+        subprocess.run(["hostname", "after"], check=True, timeout=10)
+        os.kill(watchdog, signal.SIGKILL)
+        until(lambda: stack.pid("watchdog") not in (0, watchdog), "another watchdog")
+        until(lambda: stack.status().verdict == rpb.VERDICT_HEALTHY, "its first verdict")
+        assert (stack.status().worker_id, stack.pid("worker"), stack.restarts()) == ("before:worker", worker, [])
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: stack.recovered(1), "recovery", 60)
+        assert [event.worker_id for event in stack.restarts()] == ["before:worker"]
 
 
 def test_a_machine_has_one_id(tmp_path: Path) -> None:

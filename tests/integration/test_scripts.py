@@ -1,10 +1,12 @@
 """The scripts that users run, on a whole stack under supervisord, with the simulated engine."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import psutil
@@ -18,6 +20,7 @@ from tests.support.waiting import until
 from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
+from watchdog.policy import State
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -186,6 +189,54 @@ def test_stop_all_ends_what_was_left_behind() -> None:
         psutil.wait_procs([psutil.Process(supervisord)] if psutil.pid_exists(supervisord) else [], timeout=10)
         assert stack.script("stop-all.sh").returncode == 0
         assert marked(Mark(stack.home)) == []
+
+
+@pytest.mark.thorough
+def test_scripts_at_once_take_turns() -> None:
+    """Two starts, two stops, and a start during a stop all do what they say; what was started holds up nobody."""
+    with full_stack(BATCH_ENGINE="simulated") as stack, ThreadPoolExecutor(2) as running:
+        for name in ("start-all.sh", "stop-all.sh", "start-all.sh"):
+            for done in running.map(stack.script, [name] * 2):
+                assert (done.returncode, done.stderr) == (0, ""), done.stdout
+            assert bool(marked(Mark(stack.home))) is (name == "start-all.sh")
+        mark = stack.mark("supervisord")
+        stopping, log = running.submit(stack.script, "stop-all.sh"), stack.home / "log/supervisord.log"
+        until(lambda: b"stopped: watchdog" in log.read_bytes()[mark:], "the first program to be stopped")
+        stack.start_all()
+        assert (stopping.result().returncode, stopping.result().stderr) == (0, "")
+        assert stack.supervisor.states().keys() == {"gateway", "http", "postgres", "watchdog", "worker"}
+
+
+@pytest.mark.thorough
+def test_a_start_after_a_stop_that_was_interrupted() -> None:
+    """After Ctrl-C in stop-all.sh, while the worker drains, a start waits for the end of that and starts it again."""
+    with full_stack(BATCH_ENGINE="simulated", BATCH_SIMULATED_REQUEST_S="4") as stack:
+        stack.start_all()
+        worker = stack.pid("worker")
+        with Client(stack.target) as client:
+            batch = client.submit_lines(lines(100))
+            until(lambda: client.get(batch.id).counts.completed, "the first results")
+            command = [ROOT / "scripts/stop-all.sh"]
+            stop = subprocess.Popen(command, env=stack.env, stdout=subprocess.DEVNULL, start_new_session=True)
+            until(lambda: stack.supervisor.info("worker").state is State.STOPPING, "the worker to drain")
+            os.killpg(stop.pid, signal.SIGINT)
+            stop.wait(30)
+            stack.start_all()
+            assert stack.pid("worker") not in (0, worker)
+            *_, done = client.watch(batch.id)
+            assert done.counts.completed == 100
+
+
+@pytest.mark.thorough
+def test_what_is_started_keeps_no_descriptor() -> None:
+    """supervisord keeps nothing of its caller open, such as the lock of `flock FILE start-all.sh` in a crontab."""
+    with full_stack(BATCH_ENGINE="simulated") as stack:
+        path = stack.home / "lock"
+        stack.prefix = ["flock", str(path)]
+        stack.start_all()
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stack.prefix = ()
 
 
 @pytest.mark.thorough

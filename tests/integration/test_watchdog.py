@@ -794,6 +794,16 @@ def test_the_id_of_the_machine_that_is_deleted_comes_back(host: SupervisedHost) 
     assert until(lambda: path.exists() and path.read_text(), "the id again") == machine
 
 
+def test_a_folder_of_logs_that_is_deleted_comes_back(host: SupervisedHost) -> None:
+    """The watchdog restores it: without it supervisord can start nothing."""
+    Watchdog(host)
+    path = host.home / "log"
+    until(path.exists, "the folder")
+    path.rename(host.home / "moved")
+    until(path.exists, "the folder again")
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
 def test_one_watchdog_per_port_ends_when_told(host: SupervisedHost) -> None:
     """`--check` accepts good settings, a second watchdog on the same port exits, and SIGTERM ends the first with 0."""
     assert host.run(sys.executable, "-m", "watchdog", "--check", BATCH_PROGRAMS="worker,watchdog").wait(30) == 0

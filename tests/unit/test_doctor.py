@@ -238,7 +238,7 @@ def test_home_disk_files_clock() -> None:
     """A nearly full disk, few open files, an unsynchronized clock and a clock that is years behind are reported."""
     assert stack.judge_home_disk(GiB, Path("/var")).is_wrong
     assert not stack.judge_home_disk(100 * GiB, Path("/var")).problem
-    assert stack.judge_files(128).is_wrong
+    assert stack.judge_files(1023).is_wrong
     assert stack.judge_files(1024).problem
     assert not stack.judge_files(1024).is_wrong
     assert not stack.judge_files(-1).problem

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import pytest
@@ -16,6 +17,7 @@ from watchdog.act.restart import Restarter, RestartError
 from watchdog.alerts import Alerts
 from watchdog.dry_run import Bystander
 from watchdog.guard import Guard, Snapshot
+from watchdog.host import Host
 from watchdog.observe.observer import Observer
 from watchdog.outages import TELL_AFTER_S, Outage
 from watchdog.policy import (
@@ -69,6 +71,12 @@ class FakeObserver:
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
         self.evidence = beating(OLD)
+
+    def process(self) -> Process | None:
+        return self.evidence.process
+
+    def close(self) -> None:
+        pass
 
     def observe(self) -> Evidence:
         self._clock.time_s += 1
@@ -130,9 +138,8 @@ class FakeLeftovers:
 class FakeRestarter:
     """Restarts at once, or fails; `between` is called after the stop and before the start."""
 
-    ending = threading.Event()
-
     def __init__(self) -> None:
+        self.ending = threading.Event()
         self.leftovers = FakeLeftovers()
         self.restarts = 0
         self.failure: Exception | None = None
@@ -155,6 +162,10 @@ class FakeAlerts:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str, str]] = []
+        self.faults: list[str] = []
+
+    def fault(self, where: str, error: Exception) -> None:
+        self.faults.append(where)
 
     def tell(self, kind: str, cause: str, worker_id: str, level: str, message: str, told: dict[str, object]) -> None:
         self.told.append((kind, cause, level))
@@ -201,6 +212,33 @@ def parts() -> Parts:
     parts = Parts()
     parts.see(beating(OLD))
     return parts
+
+
+def test_nothing_that_fails_between_checks_ends_the_guard(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure to look at supervisord while the guard waits is logged and alerted, and it goes on checking."""
+    fails, checked = iter([MemoryError()]), threading.Event()
+
+    def process() -> Process | None:
+        for error in fails:
+            raise error
+        checked.set()
+        return parts.observer.evidence.process
+
+    monkeypatch.setattr(parts.observer, "process", process)
+    parts.guard.start()
+    assert checked.wait(30)
+    assert parts.alerts.faults == ["guard-w"]
+    parts.guard.stop(30)
+
+
+def test_a_guard_that_cannot_start_is_made_again() -> None:
+    """A guard whose thread cannot be started is not taken for one that guards."""
+    guards = [Mock(start=Mock(side_effect=RuntimeError("can't start new thread"))), Mock()]
+    host = Host(Mock(), Mock(side_effect=guards), lambda _: {"here:worker": "worker"})
+    with pytest.raises(RuntimeError):
+        host.discover()
+    host.discover()
+    assert host.by_worker == {"here:worker": guards[1]}
 
 
 def test_crash_while_postgres_is_away_is_seen_to(parts: Parts) -> None:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS
@@ -118,6 +119,16 @@ def test_unused_connections_are_closed(given: Pool, server: Server, monkeypatch:
     first = used(given)
     until(lambda: first.closed, "the connection to be closed")
     assert used(given) is not first
+
+
+def test_no_thread_can_be_had(given: Pool, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can be started, what a connection was used for does not fail; unused ones are closed later."""
+    monkeypatch.setattr(pool, "IDLE_S", 0.01)
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        first = used(given)
+    assert used(given) is first
+    until(lambda: first.closed, "the connection to be closed")
 
 
 def test_a_thread_that_connects_holds_up_no_other(given: Pool, server: Server) -> None:

@@ -58,6 +58,24 @@ def test_everything_is_found_whatever_the_variables(variable: str, tmp_path: Pat
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{ROOT} {tmp_path}", "")
 
 
+def test_python_does_what_the_scripts_expect() -> None:
+    """Whatever Python is told by variables, it writes UTF-8, ends at its end, and does not fail for a warning."""
+    told = {"PYTHONINSPECT": "1", "PYTHONIOENCODING": "utf-16", "PYTHONWARNINGS": "error"}
+    asked = "import sys; print(sys.stdout.encoding, sys.flags.inspect, sys.warnoptions)"
+    command = ["bash", "-c", f'source scripts/lib.sh && "$python" -c "{asked}"']
+    env = {"PATH": os.environ["PATH"], **told}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("utf-8 0 []\n", "")
+
+
+def test_closed_descriptors_are_opened(tmp_path: Path) -> None:
+    """Where the caller has closed stdin, stdout and stderr, no other file takes their place."""
+    told = tmp_path / "told"
+    script = 'exec <&- >&- 2>&-; source scripts/lib.sh && readlink /proc/$$/fd/{0,1,2} >"$0"'
+    subprocess.run(["bash", "-c", script, told], env={"PATH": os.environ["PATH"]}, cwd=ROOT, check=True, timeout=60)
+    assert told.read_text() == "/dev/null\n" * 3
+
+
 @pytest.mark.parametrize("mask", ["000", "077"])
 def test_nobody_else_may_write(mask: str, tmp_path: Path) -> None:
     """Other users may write nothing that the scripts make, whatever the umask, and a stricter one is kept."""
