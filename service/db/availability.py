@@ -140,6 +140,20 @@ def is_cut(error: Exception) -> bool:
     return sqlstate is None or sqlstate.startswith("57P")
 
 
+# Raised by what others have made in Postgres: triggers, functions, views. It may be about one row alone.
+FOREIGN = ("09", "27", "2F", "38", "39", "44", "P0")
+
+
+def is_foreign(error: Exception) -> bool:
+    """True for an error that a trigger of others raised, or what else they have made: it may be about one row alone.
+
+    `error`: of a call that Postgres did not serve.
+    """
+    cause = error.__cause__ if isinstance(error, DatabaseAwayError) else error
+    sqlstate = getattr(getattr(cause, "orig", None) or cause, "pgcode", None) or ""
+    return sqlstate.startswith(FOREIGN)
+
+
 def is_read_only(error: Exception) -> bool:
     """True for an error of a server that takes no writes: after a failover it may be a standby of another one."""
     return getattr(getattr(error, "orig", None) or error, "pgcode", None) == READ_ONLY
