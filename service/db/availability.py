@@ -79,6 +79,8 @@ CODES = {
     "42501": Meaning.AWAY,  # lacks a right
     "42P01": Meaning.AWAY,  # before the migrations
     "42703": Meaning.AWAY,  # before the migrations
+    "42704": Meaning.AWAY,  # in the middle of a restore
+    "42883": Meaning.AWAY,  # in the middle of a restore
 }
 
 
