@@ -79,6 +79,8 @@ CODES = {
     "42501": Meaning.AWAY,  # lacks a right
     "42P01": Meaning.AWAY,  # before the migrations
     "42703": Meaning.AWAY,  # before the migrations
+    "42704": Meaning.AWAY,  # in the middle of a restore
+    "42883": Meaning.AWAY,  # in the middle of a restore
 }
 
 
@@ -138,6 +140,20 @@ def is_cut(error: Exception) -> bool:
     sqlstate = getattr(getattr(cause, "orig", None) or cause, "pgcode", None)
     # 57P01 and its neighbours: the server ends the session, and says so.
     return sqlstate is None or sqlstate.startswith("57P")
+
+
+# Raised by what others have made in Postgres: triggers, functions, views. It may be about one row alone.
+FOREIGN = ("09", "27", "2F", "38", "39", "44", "P0")
+
+
+def is_foreign(error: Exception) -> bool:
+    """True for an error that a trigger of others raised, or what else they have made: it may be about one row alone.
+
+    `error`: of a call that Postgres did not serve.
+    """
+    cause = error.__cause__ if isinstance(error, DatabaseAwayError) else error
+    sqlstate = getattr(getattr(cause, "orig", None) or cause, "pgcode", None) or ""
+    return sqlstate.startswith(FOREIGN)
 
 
 def is_read_only(error: Exception) -> bool:

@@ -138,6 +138,14 @@ class Database:
             log.info("call_made_again", cause=str(error))
         return await call(True)
 
+    def check_new(self) -> None:
+        """Raises DatabaseAwayError unless Postgres takes a new session: it may refuse those, and serve the others.
+
+        As when all its connections are in use, or a password was changed.
+        """
+        with database_away():
+            sessions.open_session(self._timeout_s, **self._pool.connect_params).close()
+
     def close(self) -> None:
         """Closes all connections. Calls that are under way end first."""
         self._threads.shutdown(wait=True, cancel_futures=True)

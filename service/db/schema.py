@@ -91,10 +91,16 @@ def check(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> None:
 
 
 def check_version(db: peewee.PostgresqlDatabase, directory: Path = MIGRATIONS) -> None:
-    """Raises TooOldError for a program that is too old for what the schema was contracted to."""
+    """Raises TooOldError for a program that is too old for what the schema was contracted to.
+
+    Raises DatabaseAwayError in the middle of a restore, which makes the tables first.
+    """
     if db.execute_sql("SELECT to_regclass('schema_floor') IS NULL").fetchone()[0]:
         return
-    [oldest] = db.execute_sql("SELECT oldest FROM schema_floor").fetchone()
+    row = db.execute_sql("SELECT oldest FROM schema_floor").fetchone()
+    if row is None:
+        raise DatabaseAwayError("the table schema_floor is empty: the database is being restored")
+    [oldest] = row
     if oldest > known(directory):
         raise TooOldError(
             f"version {VERSION} is too old for this database, whose schema needs version {oldest} of it and this"

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from service.api import messages
 from service.db import results
-from service.db.availability import AvailabilityLog, DatabaseAwayError
+from service.db.availability import AvailabilityLog, DatabaseAwayError, first_line, is_foreign
 from service.db.connection import Database
 from service.db.results import Result
 from service.telemetry import logs
@@ -33,12 +33,19 @@ class ResultWriter:
     on_stored: Callable[[Sequence[Result]], None]
 
     _finished: deque[Result] = field(default_factory=deque)
+    # Of those, the ones that a trigger of others has refused, by chunk and index.
+    _waiting: set[tuple[int, int]] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def unstored(self) -> int:
         """Number of results that are not stored yet."""
         return len(self._finished)
+
+    @property
+    def are_put_off(self) -> bool:
+        """True if a trigger of others refuses all that is not stored yet."""
+        return all((result.chunk_id, result.index) in self._waiting for result in self._finished)
 
     def add(self, result: Result) -> None:
         """Queues a finished result; one that is too large to be stored is replaced by an error."""
@@ -59,7 +66,10 @@ class ResultWriter:
         try:
             await self._write(group)
         except DatabaseAwayError as error:
-            await self._wait_for_postgres(error)
+            if is_foreign(error):
+                await self._write_singly(group)
+            else:
+                await self._wait_for_postgres(error)
         except Exception as error:
             log.error("result_group_refused", results=len(group), exc_info=error)
             await self._write_singly(group)
@@ -67,14 +77,32 @@ class ResultWriter:
             self._note_stored(group)
 
     async def _write_singly(self, group: Sequence[Result]) -> None:
-        """Stores a refused group one by one, replacing each result that Postgres refuses by an error."""
+        """Stores a refused group one by one, replacing each result that Postgres refuses by an error.
+
+        What a trigger of others does not let through is tried again after all others, so that it holds up none of them.
+        """
+        is_put_off = False
         for result in group:
             try:
                 written = await self._write_or_substitute(result)
             except Exception as error:  # noqa: BLE001 - nothing can be stored if even the error is refused
-                await self._wait_for_postgres(error)
-                return
-            self._note_stored([written])
+                if not is_foreign(error):
+                    await self._wait_for_postgres(error)
+                    return
+                is_put_off = True
+                self._put_off(error)
+            else:
+                self._note_stored([written])
+        if is_put_off:
+            await asyncio.sleep(IDLE_S)
+
+    def _put_off(self, error: Exception) -> None:
+        """Has the first result wait behind all others."""
+        result = self._finished.popleft()
+        self._finished.append(result)
+        if not self._waiting:
+            log.warning("results_put_off", cause=first_line(error))
+        self._waiting.add((result.chunk_id, result.index))
 
     async def _write_or_substitute(self, result: Result) -> Result:
         try:
@@ -93,7 +121,11 @@ class ResultWriter:
         """Removes the group from the queue and reports it as stored."""
         self.availability.back(unstored=len(self._finished))
         for _ in group:
-            self._finished.popleft()
+            stored = self._finished.popleft()
+            if self._waiting:
+                self._waiting.discard((stored.chunk_id, stored.index))
+                if not self._waiting:
+                    log.info("results_let_through")
         self.on_stored(group)
 
     async def _wait_for_postgres(self, error: Exception) -> None:

@@ -162,8 +162,10 @@ class Runner:
             while self._window.is_open:
                 await self._feed()
                 await self._window.empty()
-                # Wait until all results are stored, unless the engine is dead and Postgres is away.
-                while self._writer.unstored and not (self._window.is_dead and self._availability.is_away):
+                # Wait until all results are stored, unless the engine is dead and Postgres is away or refuses them.
+                while self._writer.unstored and not (
+                    self._window.is_dead and (self._availability.is_away or self._writer.are_put_off)
+                ):
                     await self._wakeup.wait()
                 if self._window.is_open:
                     await self._rest()

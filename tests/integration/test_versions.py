@@ -93,6 +93,15 @@ def test_a_program_that_is_too_old_says_so(stack: Stack) -> None:
         assert all("upgrade this host" in str(event["cause"]) for event in told)
 
 
+def test_a_schema_in_the_middle_of_a_restore_is_away(database: Database) -> None:
+    """While a restore has made the tables and not filled them yet, Postgres is away, for programs that run or start."""
+    database.call(lambda db: db.execute_sql("DELETE FROM schema_floor"))
+    for refused in (schema.check, schema.migrate, schema.check_version):
+        with pytest.raises(DatabaseAwayError, match="is being restored") as caught:
+            database.call(refused)
+        assert not isinstance(caught.value, DatabaseUnfitError)
+
+
 def take_out(commit: str, folder: Path, *paths: str) -> None:
     """Writes these paths as they are in the commit; skips the test if that is not here."""
     try:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -669,6 +669,52 @@ def test_a_heartbeat_that_others_have_locked_is_no_lost_one(host: SupervisedHost
         )
         for seen in look_again(guards):
             assert (seen.decision.verdict, seen.decision.action) == (Verdict.DATABASE_AWAY, Action.HOLD)
+    until_healthy(guards)
+    assert (len(host.lives()), host.restarts()) == (1, [])
+    own.close()
+
+
+@pytest.mark.parametrize(
+    ("refuse", "allow"),
+    [
+        # A role's lock, a changed password or pg_hba.conf, or no connection that is free: those that there are stay.
+        ("ALTER DATABASE {name} ALLOW_CONNECTIONS false", "ALTER DATABASE {name} ALLOW_CONNECTIONS true"),
+        (
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql"
+            " AS $$ BEGIN RAISE EXCEPTION USING ERRCODE = '42501'; END $$;"
+            "CREATE TRIGGER refuse BEFORE INSERT ON heartbeats FOR EACH STATEMENT EXECUTE FUNCTION refuse()",
+            "DROP FUNCTION refuse CASCADE",
+        ),
+    ],
+    ids=["new sessions", "inserts"],
+)
+def test_postgres_that_refuses_only_the_worker_is_away(
+    host: SupervisedHost, database_url: str, postgres: str, refuse: str, allow: str
+) -> None:
+    """While Postgres serves the watchdog but refuses what the worker needs to beat, a new session or the right to write
+    its row: DATABASE_AWAY, and no restart."""
+    own = Database(database_url, "guards", 2)
+    guards = host.guard(own)
+    until_healthy(guards)
+    timeout_s, name = host.settings.heartbeat_timeout_s, parse(database_url)["dbname"]
+    # No database can be closed to new sessions from within.
+    with closing(psycopg2.connect(postgres % "postgres")) as outside, closing(psycopg2.connect(database_url)) as inside:
+        outside.autocommit = inside.autocommit = True
+        admin = (outside if "ALTER DATABASE" in refuse else inside).cursor()
+        admin.execute(refuse.format(name=name))
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%standin'")
+
+        def is_stale() -> bool:
+            with inside.cursor() as cursor:
+                cursor.execute(
+                    "SELECT clock_timestamp() - last_seen > make_interval(secs => %s) FROM heartbeats", (3 * timeout_s,)
+                )
+                return bool(cursor.fetchone()[0])
+
+        until(is_stale, "a heartbeat that is long stale")
+        for seen in look_again(guards):
+            assert (seen.decision.verdict, seen.decision.action) == (Verdict.DATABASE_AWAY, Action.HOLD)
+        admin.execute(allow.format(name=name))
     until_healthy(guards)
     assert (len(host.lives()), host.restarts()) == (1, [])
     own.close()

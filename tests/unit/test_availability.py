@@ -43,9 +43,10 @@ def test_every_class_is_decided() -> None:
         *((code, Meaning.AWAY) for code in ("57P01", "57P02", "57P03", "57P04", "57014", "58000", "58030", "58P01")),
         *((code, Meaning.AWAY) for code in ("25006", "25P03", "25P04", "40001", "40P01", "55P03", "55000", "55006")),
         *((code, Meaning.AWAY) for code in ("28000", "28P01", "42501", "42P01", "42703", "3D000", "3F000", "0P000")),
+        *((code, Meaning.AWAY) for code in ("42704", "42883")),
         *((code, Meaning.AWAY) for code in ("XX000", "XX001", "XX002", "F0000", "72000", "P0001", "38000", "HV000")),
         *((code, Meaning.REFUSED) for code in ("22021", "22P05", "22003", "23505", "23514", "23502", "54000", "54001")),
-        *((code, Meaning.FAULT) for code in ("42601", "42883", "42P02", "42P07", "25001", "25P02", "0A000", "26000")),
+        *((code, Meaning.FAULT) for code in ("42601", "42804", "42P02", "42P07", "25001", "25P02", "0A000", "26000")),
         *((code, Meaning.AWAY) for code in ("ZZ123", "BD001")),
     ],
 )

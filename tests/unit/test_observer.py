@@ -54,6 +54,9 @@ class FakeDatabase:
         beat = Beat("host:worker", uuid4(), "127.0.0.1:1", "ready", 7)
         self.answer: tuple[float, SeenBeat | None] | Exception = (5000.0, SeenBeat(beat, 90.0))
 
+    def check_new(self) -> None:
+        """It takes new sessions."""
+
     def call(self, *_: object) -> Any:
         if isinstance(self.answer, Exception):
             raise self.answer

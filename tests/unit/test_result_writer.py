@@ -126,6 +126,36 @@ async def test_a_result_that_cannot_be_stored_becomes_an_error() -> None:
     assert parts.told == parts.postgres.stored
 
 
+def raised_by_a_trigger() -> DatabaseAwayError:
+    """The error of a call that a trigger of others has refused."""
+
+    class Raised(psycopg2.errors.RaiseException):
+        pgcode = "P0001"
+
+    away = DatabaseAwayError("not wanted")
+    away.__cause__ = Raised("not wanted")
+    return away
+
+
+@in_loop
+async def test_a_row_that_a_trigger_refuses_holds_up_no_other() -> None:
+    """A result that a trigger of others refuses waits, however many come after it; all are stored, each once."""
+    parts = Parts()
+    parts.postgres.refuse = lambda function, arguments: (
+        raised_by_a_trigger() if any(one.index == 2 for one in arguments[0]) else None
+    )
+    for index in (1, 2, 3):
+        parts.writer.add(result(index))
+    async with parts.writing():
+        await parts.journal.until(lambda: len(parts.postgres.stored) == 2)
+        parts.writer.add(result(4))
+        await parts.journal.until(lambda: len(parts.postgres.stored) == 3)
+        assert [one.index for one in parts.postgres.stored] == [1, 3, 4]
+        parts.postgres.back()
+        await parts.all_stored()
+    assert parts.postgres.stored == parts.told == [result(1), result(3), result(4), result(2)]
+
+
 @in_loop
 async def test_no_statement_has_more_characters_than_postgres_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No statement exceeds the size that Postgres accepts: beyond that it would drop the connection at every retry."""

@@ -21,10 +21,12 @@ from watchdog.observe.stall_detector import StallDetector
 from watchdog.policy import Evidence, Heartbeat, ProbeAnswer, Process, State
 from watchdog.supervisor import RefusedError, Supervisor, SupervisorAwayError
 
-# Does and undoes what a heartbeat takes: a transaction id, and the lock and triggers of its row. Sent as one, so that a
-# watchdog that is frozen in between keeps no lock.
+# Does and undoes what a heartbeat takes: a transaction id, the rights to write its row, and its lock and triggers. Sent
+# as one, so that a watchdog that is frozen in between keeps no lock.
 CAN_BEAT = """
-BEGIN; SELECT pg_current_xact_id(); UPDATE heartbeats SET pid = pid WHERE worker_id = %s; ROLLBACK
+BEGIN; SELECT pg_current_xact_id();
+INSERT INTO heartbeats SELECT * FROM heartbeats WHERE worker_id = %s
+ON CONFLICT (worker_id) DO UPDATE SET pid = EXCLUDED.pid; ROLLBACK
 """
 
 
@@ -188,8 +190,15 @@ class Observer:
         """Reads uptime and heartbeat. Raises TimeoutError, at once while an earlier read is still waiting."""
         if self._reading is not None and not self._reading.done():
             raise TimeoutError
-        self._reading = self._reader.submit(self._database.call, self._look)
+        self._reading = self._reader.submit(self._look_in)
         return self._reading.result(self._database_timeout_s)
+
+    def _look_in(self) -> tuple[float, SeenBeat | None]:
+        """What `_look` returns. Fails too if the worker, which may have lost its session, would get no other."""
+        up_s, seen = self._database.call(self._look)
+        if self._beats and (seen is None or seen.age_s > self._silence_s):
+            self._database.check_new()
+        return up_s, seen
 
     def _look(self, db: peewee.PostgresqlDatabase) -> tuple[float, SeenBeat | None]:
         """Uptime and heartbeat. Fails if the worker cannot beat either: Postgres accepts no writes, a right is missing,
