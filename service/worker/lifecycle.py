@@ -141,7 +141,10 @@ async def _work(settings: Settings, parts: Parts, stopping: "asyncio.Task[bool]"
     """Runs batches on a started engine until told to stop. Raises EngineDeadError, DatabaseUnfitError."""
     state, engine, runner, thread = parts.state, parts.engine, parts.runner, parts.thread
     # The first steps may take long, so they count as loading; an engine that fails here was never ready.
-    if not await _until(stopping, thread.run(runner.prove())):
+    proof = thread.run(runner.prove())
+    if not await _until(stopping, proof):
+        # It would take the engine's stop for its death.
+        proof.cancel()
         return
     if engine.is_dead:
         raise EngineDeadError("the engine died of its first request")
