@@ -260,3 +260,10 @@ def test_a_file_whose_name_looks_like_markup(monkeypatch: pytest.MonkeyPatch) ->
     with terminal.progress_bar(DownloadColumn()) as progress:
         progress.add_task("uploading a[/b].jsonl", total=1)
     assert "uploading a[/b].jsonl" in shown.getvalue()
+
+
+def test_no_answer_names_tls() -> None:
+    """Where nothing answers the advice names TLS: a server that requires it closes the connection without a word."""
+    command = [CLI, "--target", "127.0.0.1:1", "--patience", "0", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "--tls-ca" in done.stderr) == (terminal.EXIT_UNAVAILABLE, True), done.stderr

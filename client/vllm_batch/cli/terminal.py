@@ -98,7 +98,10 @@ def errors(batch_id: str = "", *, interrupted: str = "") -> Iterator[None]:
             reason = f" ({error.reason})" if error.reason else ""
             err.print(f"{error.code.name}{reason}: {error.message}", style="red")
         if unavailable and not error.reason:
-            err.print("no answer from the server: is it running, and is --target its address?")
+            err.print(
+                "no answer from the server: is it running, is --target its address, and does it require TLS"
+                " (--tls-ca) or a client certificate (--tls-cert)?"
+            )
         if error.code is grpc.StatusCode.UNIMPLEMENTED:
             err.print("the server there has no such call: is --target the address of a gateway, and of this version?")
         sys.exit(EXIT_UNAVAILABLE if unavailable else EXIT_REFUSED)
