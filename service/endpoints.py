@@ -13,7 +13,7 @@ def check_sentry(dsn: str) -> None:
     try:
         Dsn(dsn)
     except ValueError:
-        raise ValueError("is not a DSN as Sentry shows it, https://KEY@HOST/PROJECT") from None
+        raise ValueError("is not a DSN as Sentry shows it, https://KEY@HOST/NUMBER") from None
 
 
 def check_collector(endpoint: str) -> None:

@@ -54,8 +54,8 @@ def store(db: peewee.PostgresqlDatabase, count: int) -> int:
     for index in range(count):
         line = f"{batch_id}\t{index}\tc{index}\t/v1/chat/completions\t{chats.body(index)}"
         text += len(line) - len(f"{batch_id}\t{index}\t\t\t")
-        # Without a key, as bodies so small have none, and with an estimate of tokens.
-        rows.append(f"{line}\t\\N\t64\n")
+        # Without a key, as bodies so small have none, with an estimate of tokens and the model.
+        rows.append(f"{line}\t\\N\t64\ttiny\n")
     content = Content(count, ["tiny"], b"")
     creation.create(db, batch_id, Options(), content, "".join(rows).encode(), False, 600)
     return text

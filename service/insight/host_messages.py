@@ -53,7 +53,11 @@ def _watchdog_detail(host: Host) -> Mapping[str, Any]:
 
 def _programs(host: Host, detail: Mapping[str, Any], timeout_s: float) -> list[pb.HostProgram]:
     """Those that supervisord runs, as the watchdog saw it, and those that report themselves."""
-    found = {str(name): pb.HostProgram(name=str(name), state=str(state)) for name, state in detail.get("programs", ())}
+    found = {}
+    for full_name, state in detail.get("programs", ()):
+        # Of several processes supervisord's name is group:process; programs report themselves by their process alone.
+        name = str(full_name).rpartition(":")[2]
+        found[name] = pb.HostProgram(name=name, state=str(state))
     alive = {each.id for each in host.alive(timeout_s)}
     for each in host.programs:
         name = each.id.rpartition(":")[2]

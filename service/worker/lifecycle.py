@@ -141,7 +141,10 @@ async def _work(settings: Settings, parts: Parts, stopping: "asyncio.Task[bool]"
     """Runs batches on a started engine until told to stop. Raises EngineDeadError, DatabaseUnfitError."""
     state, engine, runner, thread = parts.state, parts.engine, parts.runner, parts.thread
     # The first steps may take long, so they count as loading; an engine that fails here was never ready.
-    if not await _until(stopping, thread.run(runner.prove())):
+    proof = thread.run(runner.prove())
+    if not await _until(stopping, proof):
+        # It would take the engine's stop for its death.
+        proof.cancel()
         return
     if engine.is_dead:
         raise EngineDeadError("the engine died of its first request")
@@ -168,7 +171,7 @@ async def _end(parts: Parts, server: rpc_server.Server) -> None:
     """Stops all parts, and ends any processes that the engine leaves."""
     parts.state.enter(Phase.STOPPING)
     await server.end(grace_s=1)
-    await _finish("engine_stop", parts.thread.run(parts.engine.stop()))
+    await _finish(parts.thread.run(parts.engine.stop()))
     parts.heart.stop(CLOSE_TIMEOUT_S)
     parts.thread.stop(CLOSE_TIMEOUT_S)
     # Left by an interrupted load, or by an engine that no longer responds.
@@ -315,12 +318,12 @@ def _children() -> list[psutil.Process]:
     return [child for child in children if "resource_tracker" not in " ".join(processes.command(child))]
 
 
-async def _finish(what: str, work: "asyncio.Future[None]") -> None:
-    """Waits up to 3 * CLOSE_TIMEOUT_S for a step of the shutdown that may fail or hang without harm."""
+async def _finish(stop: "asyncio.Future[None]") -> None:
+    """Waits up to 3 * CLOSE_TIMEOUT_S for the engine's stop, which may fail or hang without harm."""
     try:
-        await asyncio.wait_for(work, 3 * CLOSE_TIMEOUT_S)
+        await asyncio.wait_for(stop, 3 * CLOSE_TIMEOUT_S)
     except Exception as error:  # noqa: BLE001 - the process exits anyway, and supervisord ends the rest
-        log.warning(f"{what}_failed", cause=repr(error))
+        log.warning("engine_stop_failed", cause=repr(error))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -57,9 +57,14 @@ class Pulse:
 
     async def follow(self) -> None:
         """Calls `look` for ever."""
-        while True:
-            await asyncio.sleep(LOOK_INTERVAL_S)
-            self.look()
+        try:
+            while True:
+                await asyncio.sleep(LOOK_INTERVAL_S)
+                self.look()
+        finally:
+            # The engine is stopped next, which a canary would take for its death.
+            if self._canary is not None:
+                self._canary.cancel()
 
     def look(self) -> None:
         """Checks once, starts a canary if one is due, and updates the phase."""

@@ -356,3 +356,10 @@ def test_interrupted_results(monkeypatch: pytest.MonkeyPatch) -> None:
     found = CliRunner().invoke(main, ["results", "batch_1"])
     assert (found.exit_code, found.stdout) == (130, "{}\n")
     assert found.stderr == "\ninterrupted; the results stay stored: vllm-batch results batch_1 -o FILE\n"
+
+
+def test_no_answer_names_tls() -> None:
+    """Where nothing answers the advice names TLS: a server that requires it closes the connection without a word."""
+    command = [CLI, "--target", "127.0.0.1:1", "--patience", "0", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "--tls-ca" in done.stderr) == (terminal.EXIT_UNAVAILABLE, True), done.stderr

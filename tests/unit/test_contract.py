@@ -142,8 +142,8 @@ LAYERS = {
     "service.database_url": set(),
     "service.endpoints": set(),
     "service.config": {
-        *("service.addresses", "service.auth", "service.database_url", "service.endpoints", "service.tenants"),
-        *("service.variables", "service.webhook_targets"),
+        *("service.addresses", "service.auth", "service.database_url", "service.endpoints", "service.machine"),
+        *("service.tenants", "service.variables", "service.webhook_targets"),
     },
     "service.embedded_postgres": {"service.config", "service.processes", "service.telemetry"},
     "service.programs": {"service.announce", "service.config", "service.db", "service.processes", "service.telemetry"},

@@ -358,6 +358,14 @@ def test_example_settings_are_the_defaults() -> None:
     assert {name for name in WITHOUT_DEFAULT if fields[name].default is not None} == set()
 
 
+def test_example_settings_are_accepted(tmp_path: Path) -> None:
+    """conf/example.env is valid with every line switched on: no example has a form that is refused."""
+    file = tmp_path / ".env"
+    file.write_text(re.sub(r"^#(?=[A-Z_]+=)", "", (ROOT / "conf/example.env").read_text(), flags=re.MULTILINE))
+    settings = Settings(_env_file=file)  # type: ignore[call-arg]
+    assert settings.sentry_dsn is not None
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_settings_that_are_named_exist(path: Path) -> None:
     """Every setting that a document names exists."""

@@ -85,6 +85,18 @@ def test_what_is_said_about_a_host() -> None:
     assert command._gpus(message.gpus) == "2 × L4"
 
 
+def test_several_workers_of_a_host_are_named_once() -> None:
+    """Of several processes supervisord has the names with their group, the heartbeats without: both are one program."""
+    told = {"programs": [["worker:worker_0", "RUNNING"], ["worker:worker_1", "FATAL"]]}
+    programs = (program("worker_0"), replace(program("watchdog"), detail=told))
+    message = host_message(Host("h", programs), LIMIT_S, 15)
+    assert [(one.name, one.state, one.is_alive) for one in message.programs] == [
+        ("watchdog", "", True),
+        ("worker_0", "RUNNING", True),
+        ("worker_1", "FATAL", False),
+    ]
+
+
 def test_a_worker_that_is_not_reached_is_told() -> None:
     """A worker that beats and cannot be called from a gateway, as after its host's address changed, is in the notes;
     not one that may just have ended."""

@@ -1,5 +1,6 @@
 """Logs and traces: event names match the documentation, ids and trace contexts are passed on."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -12,11 +13,27 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_documented_events_are_logged() -> None:
     """Every log event in docs/observability.md is one that the code writes."""
-    table = (ROOT / "docs/observability.md").read_text().partition("Events to know:")[2].partition("##")[0]
+    table = (ROOT / "docs/observability.md").read_text().partition("Events to know")[2].partition("##")[0]
     sources = [path.read_text() for folder in ("service", "watchdog") for path in (ROOT / folder).rglob("*.py")]
     events = set(re.findall(r"`([a-z_]+)`", table))
     assert len(events) > 40
     assert not [event for event in events if not any(f'"{event}"' in source for source in sources)]
+
+
+def test_warnings_and_errors_are_documented() -> None:
+    """docs/observability.md lists each event that the code logs as a warning or an error."""
+    listed = (ROOT / "docs/observability.md").read_text().partition("Events to know")[2].partition("##")[0]
+    calls = [
+        node
+        for folder in ("service", "watchdog")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args
+        if node.func.attr in {"warning", "error", "exception"}
+    ]
+    events = {call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant)}
+    assert len(events) > 40
+    assert not [event for event in events if f"`{event}`" not in listed]
 
 
 def test_call_id_is_the_clients_or_made() -> None:

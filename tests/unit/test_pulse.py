@@ -1,11 +1,11 @@
-"""What the heartbeat reports for a worker whose main loop is blocked."""
+"""What the heartbeat reports for a worker whose main loop is blocked, and what an idle engine is asked."""
 
 import asyncio
 from datetime import UTC, datetime
 from uuid import UUID
 
 from service.db.heartbeats import Phase
-from service.worker.pulse import Pulse
+from service.worker.pulse import CANARY_INTERVAL_S, Pulse
 from service.worker.state import WorkerState
 
 
@@ -37,3 +37,22 @@ def test_blocked_loop_is_stalled() -> None:
     assert state.phase is Phase.READY
     pulse.look()
     assert pulse.phase() is Phase.READY
+
+
+def test_canary_ends_with_the_pulse() -> None:
+    """A canary that runs when the worker is stopped is aborted: it would take the engine's end for a death."""
+    clock, state = StandingClock(), WorkerState("worker", UUID(int=1))
+
+    async def stopped() -> "asyncio.Future[None]":
+        canary: asyncio.Future[None] = asyncio.Future()
+        pulse = Pulse(state, clock, lambda: 0, lambda: 0, lambda: canary)
+        state.enter(Phase.READY)
+        clock.now_s += CANARY_INTERVAL_S
+        pulse.look()
+        following = asyncio.create_task(pulse.follow())
+        await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.wait({following})
+        return canary
+
+    assert asyncio.run(stopped()).cancelled()

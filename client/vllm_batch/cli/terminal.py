@@ -99,7 +99,10 @@ def errors(batch_id: str = "", *, interrupted: str = "", unanswered: str = "") -
             reason = f" ({error.reason})" if error.reason else ""
             err.print(f"{error.code.name}{reason}: {error.message}", style="red")
         if unavailable and not error.reason:
-            err.print("no answer from the server: is it running, and is --target its address?")
+            err.print(
+                "no answer from the server: is it running, is --target its address, and does it require TLS"
+                " (--tls-ca) or a client certificate (--tls-cert)?"
+            )
             if unanswered:
                 err.print(unanswered)
         if error.code is grpc.StatusCode.UNIMPLEMENTED:
