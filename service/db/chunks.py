@@ -214,6 +214,12 @@ def release(db: peewee.PostgresqlDatabase, holder: Holder, ids: Sequence[int]) -
     return released
 
 
+def release_life(db: peewee.PostgresqlDatabase, worker_id: str, life: UUID) -> int:
+    """Puts all that an earlier life of a worker held back into the queue. Returns how many chunks."""
+    mine = "worker_id = %(worker_id)s AND incarnation = %(life)s::uuid"
+    return release_where(db, mine, {"worker_id": worker_id, "life": str(life)})
+
+
 def release_others(db: peewee.PostgresqlDatabase, holder: Holder, ids: Sequence[int]) -> int:
     """Puts what is held but for these chunks back into the queue. Returns how many.
 

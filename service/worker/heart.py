@@ -57,6 +57,8 @@ class Heart:
     held: Callable[[], list[int]]
     on_leases_lost: Callable[[Sequence[int]], None]
     on_identity_taken: Callable[[], None]
+    # Puts back what a life held that ended in order; returns how many chunks.
+    put_back: Callable[[peewee.PostgresqlDatabase], int] = lambda _: 0
     # Called after work of others became available.
     on_taken_over: Callable[[], None] = lambda: None
     # Receives what other workers say, in this thread.
@@ -230,8 +232,11 @@ class Heart:
             sessions = identity.end_sessions(self.connection, str(before.beat.incarnation))
         if not heartbeats.begin(self.connection, beat, self.holder.lease_s, before):
             raise IdentityTakenError("another process was faster")
+        put_back = self.put_back(self.connection)
         burial = suspects.bury(self.connection, beat.worker_id, beat.incarnation)
-        log.info("identity_locked", worker_id=beat.worker_id, sessions_ended=sessions, **asdict(burial))
+        log.info(
+            "identity_locked", worker_id=beat.worker_id, sessions_ended=sessions, put_back=put_back, **asdict(burial)
+        )
         self._refusal = ""
         self._settled.set()
 

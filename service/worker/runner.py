@@ -1,7 +1,7 @@
 """The runner: claims chunks, keeps the window full of their requests, and releases what it does not finish."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from service.clock import Clock
 from service.db import chunks, sharing, work
@@ -38,12 +38,20 @@ class Runner:
     """
 
     def __init__(
-        self, engine: Engine, database: Database, holder: Holder, group_interval_s: float, clock: Clock
+        self,
+        engine: Engine,
+        database: Database,
+        holder: Holder,
+        group_interval_s: float,
+        clock: Clock,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._database = database
         self._holder = holder
         self._clock = clock
+        # Called when work ends, unless the engine is dead.
+        self._on_end = on_end
         self._wakeup = Wakeup()
         self._availability = AvailabilityLog(log)
         self._held = HeldChunks()
@@ -301,7 +309,7 @@ class Runner:
         self._wakeup.set()
 
     async def _give_back(self) -> None:
-        """Releases all chunks. While Postgres is away their leases expire instead.
+        """Releases all chunks. While Postgres is away that is left to the next life, or to the end of their leases.
 
         If the engine died, the requests that were in it become suspects; those that only waited for it do not.
         """
@@ -310,6 +318,9 @@ class Runner:
         self._held.clear()
         if not held:
             return
+        if not self._window.is_dead:
+            # Before the call, which may last longer than this process.
+            self._on_end()
         try:
             innocent = [chunk for chunk in held if chunk not in died_with]
             released = await self._database.run(chunks.release, self._holder, innocent)

@@ -8,7 +8,7 @@ from uuid import UUID
 from service import machine, processes
 from service.auth import key_files
 from service.clock import SystemClock
-from service.config import Settings
+from service.config import Settings, process_name
 from service.db import sharing
 from service.db.chunks import Holder
 from service.db.connection import CALL_FACTOR, Database, connect
@@ -20,6 +20,7 @@ from service.worker.checking import Checking
 from service.worker.engine import factory
 from service.worker.engine.protocol import Engine
 from service.worker.engine.thread import EngineThread
+from service.worker.farewell import Farewell
 from service.worker.heart import Heart
 from service.worker.intake import Intake, Sizes
 from service.worker.orders import Orders
@@ -62,7 +63,10 @@ def build(settings: Settings, incarnation: UUID) -> Parts:
     state = WorkerState(settings.worker_id, incarnation)
     holder = Holder(settings.worker_id, incarnation, settings.lease_s)
     engine, thread = factory.make(settings), EngineThread()
-    runner = Runner(engine, running, holder, settings.result_group_interval_s, clock)
+    farewell = Farewell(settings.run_dir / f"{process_name()}.farewell", settings.worker_id)
+    runner = Runner(
+        engine, running, holder, settings.result_group_interval_s, clock, on_end=lambda: farewell.leave(incarnation)
+    )
     pulse = Pulse(
         state,
         clock,
@@ -128,6 +132,7 @@ def build(settings: Settings, incarnation: UUID) -> Parts:
         on_leases_lost=lambda ids: thread.call_soon(lambda: runner.leases_lost(ids)),
         # Another process is this worker now: exit at once, without another write.
         on_identity_taken=lambda: os._exit(1),
+        put_back=farewell.follow,
         on_taken_over=lambda: thread.call_soon(runner.work_arrived),
         on_notice=heard,
     )

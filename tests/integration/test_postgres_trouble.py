@@ -1,5 +1,6 @@
 """Postgres restarts, disappears, slows down or moves: no process ends, nothing is lost, and the logs stay readable."""
 
+import contextlib
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def running(server: PostgresServer, tmp_path: Path) -> Iterator[tuple[Stack, Cli
         database.close()
         stack.gateway(database_timeout_s=TIMEOUT_S)
         # No lease runs out here: what is lost in an outage has to be found otherwise.
-        stack.worker(database_timeout_s=TIMEOUT_S, window=100, lease_s=3600)
+        stack.worker(database_timeout_s=TIMEOUT_S, window=100, lease_s=3600, drain_timeout_s=1)
         stack.wait_until_accepting()
         with Client(stack.target, patience_s=90) as client:
             batch = client.submit_lines(lines(COUNT, vllm_xargs={"simulate": 0.1}))
@@ -101,6 +102,26 @@ def test_outage(server: PostgresServer, running: tuple[Stack, Client, pb.Batch])
     assert worker.memory_info().rss < 400 << 20
     server.start()
     check_all_done(*running, outages=1)
+
+
+def test_a_worker_that_ends_during_an_outage(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -> None:
+    """What a worker held that was stopped while Postgres was away is put back by its next life, and counts no death."""
+    stack, client, batch = running
+    server.stop()
+    until_noticed(stack)
+    worker = stack.servers[1]
+    worker.terminate()
+    server.start()
+    worker.start()
+    until(lambda: len(worker.events("identity_locked")) == 2, "the next life")
+    *_, last = worker.events("identity_locked")
+    assert last["put_back"]
+    assert not last["suspects"]
+    *_, done = client.watch(batch.id)
+    assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, COUNT)
+    with contextlib.closing(psycopg2.connect(stack.database_url)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM chunks WHERE deaths > 0")
+        assert cursor.fetchone() == (0,)
 
 
 @pytest.mark.thorough
