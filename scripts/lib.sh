@@ -73,7 +73,10 @@ is_up() { supervisord_pid >/dev/null; }
 take_turn() {
   [[ -d $BATCH_HOME && -r $BATCH_HOME ]] || { exec {lock}</dev/null && return; }
   exec {lock}<"$BATCH_HOME"
-  flock --nonblock "$lock" || { say "$1: waiting for another start-all.sh or stop-all.sh" && flock "$lock"; }
+  flock --nonblock "$lock" && return
+  say "$1: waiting for another start-all.sh or stop-all.sh"
+  # Longer than either takes: one that hangs must not keep a stop from ending what it waits for.
+  flock --timeout 600 "$lock" || say "$1: waited for 10 minutes, and goes on without waiting"
 }
 
 # The torch version that vLLM was built for.

@@ -18,9 +18,11 @@ export BATCH_HOST_NAME=$host
 # supervisord expands these paths twice, so each % needs another.
 export BATCH_PROGRAM_LOGS=${BATCH_HOME//%/%%}/log
 # It keeps what it is given open: whoever waits for the end of a pipe, or for the lock of `flock FILE start-all.sh`, would
-# wait as long as it runs. Bash itself reads this script from 255.
-for path in /proc/self/fd/*; do
-  number=${path##*/}
-  ((number < 3 || number == 255)) || eval "exec $number>&-"
-done
-exec "$python" -m supervisor.supervisord -c "$conf" "$@"
+# wait as long as it runs. In braces, because Bash reads this script from one of them.
+{
+  for path in /proc/self/fd/*; do
+    number=${path##*/}
+    ((number < 3)) || eval "exec $number>&-"
+  done
+  exec "$python" -m supervisor.supervisord -c "$conf" "$@"
+}

@@ -156,7 +156,8 @@ class Guard:
                 if (name := type(error).__name__) != self._fault:
                     self._alerts.fault(f"guard-{self.worker_id}", error)
                 self._fault = name
-                self._woken.wait(RETRY_S)
+                # Not for `_woken`, which only `_wait` clears.
+                self._ending.wait(RETRY_S)
         self._observer.close()
 
     def _wait(self, check_in_s: float) -> None:

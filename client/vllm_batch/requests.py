@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 import uuid
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -23,6 +24,8 @@ Request = TypeVar("Request", pb.ListBatchesRequest, wpb.ListDeliveriesRequest)
 
 def message(kind: type[M], **fields: Any) -> M:
     """A message with these fields. Raises TypeError or ValueError for a value that a field cannot have, by its name."""
+    # An iterator can be read once.
+    fields = {name: [*value] if isinstance(value, Iterator) else value for name, value in fields.items()}
     try:
         return kind(**fields)
     except UnicodeError:
@@ -47,7 +50,7 @@ class Listing(Generic[Request]):
             self._left = operator.index(limit)
         except TypeError:
             raise TypeError(f"limit must be a whole number, not {limit!r}") from None
-        if limit < 0:
+        if self._left < 0:
             raise ValueError(f"limit must be 0 or more, not {limit}")
         self._is_last = False
         self.request: Request = request

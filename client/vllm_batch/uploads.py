@@ -125,7 +125,11 @@ class Upload:
             piece = self._file.read(PIECE_BYTES)
             # Part of the old and part of the new text may be valid lines, too.
             if not piece and self._state != _state(self._file):
-                raise OSError("the file changed while it was being sent; nothing was stored: submit it again")
+                stored = "nothing was stored: submit it again"
+                if number > 1:
+                    key = self._options.request_id
+                    stored = f"an earlier attempt may be stored: submitting it again as {key} tells"
+                raise OSError(f"the file changed while it was being sent; {stored}")
         if not isinstance(piece, bytes):
             raise TypeError("the file must be opened in binary mode, as open(path, 'rb') does")
         return piece

@@ -14,7 +14,7 @@ from service import announce
 from service.announce import AddressError
 from service.api.named_models import ANY, Named
 from service.clock import Clock, is_set_within
-from service.db import heartbeats, recoveries, standby, unserved
+from service.db import heartbeats, losses, recoveries, standby, unserved
 from service.db.availability import DATABASE_ERRORS, AvailabilityLog, DatabaseAwayError, DatabaseUnfitError, first_line
 from service.db.connection import Database, check_schema
 from service.db.heartbeats import Beat, SeenBeat
@@ -159,9 +159,17 @@ class Presence:
         return replace(self.freshness, contacts=self._links.contacts)
 
     def unreached(self) -> dict[str, str]:
-        """Why workers cannot be called from here, by their address."""
-        contacts = self._links.contacts.items()
-        return {address: each.cause for address, each in contacts if each.health is LinkState.UNREACHABLE}
+        """Why workers that beat cannot be called from here, by their address.
+
+        One that has just died counts only once its heartbeats would be missing.
+        """
+        known, now_s = self.now(), self.clock.monotonic()
+        found = ((seen, known.contact(seen)) for seen in known.beats)
+        return {
+            seen.beat.address: contact.cause
+            for seen, contact in found
+            if contact.health is LinkState.UNREACHABLE and now_s - contact.since_s > losses.silence_s(seen.beat.detail)
+        }
 
     def _contact_changed(self) -> None:
         self._refused = None

@@ -17,6 +17,8 @@ from service.worker.wakeup import IDLE_S
 # Maximum number of results per statement, and of characters in their bodies unless a single result has more.
 GROUP = 500
 GROUP_CHARS = 16 << 20
+# Results that a trigger refuses in one round: after so many it probably refuses all.
+MAX_PUT_OFF = 10
 
 log = logs.get("runner")
 
@@ -81,7 +83,7 @@ class ResultWriter:
 
         What a trigger of others does not let through is tried again after all others, so that it holds up none of them.
         """
-        is_put_off = False
+        put_off = 0
         for result in group:
             try:
                 written = await self._write_or_substitute(result)
@@ -89,11 +91,13 @@ class ResultWriter:
                 if not is_foreign(error):
                     await self._wait_for_postgres(error)
                     return
-                is_put_off = True
                 self._put_off(error)
+                put_off += 1
+                if put_off == MAX_PUT_OFF:
+                    break
             else:
                 self._note_stored([written])
-        if is_put_off:
+        if put_off:
             await asyncio.sleep(IDLE_S)
 
     def _put_off(self, error: Exception) -> None:

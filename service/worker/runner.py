@@ -50,7 +50,7 @@ class Runner:
         self._database = database
         self._holder = holder
         self._clock = clock
-        # Called when work ends, unless the engine is dead.
+        # Called when `run` ends, unless the engine is dead.
         self._on_end = on_end
         self._wakeup = Wakeup()
         self._availability = AvailabilityLog(log)
@@ -181,6 +181,9 @@ class Runner:
             self._window.cancel()
             writing.cancel()
             await asyncio.wait({writing})
+            if not self._window.is_dead:
+                # Before a call that may last longer than this process.
+                self._on_end()
             await self._give_back()
             if not writing.cancelled():
                 writing.result()
@@ -318,9 +321,6 @@ class Runner:
         self._held.clear()
         if not held:
             return
-        if not self._window.is_dead:
-            # Before the call, which may last longer than this process.
-            self._on_end()
         try:
             innocent = [chunk for chunk in held if chunk not in died_with]
             released = await self._database.run(chunks.release, self._holder, innocent)

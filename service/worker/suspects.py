@@ -47,6 +47,10 @@ class Suspects:
     async def take_turn(self) -> None:
         """Runs suspects one at a time, so that a death can only be the fault of the one in the engine."""
         await self._clear_the_way()
+        if self.writer.unstored and self.window.is_open:
+            # What a trigger of others refuses cannot be released; other work goes on meanwhile.
+            self._next_turn_s = self.clock.monotonic() + TURN_S
+            return
         if not self.window.is_open or not await self._release_held():
             return
         began_s = self.clock.monotonic()
@@ -65,11 +69,11 @@ class Suspects:
         log.warning("suspects_made", **asdict(burial))
 
     async def _clear_the_way(self) -> None:
-        """Waits until the engine is empty and proven, and all its results are stored."""
+        """Waits until the engine is empty and proven, and all its results are stored that can be."""
         await self.window.empty()
         if not self.window.is_proven and not self.window.is_dead:
             await self.window.prove()
-        while self.writer.unstored and not self.window.is_dead:
+        while self.writer.unstored and not (self.window.is_dead or self.writer.are_put_off):
             await self.wakeup.wait()
 
     async def _release_held(self) -> bool:

@@ -358,10 +358,12 @@ def test_a_name_that_moves_is_found_again(stack: Stack, tmp_path: Path) -> None:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as asker:
             assert asker.stdin is not None
             assert asker.stdout is not None
-            for address in ("127.0.0.3", "127.0.0.4", "127.0.0.5"):
+            for lives, address in enumerate(("127.0.0.2", "127.0.0.3", "127.0.0.4"), 1):
+                if lives > 1:
+                    gateway.terminate()
+                    move(address)
+                    gateway.start()
+                until(lambda lives=lives: len(gateway.events("gateway_serving")) == lives, "the gateway to listen")  # type: ignore[misc]
                 asker.stdin.write("\n")
                 assert asker.stdout.readline() == "answered\n"
-                gateway.terminate()
-                move(address)
-                gateway.start()
             asker.stdin.close()

@@ -131,7 +131,7 @@ def test_postgres(postgres: str, database_url: str) -> None:
             problem = database.judge(
                 database.probe(database_url.replace("user=postgres", "user=doctor_reader")), "DATABASE_URL"
             ).problem
-            assert (told in problem) == bool(problem or not told), problem
+            assert told in problem if told else not problem, problem
     finally:
         with owner.cursor() as cursor:
             cursor.execute("DROP OWNED BY doctor_reader; DROP ROLE doctor_reader")

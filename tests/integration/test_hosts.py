@@ -126,6 +126,8 @@ def test_a_drained_host_gets_nothing_and_gives_back(fleet: Stack) -> None:
             until(lambda: "drained" in client.get(batch.id).wait.message, "the batch to say what it waits for")
             assert command(fleet, "hosts", "resume", "alpha").returncode == 0
             until(lambda: holders(database) == {"alpha:worker-alpha"}, "the host to work again")
+            # It has not ended: if it dies later, what is in its engine counts a death.
+            assert not [*fleet.folder.rglob("*.farewell")]
             client.resume_host("beta")
             assert finished(client, batch.id).counts.completed == 600
             kinds = database.call(

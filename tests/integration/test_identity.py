@@ -213,11 +213,13 @@ def test_a_name_that_moves_is_found_again(stack: Stack, tmp_path: Path) -> None:
         subprocess.run(["mount", "--bind", names, "/etc/hosts"], check=True, timeout=10)
         gateway, worker = stack.gateway(), stack.worker(host="moving", allow_insecure="true")
         stack.wait_until_accepting()
-        for times, address in ((2, "127.0.0.3"), (3, "127.0.0.4")):
+        for lives, address in ((2, "127.0.0.3"), (3, "127.0.0.4")):
             worker.terminate()
+            gateway.mark = gateway.log.stat().st_size
             move(address)
             worker.start()
-            until(lambda times=times: serving(gateway) == times, f"the link to {address}", 20)
+            until(lambda lives=lives: len(worker.events("identity_locked")) == lives, "the worker's next life")  # type: ignore[misc]
+            until(lambda: serving(gateway), f"the link to {address}", 20)
 
 
 def serving(gateway: Server) -> int:

@@ -84,7 +84,11 @@ class Cluster:
         self.head.others, self.other.others = [self.other], [self.head]
         self.head.ray("get-auth-token", "--generate")
         self.head.start_ray("--head", "--port", str(PORT), "--include-dashboard=false")
-        self.join()
+        try:
+            self.join()
+        except BaseException:
+            self.close()
+            raise
 
     def join(self) -> None:
         """Starts the other host's node."""

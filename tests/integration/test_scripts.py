@@ -233,10 +233,12 @@ def test_what_is_started_keeps_no_descriptor() -> None:
     with full_stack(BATCH_ENGINE="simulated") as stack:
         path = stack.home / "lock"
         stack.prefix = ["flock", str(path)]
-        stack.start_all()
+        try:
+            stack.start_all()
+        finally:
+            stack.prefix = ()
         with path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        stack.prefix = ()
 
 
 @pytest.mark.thorough

@@ -265,7 +265,7 @@ def test_refusals_in_another_encoding() -> None:
                 fields = f"SFATAL\0C28P01\0M{words[8:]}\0\0".encode("latin-1")
                 connection.sendall(b"E" + struct.pack("!i", len(fields) + 4) + fields)
 
-        thread = threading.Thread(target=refuse)
+        thread = threading.Thread(target=refuse, daemon=True)
         thread.start()
         database = Database(f"postgresql://batch@127.0.0.1:{server.getsockname()[1]}/a?sslmode=disable", "test")
         with pytest.raises(DatabaseAwayError, match=words):

@@ -19,7 +19,7 @@ def _own(kind: str, *first: str) -> Iterator[None]:
 
     Skips the test where that is not allowed.
     """
-    before = os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY)
+    before, folder = os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY), os.getcwd()
     try:
         if _libc.unshare(_FLAGS[kind]):
             pytest.skip(f"no namespaces here: {os.strerror(ctypes.get_errno())}")
@@ -31,6 +31,8 @@ def _own(kind: str, *first: str) -> Iterator[None]:
         finally:
             if _libc.setns(before, _FLAGS[kind]):
                 raise OSError(ctypes.get_errno(), f"cannot return to the {kind} namespace of before")
+            # Who enters a mount namespace is at its root.
+            os.chdir(folder)
     finally:
         os.close(before)
 

@@ -94,7 +94,8 @@ class Pair:
         for server in (self.first, self.second):
             if server.process is not None and server.process.poll() is None:
                 for child in psutil.Process(server.process.pid).children():
-                    child.resume()
+                    with suppress(psutil.NoSuchProcess):
+                        child.resume()
                 server.process.kill()
                 server.process.wait(10)
 

@@ -188,7 +188,12 @@ def test_an_output_that_is_broken_off_by_a_signal(tmp_path: Path, ending: signal
         "results._write_file(Path(sys.argv[1]), iter(lambda: (print(flush=True), input().encode())[1], b'end'))"
     )
     command = [sys.executable, "-c", program, tmp_path / "out.jsonl"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+
+    def heed() -> None:
+        # Under nohup it is ignored.
+        signal.signal(ending, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heed) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert len(list(tmp_path.iterdir())) == 1

@@ -283,6 +283,7 @@ def test_embedded_postgres() -> None:
         (database.Database("", 15, False, "a", "b", True, collations="2.28, now 2.36"), "(2.28, now 2.36)"),
         (database.Database("", 15, False, "a", "b", True, connections=4), "a may have 4 connections to b"),
         (database.Database("", 15, False, "a", "b", True, lacking="results"), "a may not read and write results"),
+        (database.Database("", 15, False, "a", "b", True, hidden="files"), "row-level security hides rows from a"),
     ],
 )
 def test_database(found: database.Database, expected: str) -> None:

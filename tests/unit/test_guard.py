@@ -231,6 +231,23 @@ def test_nothing_that_fails_between_checks_ends_the_guard(parts: Parts, monkeypa
     parts.guard.stop(30)
 
 
+def test_a_guard_whose_checks_fail_rests_between_them(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is woken, a guard does not check again and again what fails."""
+    failed = threading.Semaphore(0)
+
+    def observe() -> Evidence:
+        failed.release()
+        raise MemoryError
+
+    monkeypatch.setattr("watchdog.guard.RETRY_S", 600)
+    monkeypatch.setattr(parts.observer, "observe", observe)
+    parts.guard.start()
+    assert failed.acquire(timeout=30)
+    parts.guard.wake()
+    assert not failed.acquire(timeout=0.2)
+    parts.guard.stop(30)
+
+
 def test_a_guard_that_cannot_start_is_made_again() -> None:
     """A guard whose thread cannot be started is not taken for one that guards."""
     guards = [Mock(start=Mock(side_effect=RuntimeError("can't start new thread"))), Mock()]

@@ -22,9 +22,10 @@ from watchdog.policy import Evidence, Heartbeat, ProbeAnswer, Process, State
 from watchdog.supervisor import RefusedError, Supervisor, SupervisorAwayError
 
 # Does and undoes what a heartbeat takes: a transaction id, the rights to write its row, and its lock and triggers. Sent
-# as one, so that a watchdog that is frozen in between keeps no lock.
+# as one, so that a watchdog that is frozen in between keeps no lock. A guard that waits for one holds up the watchdog's
+# own heartbeat.
 CAN_BEAT = """
-BEGIN; SELECT pg_current_xact_id();
+BEGIN; SET LOCAL lock_timeout = '3s'; SELECT pg_current_xact_id();
 INSERT INTO heartbeats SELECT * FROM heartbeats WHERE worker_id = %s
 ON CONFLICT (worker_id) DO UPDATE SET pid = EXCLUDED.pid; ROLLBACK
 """

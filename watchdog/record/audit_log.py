@@ -135,11 +135,13 @@ class AuditLog:
         if entries is None:
             return None
         events = ((entry, entry.event) for entry in entries)
-        return [
+        own = [
             entry
             for entry, event in events
             if event.machine in (self._machine, "") and event.worker_id == self._worker_id
         ]
+        # Of a journal in which nothing is ours it is not known what happened here.
+        return own if own or not entries else None
 
     def _put_surely(self, event: Event) -> Event:
         if self._entries is None:

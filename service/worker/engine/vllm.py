@@ -139,7 +139,9 @@ class VllmEngine:
 
         parsed = self._parse(arguments)
         if "ray" in (parsed.distributed_executor_backend, parsed.data_parallel_backend):
-            await ray_cluster.prepare(self._settings.worker_id, _ray_need(parsed))
+            # In an hour fewer starts fail than the budget has, also while a host of the cluster is being repaired.
+            timeout_s = max(ray_cluster.SWEEP_TIMEOUT_S, self._settings.load_timeout_s / 2)
+            await ray_cluster.prepare(self._settings.worker_id, _ray_need(parsed), timeout_s)
         engine_args = AsyncEngineArgs.from_cli_args(parsed)
         context = UsageContext.OPENAI_BATCH_RUNNER
         config = engine_args.create_engine_config(usage_context=context)
