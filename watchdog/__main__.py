@@ -22,6 +22,7 @@ from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog import dry_run
 from watchdog.act import gpu
 from watchdog.alerts import Alerts
+from watchdog.guard import Guard
 from watchdog.host import Host
 from watchdog.metrics import WatchdogCollector
 from watchdog.neighbours import Neighbours
@@ -31,7 +32,7 @@ from watchdog.orders import Orders
 from watchdog.self_report import Report
 from watchdog.servicer import RecoveryServicer
 from watchdog.supervisor import Supervisor, SupervisorAwayError
-from watchdog.wiring import GATEWAY_GROUP, GROUP, GuardFactory, gateways_of, limits_of, workers_of
+from watchdog.wiring import GROUP, SERVER_GROUPS, GuardFactory, limits_of, servers_of, workers_of
 
 SUPERVISOR_TIMEOUT_S = 5.0
 DISCOVER_INTERVAL_S = 5.0
@@ -48,7 +49,7 @@ SAY_TIMEOUT_S = 2.0
 
 HELP = """\
 Settings are read from the environment and from .env; conf/example.env lists them all. The main ones:
-  BATCH_MAX_RESTARTS_PER_HOUR  restart budget of each worker and gateway (10)
+  BATCH_MAX_RESTARTS_PER_HOUR  restart budget of each worker, gateway and http (10)
   BATCH_HEARTBEAT_TIMEOUT_S    age from which a heartbeat counts as lost (60)
   BATCH_CHECK_INTERVAL_S       longest time between two checks (30); changes trigger one at once
   BATCH_WATCHDOG_PORT          port of the RecoveryService API (50053)
@@ -66,7 +67,7 @@ def check(settings: Settings) -> list[str]:
     """Returns what would keep the watchdog from working, one line each."""
     wrong = []
     try:
-        groups = [group for group in (GROUP, GATEWAY_GROUP) if group in settings.runs]
+        groups = [group for group in (GROUP, *SERVER_GROUPS) if group in settings.runs]
         supervisor = Supervisor(settings.supervisor_url, SUPERVISOR_TIMEOUT_S)
         for group in (group for group in groups if not supervisor.processes(group)):
             wrong.append(f"supervisord at {settings.supervisor_url} has no process in group {group!r}")
@@ -88,7 +89,7 @@ def check(settings: Settings) -> list[str]:
 
 
 async def guard(settings: Settings, stalls: StallDetector) -> int:
-    """Guards every worker and gateway in a thread of its own and serves RecoveryService until told to stop.
+    """Guards every worker and server of clients in a thread of its own and serves RecoveryService until told to stop.
 
     Returns the exit status.
     """
@@ -116,16 +117,17 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         settings, limits_of(settings), supervisor, database, SystemClock(), stalls, on_change, alerts
     )
     workers = Host(supervisor, factory.make, workers_of if "worker" in settings.runs else _none)
-    gateways = Host(
-        supervisor,
-        lambda name: factory.make(name, GATEWAY_GROUP),
-        gateways_of if "gateway" in settings.runs else _none,
-    )
+
+    def make_server(name: str) -> Guard:
+        group, process_name = name.split(":")
+        return factory.make(process_name, group)
+
+    servers = Host(supervisor, make_server, lambda supervisor: servers_of(supervisor, settings.runs))
     place = machine.settle(settings.home)
     report = Report(
         supervisor,
         workers,
-        gateways,
+        servers,
         settings.max_restarts_per_hour,
         gpu.devices,
         place.network,
@@ -143,8 +145,8 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
         alerts,
         on_too_old,
     )
-    servicer = RecoveryServicer(workers, gateways, reading, settings.max_restarts_per_hour)
-    orders = Orders(database, workers, gateways)
+    servicer = RecoveryServicer(workers, servers, reading, settings.max_restarts_per_hour)
+    orders = Orders(database, workers, servers)
     try:
         server = await rpc_server.serve(
             settings,
@@ -166,7 +168,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
             settings.log_dir.mkdir(0o700, exist_ok=True)
             machine.keep(settings.home, place.machine)
 
-    collector = WatchdogCollector((workers, gateways), settings.home, neighbours)
+    collector = WatchdogCollector((workers, servers), settings.home, neighbours)
     metrics.serve(settings.metrics_host, settings.watchdog_metrics_port, collector)
     ending = threading.Event()
     threads = [
@@ -175,7 +177,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
             threading.Thread(target=_repeat, args=(*each, ending, alerts), name=each[0], daemon=True)
             for each in (
                 ("discover", workers.discover, DISCOVER_INTERVAL_S, None),
-                ("discover-gateways", gateways.discover, DISCOVER_INTERVAL_S, None),
+                ("discover-servers", servers.discover, DISCOVER_INTERVAL_S, None),
                 ("heartbeat", neighbours.beat, settings.heartbeat_interval_s, news),
                 ("neighbours", neighbours.look, neighbours.interval_s, None),
                 ("orders", orders.take, ORDERS_INTERVAL_S, None),
@@ -185,7 +187,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
     ]
     for thread in threads:
         thread.start()
-    telling = asyncio.create_task(_tell_health(server, (workers, gateways), changed))
+    telling = asyncio.create_task(_tell_health(server, (workers, servers), changed))
     await _first(telling, asyncio.create_task(stop.wait()), asyncio.create_task(too_old.wait()))
     telling.cancel()
     await server.end(GRACE_S)
@@ -193,7 +195,7 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
     news.set()
     for thread in threads:
         thread.join(END_TIMEOUT_S)
-    for host in (workers, gateways):
+    for host in (workers, servers):
         host.stop()
     # Postgres may be away, and nobody waits for that.
     saying = threading.Thread(target=neighbours.end, name="end", daemon=True)
@@ -293,7 +295,9 @@ def _none(supervisor: Supervisor) -> dict[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line. Returns the exit status."""
-    description = "Watches this host's workers and gateway, restarts what fails and serves the RecoveryService API."
+    description = (
+        "Watches this host's workers, gateway and http, restarts what fails and serves the RecoveryService API."
+    )
     parser = programs.parser("watchdog", description, HELP)
     parser.add_argument("--check", action="store_true", help="check settings, Postgres and supervisord, and exit")
     parser.add_argument(

@@ -18,7 +18,7 @@ from watchdog.policy import Action, Decision, Evidence, Limits, Memory
 from watchdog.record.audit_log import counted_since
 from watchdog.record.history import History, history_of
 from watchdog.supervisor import Supervisor, SupervisorAwayError
-from watchdog.wiring import GATEWAY_GROUP, GROUP, gateways_of, journal_of, observer_of, workers_of
+from watchdog.wiring import GROUP, journal_of, observer_of, servers_of, workers_of
 
 LOOK_INTERVAL_S = 0.5
 
@@ -51,7 +51,7 @@ def watch(
     clock: Clock,
     stalls: StallDetector,
 ) -> None:
-    """Observes all workers and gateways for ever and logs every change of decision."""
+    """Observes all workers, gateways and OpenAI's doors for ever and logs every change of decision."""
     woken = threading.Event()
     observers: dict[str, Observer] = {}
     bystanders: dict[str, Bystander] = {}
@@ -68,7 +68,9 @@ def watch(
                 observers.clear()
         try:
             found = [(GROUP, *one) for one in workers_of(supervisor).items()]
-            found += [(GATEWAY_GROUP, *one) for one in gateways_of(supervisor).items()]
+            for worker_id, name in servers_of(supervisor, settings.runs).items():
+                group, process_name = name.split(":")
+                found.append((group, worker_id, process_name))
         except SupervisorAwayError as error:
             log.warning("workers_not_found", cause=str(error))
             found = []

@@ -22,15 +22,15 @@ log = logs.get("orders")
 
 @dataclass
 class Orders:
-    """Those for the workers and gateways of this host."""
+    """Those for the workers and servers of this host."""
 
     database: Database
     workers: Host
-    gateways: Host
+    servers: Host
 
     def take(self) -> None:
         """Takes those that wait. While Postgres is away, none."""
-        guards = {**self.workers.by_worker, **self.gateways.by_worker}
+        guards = {**self.workers.by_worker, **self.servers.by_worker}
         # The guards already report that Postgres is away.
         with suppress(*DATABASE_ERRORS):
             for order in self.database.call(recovery_orders.waiting, sorted(guards)):

@@ -154,7 +154,7 @@ class Evidence:
     heartbeat: Heartbeat | None = None
     intent: Intent | None = None
     pause_left_s: float = 0.0
-    # False for a program without a heartbeat that supervisord itself restarts when it exits: the gateway.
+    # False for a program without a heartbeat that supervisord itself restarts when it exits: the gateway and http.
     beats: bool = True
     # The last incarnation, if it failed to start.
     failed_start: FailedStart | None = None

@@ -18,7 +18,7 @@ class Report:
 
     supervisor: Supervisor
     workers: Host
-    gateways: Host
+    servers: Host
     budget_limit: int
     devices: Callable[[], Sequence[Device]]
     # Where this host is: its network, as service/machine.py has it, and the address that it announces.
@@ -31,7 +31,7 @@ class Report:
         if self._devices is None:
             self._devices = self.devices()
         gpus = [{"name": device.name, "memory_bytes": device.memory_bytes} for device in self._devices]
-        guards = [*self._guards(self.workers, is_gateway=False), *self._guards(self.gateways, is_gateway=True)]
+        guards = [*self._guards(self.workers, is_gateway=False), *self._guards(self.servers, is_gateway=True)]
         where = {"network": self.network, "address": self.address}
         return {"programs": self._programs(), "guards": guards, "gpus": gpus, **where}
 

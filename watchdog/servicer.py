@@ -26,20 +26,20 @@ from watchdog.record.audit_log import UnrecordedError
 class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
     """Answers from the guards' last snapshots and from the audit log."""
 
-    def __init__(self, workers: Host, gateways: Host, database: Database, max_restarts_per_hour: int) -> None:
+    def __init__(self, workers: Host, servers: Host, database: Database, max_restarts_per_hour: int) -> None:
         self._workers = workers
-        self._gateways = gateways
+        self._servers = servers
         self._database = database
         self._max_restarts_per_hour = max_restarts_per_hour
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
-        """Returns the last observation and decision for each worker and gateway."""
+        """Returns the last observation and decision for each worker and server."""
 
         def of(host: Host) -> list[pb.WorkerStatus]:
             limit = self._max_restarts_per_hour
             return [status_message(name, guard.snapshot, limit) for name, guard in sorted(host.by_worker.items())]
 
-        return pb.GetStatusResponse(workers=of(self._workers), gateways=of(self._gateways))
+        return pb.GetStatusResponse(workers=of(self._workers), gateways=of(self._servers))
 
     async def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> pb.ListEventsResponse:
         """Lists the audit log, newest first."""
@@ -84,7 +84,7 @@ class RecoveryServicer(recovery_service_pb2_grpc.RecoveryServiceServicer):
 
     async def _order(self, worker_id: str, kind: str, reason: str, lasts_s: float = 0) -> datetime | None:
         """Records an order for one worker or gateway, or for all. Returns when the last of them ends."""
-        guards = {**self._workers.by_worker, **self._gateways.by_worker}
+        guards = {**self._workers.by_worker, **self._servers.by_worker}
         if worker_id and worker_id not in guards:
             raise not_found(f"worker {worker_id[:100]!r}")
         chosen = [guards[worker_id]] if worker_id else list(guards.values())

@@ -1,7 +1,7 @@
 """Builds guards from the settings and supervisord's process names."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from service import config, machine
@@ -26,10 +26,10 @@ from watchdog.record.audit_log import AuditLog
 from watchdog.record.journal import Journal
 from watchdog.supervisor import Supervisor
 
-# supervisord's programs, or groups of programs, of workers and gateways. With `numprocs` 1 the only process has the
-# program's name, and the address of a worker is that of the settings.
+# supervisord's programs, or groups of programs: workers, and the servers of clients. With `numprocs` 1 the only process
+# has the program's name, and the address of a worker is that of the settings.
 GROUP = "worker"
-GATEWAY_GROUP = "gateway"
+SERVER_GROUPS = ("gateway", "http")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Pace:
     ask_s: float
 
 
-# supervisord restarts a gateway that exits; the watchdog is needed for one that runs and does not answer.
-PACES = {GROUP: Pace(poll_s=0.5, ask_s=1.5), GATEWAY_GROUP: Pace(poll_s=2.5, ask_s=5.0)}
+# supervisord restarts a server that exits; the watchdog is needed for one that runs and does not answer.
+PACES = {GROUP: Pace(poll_s=0.5, ask_s=1.5), **dict.fromkeys(SERVER_GROUPS, Pace(poll_s=2.5, ask_s=5.0))}
 # After its drain timeout a worker still has to stop its engine.
 DRAIN_MARGIN_S = 15.0
 
@@ -66,9 +66,13 @@ def workers_of(supervisor: Supervisor) -> dict[str, str]:
     return {_worker_id(name): name for name in supervisor.processes(GROUP)}
 
 
-def gateways_of(supervisor: Supervisor) -> dict[str, str]:
-    """Returns supervisord's names of this host's gateways by worker id. Raises SupervisorAwayError."""
-    return {_worker_id(name): name for name in supervisor.processes(GATEWAY_GROUP)}
+def servers_of(supervisor: Supervisor, runs: Collection[str]) -> dict[str, str]:
+    """Returns supervisord's full names, `group:process`, of the gateways and OpenAI's doors that this host runs.
+
+    By worker id. Raises SupervisorAwayError.
+    """
+    groups = [group for group in SERVER_GROUPS if group in runs]
+    return {_worker_id(name): f"{group}:{name}" for group in groups for name in supervisor.processes(group)}
 
 
 def journal_of(settings: Settings, process_name: str) -> Journal:
@@ -87,7 +91,7 @@ def observer_of(
     place: Place,
     group: str = GROUP,
 ) -> Observer:
-    """Returns the observer of one worker or gateway of this host."""
+    """Returns the observer of one worker, gateway or OpenAI's door of this host."""
     socket_address = settings.probe_address(process_name)
     # The ports of several gateways are in no heartbeat, and this probe speaks no TLS: then there is the socket alone.
     has_port = group == GROUP and settings.server_cert is None

@@ -13,7 +13,7 @@ import uvicorn
 from service import addresses, machine, processes, programs, webhook_targets
 from service.api.server_beat import ServerBeat
 from service.clock import SystemClock
-from service.config import Settings
+from service.config import Settings, is_supervised, process_name
 from service.db.connection import Database
 from service.db.limits import Limits
 from service.http import app, certified, tls
@@ -26,6 +26,7 @@ from service.insight.channel_opener import ChannelOpener
 from service.insight.channels import Channels
 from service.insight.presence import Presence
 from service.rpc import access
+from service.rpc import server as rpc_server
 from service.rpc.access import Access
 from service.telemetry import logs, metrics
 
@@ -106,6 +107,8 @@ async def serve(settings: Settings) -> int:
             timeout_graceful_shutdown=GRACE_S,
         )
     )
+    # For the watchdog: by the loop that serves clients, so that it answers as they do.
+    health = await rpc_server.serve_health(settings.probe_address(process_name("http"))) if is_supervised() else None
     listening = await _listen(settings.host, settings.http_port)
     metrics.serve(settings.metrics_host, settings.http_metrics_port, HttpCollector(surveying))
     serving = asyncio.create_task(server.serve([listening]), name="server")
@@ -114,6 +117,8 @@ async def serve(settings: Settings) -> int:
     beat = ServerBeat(database, settings.own_id("http"), "http", address, settings.heartbeat_interval_s)
     beating = asyncio.create_task(beat.follow(), name="beat")
     watching = asyncio.create_task(page.follow(), name="page")
+    if health is not None:
+        await health.set_health("", True)
     log.info("http_serving", address=address)
     stopping = asyncio.create_task(stop.wait())
     lasting = (serving, following, beating, watching)
@@ -128,6 +133,8 @@ async def serve(settings: Settings) -> int:
     server.should_exit = True
     await asyncio.wait({asyncio.create_task(page.end())}, timeout=END_TIMEOUT_S)
     await asyncio.wait({serving}, timeout=GRACE_S + 1)
+    if health is not None:
+        await health.end(0)
     log.info("http_ended")
     return 1 if failed else 0
 

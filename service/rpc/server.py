@@ -102,6 +102,18 @@ async def serve(
     return Server(server, health, settings.advertised_address(bound))
 
 
+async def serve_health(socket: str) -> Server:
+    """Starts a server with health alone at a Unix socket, for its owner only: for programs that serve no gRPC.
+
+    The health of `""` starts as NOT_SERVING. Raises RuntimeError if the socket cannot be bound.
+    """
+    server, health = grpc.aio.server(options=SERVER_OPTIONS), HealthServicer(("",))
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    ports.open_socket(server, socket)
+    await server.start()
+    return Server(server, health, socket)
+
+
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every call except health checks: access, rate limit, errors, logs, metrics and trace.
 

@@ -1,6 +1,9 @@
-"""The watchdog guards every gateway of its host. What follows from a frozen one is in the fault matrix."""
+"""The watchdog guards every gateway of its host, and OpenAI's door. What follows from a frozen gateway is in the fault
+matrix."""
 
+import os
 import re
+import signal
 from collections.abc import Sequence
 
 import grpc
@@ -20,7 +23,7 @@ OPERATIONS = (ROOT / "docs/operations.md").read_text()
 
 
 def gateway_statuses(stack: FullStack) -> Sequence[rpb.WorkerStatus]:
-    """What the watchdog says of each gateway; none before it has looked."""
+    """What the watchdog says of each gateway, and of OpenAI's door; none before it has looked."""
     with open_channel(stack.watchdog) as channel:
         try:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
@@ -48,8 +51,9 @@ def test_each_of_several_gateways_is_guarded() -> None:
         def health() -> dict[str, str]:
             return {status.worker_id.partition(":")[2]: status.health for status in gateway_statuses(stack)}
 
-        until(lambda: health() == {"gateway_0": "SERVING", "gateway_1": "SERVING"}, "both to be guarded", 60)
-        assert [status.verdict for status in gateway_statuses(stack)] == [rpb.VERDICT_HEALTHY] * 2
+        guarded = dict.fromkeys(("gateway_0", "gateway_1", "http"), "SERVING")
+        until(lambda: health() == guarded, "both to be guarded", 60)
+        assert [status.verdict for status in gateway_statuses(stack)] == [rpb.VERDICT_HEALTHY] * 3
         frozen = psutil.Process(stack.supervisor.info("gateway:gateway_1").pid)
         frozen.suspend()
         try:
@@ -62,3 +66,19 @@ def test_each_of_several_gateways_is_guarded() -> None:
             *_, done = client.watch(client.submit_lines(lines(3)).id)
         assert done.counts.completed == 3
         assert stack.restarts() == []
+
+
+def test_openais_door_that_does_not_answer_is_restarted() -> None:
+    """An http that is frozen, which would keep its clients waiting for ever, is restarted, and serves again."""
+    timing = {"BATCH_HEARTBEAT_INTERVAL_S": "0.5", "BATCH_CHECK_INTERVAL_S": "2"}
+    with full_stack(BATCH_ENGINE="simulated", **timing) as stack:
+        stack.start_all()
+        until(lambda: stack.status("http").verdict == rpb.VERDICT_HEALTHY, "it to be guarded", 60)
+        frozen = stack.pid("http")
+        os.kill(frozen, signal.SIGSTOP)
+        until(lambda: [event.outcome for event in stack.restarts()] == ["recovered"], "it to be restarted", 120)
+        [restart] = stack.restarts()
+        assert (restart.worker_id.partition(":")[2], restart.verdict) == ("http", rpb.VERDICT_RPC_WEDGED)
+        assert stack.pid("http") not in (0, frozen)
+        again = stack.script("start-all.sh")
+        assert again.returncode == 0, again.stdout + again.stderr

@@ -109,11 +109,11 @@ class FullStack:
         return self.supervisor.info(program).pid
 
     def status(self, program: str = "worker") -> rpb.WorkerStatus:
-        """Returns the watchdog's status of the worker, or of the gateway."""
+        """Returns the watchdog's status of the worker, the gateway or http."""
         with open_channel(self.watchdog, **self.security) as channel:
             stub = recovery_service_pb2_grpc.RecoveryServiceStub(channel)
             found = stub.GetStatus(rpb.GetStatusRequest(), timeout=30, wait_for_ready=True)
-            [status] = found.workers if program == "worker" else found.gateways
+            [status] = [each for each in (*found.workers, *found.gateways) if each.worker_id.endswith(f":{program}")]
             return status
 
     def audit(self) -> list[rpb.RecoveryEvent]:

@@ -215,7 +215,7 @@ STATEMENTS = [
         "docs/recovery.md",
         f"(sent every {wiring.PACES[wiring.GROUP].ask_s:g} s, with {probe.ASK_TIMEOUT_S:g} s to answer)",
     ),
-    ("docs/recovery.md", f"health every {wiring.PACES[wiring.GATEWAY_GROUP].ask_s:g} s"),
+    ("docs/recovery.md", f"health every {wiring.PACES['gateway'].ask_s:g} s"),
     ("docs/recovery.md", f"{COUNT[LIMITS.confirm_probes]} consecutive probes agree"),
     ("docs/recovery.md", f"over at least {LIMITS.confirm_s:g} s"),
     ("docs/recovery.md", f"a tick more than {stall_detector.LATE_S:g} s late"),
