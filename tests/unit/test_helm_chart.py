@@ -246,6 +246,7 @@ def test_scales_by_a_metric_that_exists(rendered: Any) -> None:
         ({"workers": {"autoscaling": {"minReplicas": 0}}}, "workers.autoscaling.minReplicas must be"),
         ({"workers": {"autoscaling": {"kind": "keda"}}}, "workers.autoscaling.prometheus is required"),
         ({"workers": {"autoscaling": {"minReplicas": 9}}}, "workers.autoscaling.maxReplicas must be"),
+        ({"workers": {"autoscaling": {"scaleDownAfterS": 3601}}}, "/workers/autoscaling/scaleDownAfterS': maximum"),
         ({"worker": {"replicas": 3}}, "'worker' not allowed"),
         ({"workers": {"replica": 3}}, "'replica' not allowed"),
         ({"workers": {"replicas": "three"}}, "/workers/replicas': got string, want integer"),
