@@ -111,6 +111,10 @@ def test_read_only_for_a_while(stack: Stack, client: Client) -> None:
     [
         ("gateway.presence", "task_failed"),
         ("gateway.housekeeping", "task_failed"),
+        ("gateway.losses", "task_failed"),
+        ("gateway.beat", "task_failed"),
+        ("gateway.schema", "task_failed"),
+        ("http.measuring", "task_failed"),
         ("worker.pulse", "program_failed"),
         ("worker.writer", "program_failed"),
         ("watchdog.health", "program_failed"),
@@ -122,7 +126,7 @@ def test_a_part_that_fails_ends_the_process(
     """When one part of a process fails, the whole process exits with the cause, so that it can be restarted."""
     monkeypatch.setenv("BROKEN_PART", part)
     name = part.partition(".")[0]
-    ports = {"worker_port": free_port(), "watchdog_port": free_port(), "watchdog_metrics_port": 0}
+    ports = {f"{each}_port": free_port() for each in ("worker", "watchdog", "http")} | {"watchdog_metrics_port": 0}
     process = stack.run("tests.support.broken_parts", name, **ports)
     until(lambda: process.process.poll() is not None, "the process to end", 60)
     assert process.process.returncode == 1
