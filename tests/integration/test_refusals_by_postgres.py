@@ -17,7 +17,7 @@ from vllm_batch.v1 import batch_service_pb2 as pb
 
 COUNT = 20
 # One code of each class, and those whose meaning differs from their class. 00000 cannot be raised.
-CODES = [f"{name}000" for name in CLASSES if name != "00"]
+CODES = ["54001", *(f"{name}000" for name in CLASSES if name != "00")]
 CODES += ["25006", "25P03", "42501", "42P01", "42601", "40P01", "55P03", "57014", "57P01", "53100", "53300", "23514"]
 
 # One of each meaning, and the errors that servers raise most; THOROUGH=1 walks through all.
