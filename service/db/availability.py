@@ -81,6 +81,7 @@ CODES = {
     "42703": Meaning.AWAY,  # before the migrations
     "42704": Meaning.AWAY,  # in the middle of a restore
     "42883": Meaning.AWAY,  # in the middle of a restore
+    "54001": Meaning.AWAY,  # the stack, which max_stack_depth limits: no text of a client's is parsed as nested
 }
 
 

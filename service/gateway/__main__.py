@@ -118,6 +118,8 @@ async def serve(settings: Settings) -> int:
         await presence.has_schema.wait()
         for service in (HOST_SERVICE, WEBHOOK_SERVICE):
             await server.set_health(service, True)
+        # Like the others it never ends by itself.
+        await asyncio.Event().wait()
 
     log.info("gateway_serving", address=server.address)
     following = asyncio.create_task(presence.follow(), name="presence")
@@ -132,7 +134,7 @@ async def serve(settings: Settings) -> int:
     beating = asyncio.create_task(beat.follow(), name="beat")
     telling = asyncio.create_task(tell_schema(), name="schema")
     stopping = asyncio.create_task(stop.wait())
-    lasting = (following, housekeeping, reporting, delivering, beating)
+    lasting = (following, housekeeping, reporting, delivering, beating, telling)
     tasks: set[asyncio.Task[Any]] = {*lasting, stopping}
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     # They never end by themselves: without one of them the process would run, but be useless.

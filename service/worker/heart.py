@@ -145,7 +145,12 @@ class Heart:
             if is_last:
                 self.connection.close()
                 return
-            self._rest()
+            try:
+                self._rest()
+            except Exception:
+                # As for a beat. The next one finds out whether Postgres is the cause; it comes no sooner than usual.
+                log.exception("rest_failed")
+                time.sleep(LOOK_INTERVAL_S)
 
     def _rest(self) -> None:
         """Waits until the next beat is due, or there is something new to report.

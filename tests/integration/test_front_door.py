@@ -159,6 +159,18 @@ def test_line_over_the_limit(serving: Stack, client: Client) -> None:
     assert count(serving, "batches") == 0
 
 
+def test_line_at_the_limit(serving: Stack, client: Client) -> None:
+    """A line of exactly the limit runs; with one byte more it is rejected with the limit and its own size."""
+    limit = 8 << 20
+    room = limit - len(line("a", filler="").rstrip())
+    batch = client.submit_lines([line("a", filler="x" * room)])
+    assert finished(client, batch.id).counts.completed == 1
+    error = refused(lambda: client.submit_lines([line("a", filler="x" * (room + 1))]))
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (error.metadata["limit"], error.metadata["value"]) == (str(limit), str(limit + 1))
+    assert count(serving, "batches") == 1
+
+
 def test_limits(stack: Stack, client: Client) -> None:
     """Each limit has its own error with limit and value, and a batch over a limit is not stored."""
     stack.gateway(max_open_batches=2, max_queued_requests=8)

@@ -78,7 +78,7 @@ def test_nothing_is_started(database_url: str, tmp_path: Path) -> None:
 
 def test_a_renewed_certificate_heals(stack: Stack, client: Client, tmp_path: Path) -> None:
     """Gateway and worker wait while the certificate is expired, tell clients why, and work once it is renewed in place;
-    one that expires in mid-batch costs no result."""
+    one that expires in mid-batch, or is replaced by one of another name, costs no result."""
     given, authority = parse(stack.database_url), Authority(tmp_path, "ours")
     pair = authority.issue(is_expired=True)
     with tls_postgres(f"{given['host']}/.s.PGSQL.5432", pair) as server:
@@ -95,16 +95,21 @@ def test_a_renewed_certificate_heals(stack: Stack, client: Client, tmp_path: Pat
         assert WRONG["expired"] in error.message
         replace(pair, authority.issue())
         stack.wait_until_accepting()
-        batch = client.submit_lines(lines(200, vllm_xargs={"simulate": 0.2}))
-        until(lambda: client.get(batch.id).counts.completed > 20, "part of the batch")
-        replace(pair, authority.issue(is_expired=True))
-        server.cut()
-        until(lambda: WRONG["expired"] in client.accepting(), "the gateway to say so")
-        replace(pair, authority.issue())
-        with Client(stack.target, patience_s=60) as patient:
-            *_, done = patient.watch(batch.id)
-            assert done.counts.completed == 200
-            assert [result.custom_id for result in patient.results(batch.id)] == [f"c{i}" for i in range(200)]
+        for wrong, told in (
+            (authority.issue(is_expired=True), WRONG["expired"]),
+            (authority.issue("db.example"), 'for "db.example" does not match host name "localhost"'),
+        ):
+            batch = client.submit_lines(lines(200, vllm_xargs={"simulate": 0.2}))
+            until(lambda: client.get(batch.id).counts.completed > 20, "part of the batch")  # noqa: B023
+            replace(pair, wrong)
+            server.cut()
+            until(lambda: told in client.accepting(), "the gateway to say so")  # noqa: B023
+            replace(pair, authority.issue())
+            with Client(stack.target, patience_s=60) as patient:
+                *_, done = patient.watch(batch.id)
+                assert done.counts.completed == 200
+                assert [result.custom_id for result in patient.results(batch.id)] == [f"c{i}" for i in range(200)]
+            stack.wait_until_accepting()
     assert [process.process.poll() for process in stack.servers] == [None, None]
     assert not [path for path in stack.folder.glob("*.log") if PASSWORD in path.read_text()]
 

@@ -24,13 +24,38 @@ def main() -> int:
     """Breaks the part, then runs the process."""
     process, part = os.environ["BROKEN_PART"].split(".")
     if process == "gateway":
+        from service.api.server_beat import ServerBeat
         from service.gateway import __main__ as gateway
         from service.gateway.housekeeping import Housekeeping
+        from service.gateway.losses import LossReports
         from service.insight.presence import Presence
+        from service.rpc.server import Server
+        from service.rpc.services import HOST_SERVICE
 
-        failing, other = (Presence, Housekeeping) if part == "presence" else (Housekeeping, Presence)
-        failing.follow, other.follow = _fail, _deaf  # type: ignore[method-assign]
+        if part == "schema":
+            set_health = Server.set_health
+
+            async def failing(server: Server, name: str, is_serving: bool) -> None:
+                await (_fail() if name == HOST_SERVICE else set_health(server, name, is_serving))
+
+            Server.set_health = failing  # type: ignore[method-assign]
+            return gateway.main([])
+        parts: dict[str, Any] = {
+            "presence": Presence,
+            "housekeeping": Housekeeping,
+            "losses": LossReports,
+            "beat": ServerBeat,
+        }
+        parts[part].follow = _fail
+        if deaf := {"presence": Housekeeping, "housekeeping": Presence}.get(part):
+            deaf.follow = _deaf  # type: ignore[attr-defined]
         return gateway.main([])
+    if process == "http":
+        from service.http import __main__ as http
+        from service.http.measuring import Measuring
+
+        Measuring.follow = _fail  # type: ignore[method-assign]
+        return http.main([])
     if process == "watchdog":
         from watchdog import __main__ as watchdog
 

@@ -1,5 +1,6 @@
 """The heart: what it could not do in one beat it does in the next."""
 
+import threading
 import uuid
 from collections.abc import Collection
 from typing import Any
@@ -67,3 +68,18 @@ def test_the_name_is_waited_for_as_long_as_postgres_is_away(monkeypatch: pytest.
     with pytest.raises(IdentityTakenError, match="another process runs"):
         heart.wait_for_identity(0)
     heart.stop(10)
+
+
+def test_a_rest_that_fails_stops_no_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When something that the heart hears between beats raises an error, it beats on and can be stopped."""
+    heart = beating(monkeypatch)
+    heard, beats = MagicMock(side_effect=RuntimeError("a fault of ours")), threading.Semaphore(0)
+    monkeypatch.setattr(heart, "on_notice", heard)
+    monkeypatch.setattr(heart, "_once", lambda _: beats.release())
+    monkeypatch.setattr(heart._ear, "wait", lambda *_: (False, ["a notice"]))
+    for _ in range(3):
+        assert beats.acquire(timeout=10)
+    assert heard.called
+    heart.stop(10)
+    assert heart._thread is not None
+    assert not heart._thread.is_alive()
