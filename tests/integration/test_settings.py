@@ -5,10 +5,15 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from ipaddress import ip_network
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
 from service.processes import Mark, marked
 from tests.support.batches import lines
@@ -17,9 +22,13 @@ from tests.support.waiting import until
 from tests.unit.test_kubernetes import manifests
 from tests.unit.test_variables import FOREIGN, links
 from vllm_batch import Client
+from vllm_batch.channel import open_channel
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
 pytestmark = pytest.mark.timeout(300)
+
+# Has no address anywhere.
+NAME = "gpu-1.internal.invalid"
 
 
 def complete(stack: FullStack, model: str = "tiny") -> None:
@@ -116,6 +125,56 @@ def test_no_call_of_ours_goes_through_a_proxy(host: str) -> None:
             assert status.returncode == 0, status.stdout + status.stderr
             assert stack.status().verdict in (rpb.VERDICT_HEALTHY, rpb.VERDICT_STARTING)
         assert came == []
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "is_direct"),
+    [
+        ("{own}", {}, False),
+        ("{own}", {"no_proxy": "{own}"}, True),
+        ("{own}", {"no_proxy": "gpu-1,.internal.example.com,{range}"}, True),
+        ("{own}", {"no_proxy": "198.51.100.0/24"}, False),
+        ("{own}", {"no_grpc_proxy": "{range}"}, True),
+        ("{own}", {"no_grpc_proxy": "gpu-1", "no_proxy": "{own}"}, False),
+        ("{own}", {"NO_PROXY": "{own}"}, False),
+        ("{own}", {"no_proxy": "*"}, False),
+        (NAME, {}, False),
+        (NAME, {"no_proxy": f"gpu-2,{NAME}"}, True),
+        (NAME, {"no_proxy": ".internal.invalid"}, True),
+        (NAME, {"no_proxy": "internal.invalid"}, True),
+        (NAME, {"no_grpc_proxy": ".internal.invalid"}, True),
+        (NAME, {"no_proxy": "*.internal.invalid"}, False),
+        # The proxy resolves names, so gRPC does not know the address.
+        (NAME, {"no_proxy": "0.0.0.0/0"}, False),
+    ],
+)
+def test_clients_follow_no_proxy(
+    host: str, given: dict[str, str], is_direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client's call to another machine's address or name goes to the proxy, unless `no_proxy` contains it."""
+    own = own_address()
+    names = {"own": own, "range": str(ip_network(f"{own}/24", strict=False))}
+    for variable in ("no_proxy", "NO_PROXY", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value.format(**names))
+    with black_hole() as (url, came), ThreadPoolExecutor(1) as threads:
+        monkeypatch.setenv("http_proxy", url)
+        server = grpc.server(threads)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), server)
+        port = server.add_insecure_port(f"{own}:0")
+        server.start()
+        try:
+            with open_channel(f"{host.format(**names)}:{port}") as channel:
+                call = health_pb2_grpc.HealthStub(channel).Check.future(health_pb2.HealthCheckRequest(), timeout=60)
+                until(lambda: came or call.done(), "the call to arrive at the proxy, or to end")
+                assert bool(came) != is_direct
+                if is_direct and host == NAME:
+                    assert f"resolving {NAME}" in call.exception().details()
+                elif is_direct:
+                    assert call.result().status == health_pb2.HealthCheckResponse.SERVING
+        finally:
+            server.stop(None)
 
 
 def test_kubernetes_manifest(postgres: str, database_url: str) -> None:

@@ -458,6 +458,61 @@ def test_secrets_are_not_told() -> None:
     assert "hf_token" not in cause.explain([Failure("ValidationError", NO_SUCH_FOLDER)]).text
 
 
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("unrecognized arguments: --api-key S3 --max-batched-tokens 5", "--api-key *** --max-batched-tokens 5"),
+        ("unrecognized arguments: --api-key S3 S3-4 --seed=1", "--api-key *** *** --seed=1"),
+        ("unrecognized arguments: --api-key=S3", "--api-key=***"),
+        ("unrecognized arguments: --api-key 123456", "--api-key ***"),
+        ("unrecognized arguments: --hf-tokne S3", "--hf-tokne ***"),
+        ("unrecognized arguments: --hf-tokne='a S3'", "--hf-tokne=*** ***"),
+        ("unrecognized arguments: --redis redis://:S3@h/0", "--redis ***"),
+        ("unrecognized arguments: serve Qwen/Qwen3 --port 1", "serve Qwen/Qwen3 --port 1"),
+        ("ambiguous option: --token=S3 could match --tokenizer", "--token=*** could match --tokenizer"),
+        ('argument -sc: Value {"api_key": ["S3", "b S3"] cannot be converted', '"api_key": *** cannot be'),
+        ('argument -sc: Value {"password": "a S3"} cannot be converted', '"password": ***} cannot be'),
+        ("argument --seed: invalid int value: 'https://u:S/3@h@h/x'", "'https://***@h/x'"),
+        (
+            "argument --kv-transfer-config: 1 validation error for KVTransferConfig\npassword\n  Unexpected keyword"
+            " argument [type=unexpected_keyword_argument, input_value='S3', input_type=str]\n    For",
+            "password Unexpected keyword argument",
+        ),
+    ],
+)
+def test_secrets_in_flags_are_not_told(told: str, shown: str) -> None:
+    """Secrets among refused flags never appear, while the flags' names and plain numbers do."""
+    found = cause.wrong_arguments(told, ["--hf-token"])
+    assert shown in found.text
+    for secret in ("S3", "S/3", "123456"):
+        assert secret not in f"{found} {found.key}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['ray', 'start', '--hf-token', 'S3', '--redis-password=S3']",
+        "vllm serve --api-key 'a S3' --hf-token S3",
+        r"{\"api_key\": \"S3\"}",
+        "{'api_key': ['S3', 'a S3'], 'x': 1}",
+        "Authorization: Basic S3==; authorization=Bearer S3",
+        "password='a S3' passphrase: S3 AWS_SECRET_ACCESS_KEY=S3",
+        "redis://:S3@h/0, https://S3@h/x, http://u:a/S3@h",
+    ],
+)
+def test_secrets_in_any_form_are_not_told(text: str) -> None:
+    """Secrets in lists of arguments, in JSON within strings, in headers and in URLs never appear in a cause."""
+    found = cause.explain([Failure("RuntimeError", text)])
+    assert "***" in found.text
+    assert "S3" not in found.text + found.key
+
+
+def test_what_only_looks_like_a_secret_is_told() -> None:
+    """Flags about tokens and the address of a model stay readable."""
+    text = "--max-num-batched-tokens 5 --tokenizer a/b https://huggingface.co/a/b/resolve/main/c@1.json tcp://h:1/x"
+    assert cause.explain([Failure("RuntimeError", text)]).text == text
+
+
 @given(st.lists(st.tuples(st.text(max_size=20), st.text()), max_size=3))
 def test_any_text_is_one_bounded_line(failures: list[tuple[str, str]]) -> None:
     """Whatever a process prints becomes one printable line of bounded length."""

@@ -288,7 +288,12 @@ RULES = (
 
 def wrong_arguments(message: str, known: Collection[str]) -> Cause:
     """Returns the cause for flags that vLLM's parser refused, suggesting the flags closest to unknown ones."""
+    message = _without_input(message)
     unknown = re.findall(r"--[\w-]+", message) if "unrecognized arguments" in message else []
+    if unknown:
+        # An unknown flag may be a misspelt one for a secret. Its value explains nothing; only a number is told.
+        before, flag, after = message.partition("--")
+        message = before + flag + re.sub(r"(?<=[\s=])(?!-|[\d.]+(?:\s|$))\S+", "***", after)
     near = [match for flag in unknown for match in get_close_matches(flag, known, n=1)]
     hint = f"Did you mean {' '.join(near)}? " if near else ""
     advice = hint + "vLLM's flags: https://docs.vllm.ai/en/latest/cli/serve.html"
@@ -384,10 +389,13 @@ def _with_warning(failure: Failure, notes: Sequence[Note]) -> Failure:
     return failure
 
 
-def _text(failure: Failure) -> str:
-    text = failure.text.strip()
+def _without_input(text: str) -> str:
     # pydantic appends the input, which may contain anything, and a URL.
-    text = re.sub(r"\s*\[type=\w+, input_value=.*", "", text, flags=re.DOTALL)
+    return re.sub(r"\s*\[type=\w+, input_value=.*", "", text, flags=re.DOTALL)
+
+
+def _text(failure: Failure) -> str:
+    text = _without_input(failure.text.strip())
     text = re.sub(r"^\d+ validation errors? for \w+\s+(?:Value error, )?", "", text)
     # inductor's compiler errors begin with a command of many lines and name a file with a long path.
     text = re.sub(r"Command:.*?Output:\s*", "", text, flags=re.DOTALL)
@@ -397,11 +405,16 @@ def _text(failure: Failure) -> str:
     return f"{failure.type}: {text}" if text else failure.type
 
 
+_NAMES = r"(?:(?:api|access|private)[_-]?key|token|passw(?:or)?d|passphrase|secret|credentials?|authorization)"
+# In quotes, also escaped ones; a list; or one word.
+_VALUE = r"""(?:\\*"[^"]*"?|\\*'[^']*'?|\[[^\]]*\]?|[^\s"',;&]+)"""
 _SECRETS = (
     (r"\bhf_\w{8,}", "hf_***"),
     (r"(?i)\b(bearer +)[\w.~+/-]+=*", r"\1***"),
-    (r"(?i)((?:api[_-]?key|token|password|passwd|secret|authorization)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&]+", r"\1***"),
-    (r"//[^/@\s:]+:[^/@\s]+@", "//***@"),
+    (rf"""(?i)({_NAMES}[\\"']*\s*[:=]\s*)(?:(?:bearer|basic|token)\s+)?{_VALUE}""", r"\1***"),
+    # A flag's value follows after a blank; in a list of arguments, after a comma.
+    (rf"""(?i)(--[\w-]*{_NAMES}["']?[\s,]+)(?!["']?-){_VALUE}""", r"\1***"),
+    (r"""//(?:[^\s/@:"']*:[^\s"']*|[^\s/"']+)@""", "//***@"),
 )
 
 

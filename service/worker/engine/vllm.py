@@ -219,7 +219,8 @@ class VllmEngine:
 
         class Parser(FlexibleArgumentParser):  # type: ignore[misc]
             def error(self, message: str) -> None:
-                raise EngineArgumentError(cause.wrong_arguments(message, self._option_string_actions))
+                # argparse's exception has the values of flags, and some are secrets.
+                raise EngineArgumentError(cause.wrong_arguments(message, self._option_string_actions)) from None
 
         # The file names are not used, but the parser requires them.
         return make_arg_parser(Parser()).parse_args(["-i", "-", "-o", "-", *arguments])
