@@ -274,6 +274,25 @@ POOLING: dict[str, Bodies] = {
     "/v2/rerank": _RERANK,
 }
 
+CLASSIFYING: dict[str, Bodies] = {
+    "/classify": [
+        *({"input": "abc"} | body for body in _SCORING),
+        *_CHAT_POOLING,
+        {},
+        {"input": 7},
+        {"input": ""},
+        {"input": []},
+        {"input": {"a": 1}},
+        {"input": [[3, 10**6]]},
+        {"input": [[3, -2]]},
+        {"input": "abc", "use_activation": "no such"},
+        {"input": "abc", "normalize": True},
+        {"input": "abc", "task": "score"},
+        {"input": "abc", "model": "no such"},
+        {"input": "long " * 3000},
+    ],
+}
+
 _FILE: Bodies = [
     {},
     {"file_url": 7},

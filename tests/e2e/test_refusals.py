@@ -1,11 +1,13 @@
 """Whatever vLLM's HTTP server answers to a body that it rejects, the adapter answers: status, message, parameter."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
 
+from service.worker.engine.protocol import Answer
 from tests.e2e.refused_bodies import GENERATING
 from tests.support import raise_sites
 from tests.support.engines import CHAT_FLAGS, HEADERS, Running, case_lines
@@ -14,6 +16,8 @@ from tests.support.vllm_http import VllmHttp, errors_of, unseen, wrong_fields
 # In one process with what shares its engine, or at least the import of vLLM.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 CHAT = "/v1/chat/completions"
+# Unknown tokens, numbers at the edge of floats, and grammars: some killed earlier versions of vLLM.
+KILLERS = ["kill_ids", "kill_grammar"]
 VALID = {
     CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
@@ -79,11 +83,26 @@ def test_no_object_and_no_json(running: Running, http: VllmHttp, text: str) -> N
     assert http.check_same("/v1/completions", text).status_code == 400
 
 
-@pytest.mark.parametrize("name", ["responses", "completions", "nan_values"])
+@pytest.mark.parametrize("name", ["responses", "completions", "nan_values", *KILLERS])
 def test_public_reports(http: VllmHttp, name: str) -> None:
-    """Requests from public bug reports, which the batch runner does not accept, get the answer of vLLM's server."""
+    """Requests after public bug reports, which the batch runner may not accept, get the answer of vLLM's server."""
     for url, body in case_lines(name):
         http.check_same(url, body)
+
+
+@pytest.mark.parametrize("name", KILLERS)
+def test_wrong_requests_among_good_ones(running: Running, name: str) -> None:
+    """Run at once with requests that killed engines, each request gets the status that it gets alone."""
+    requests = case_lines(name)
+    alone = [running.run(body, url).status_code for url, body in requests]
+
+    async def all_at_once() -> list[Answer]:
+        return await asyncio.gather(*(running.engine.run(url, json.dumps(body), HEADERS) for url, body in requests))
+
+    together = [answer.status_code for answer in running.call(all_at_once())]
+    assert together == alone
+    assert {200, 400} <= set(together)
+    assert not running.engine.is_dead
 
 
 def test_stream_is_refused(running: Running) -> None:

@@ -62,8 +62,9 @@ def test_what_it_serves(running: Running) -> None:
 def test_same_bodies_as_run_batch(running: Running, tmp_path: Path) -> None:
     """The adapter answers with the same bodies as vLLM's own batch runner, apart from ids and times."""
     requests = [(CHAT, body) for body in BODIES]
-    # From public bug reports: meanings of parameters, a null model, a stream, an endpoint that does not exist.
-    reported = case_lines("semantics_chat") + case_lines("model_null") + case_lines("stream_true") + case_lines("audio")
+    # After public bug reports: meanings of parameters, no model, a stream, an endpoint that does not exist.
+    names = ("semantics_chat", "model_null", "model_empty", "stream_true", "audio")
+    reported = [line for name in names for line in case_lines(name)]
     theirs = run_batch(running, tmp_path, requests + reported, *CHAT_FLAGS)
     statuses = [their["response"]["status_code"] for their in theirs]
     assert statuses[: len(BODIES)] == [200, 200, 200, 200, 400, 200, 200]

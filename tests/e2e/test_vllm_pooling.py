@@ -50,7 +50,7 @@ def http(running: Running) -> VllmHttp:
 
 def test_same_bodies_as_run_batch(running: Running, tmp_path: Path) -> None:
     """The adapter answers with the same bodies as vLLM's own batch runner, apart from ids and times."""
-    requests = REQUESTS + case_lines("embeddings")
+    requests = REQUESTS + case_lines("embeddings") + case_lines("embeddings_bad_ids")
     theirs = run_batch(running, tmp_path, requests, *FLAGS)
     assert [their["response"]["status_code"] for their in theirs[: len(REQUESTS)]] == [200, 200, 200, 400, 200, 200]
     check_same(running, theirs, requests)

@@ -26,10 +26,14 @@ def ensure(path: Path) -> Path:
     try:
         _make(new)
         new.chmod(0o755)
-        new.rename(path)
-    except BaseException:
+        try:
+            new.rename(path)
+        except OSError:
+            # Several workers of a host that start together all make it: the first one's stays.
+            if not path.exists():
+                raise
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        raise
     return path
 
 
