@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.fleet.test_lost_hosts import QUICK, check_each_answered_once, line, replaced, submit
+from tests.fleet.test_lost_hosts import QUICK, check_each_answered_once, holds_work, line, replaced, submit
 from tests.support.fleet import Fleet, Host, fleet
 from tests.support.waiting import until
 
@@ -23,8 +23,6 @@ BACK_S = 15.0
 def guarded() -> Iterator[Fleet]:
     """Three hosts, each with its watchdog."""
     with fleet(3) as made:
-        if not made.can_cut:
-            pytest.skip("lines between hosts can be cut only where network namespaces can be made")
         for host in made.hosts:
             host.supervised(simulated_request_s=1, simulated_window=8)
         made.wait_until_accepting()
@@ -115,6 +113,28 @@ def test_one_host_back_before_the_others_takes_nothing(guarded: Fleet) -> None:
     c.heal()
     check_each_answered_once(a, batch, 4000)
     assert [events(guarded, name) for name in ("lost_worker_replaced", "leases_lost")] == quiet
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
+def test_a_host_that_is_back_drops_what_others_took_over(guarded: Fleet) -> None:
+    """A host that was cut off stops running what others have taken over within 5 s after healing."""
+    a, b, c = guarded.hosts
+    batch = submit(b, 60, simulate=600)
+    try:
+        until(lambda: holds_work(guarded, a), "the host to hold work")
+        taken_over, dropped = len(replaced(b, c)), len(a.events("worker", "leases_lost"))
+        a.cut_off()
+        until(lambda: len(replaced(b, c)) > taken_over, "others to take over its work")
+        a.heal()
+        until(lambda: len(a.events("worker", "leases_lost")) > dropped, "the host to drop it", 5)
+    finally:
+        a.heal()
+        with b.client(patience_s=60) as client:
+            client.cancel(batch)
+            client.wait(batch)
+    # The engines have room again for the tests after this one.
+    until(lambda: not any(holds_work(guarded, host) for host in guarded.hosts), "all to drop the cancelled batch")
 
 
 @pytest.mark.thorough
