@@ -117,6 +117,24 @@ def test_one_host_back_before_the_others_takes_nothing(guarded: Fleet) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.timeout(300)
+def test_uploads_go_on_while_a_worker_has_no_postgres(guarded: Fleet) -> None:
+    """While one worker of an idle fleet cannot reach Postgres, none of 30 uploads within a minute is refused."""
+    a, b, _ = guarded.hosts
+    a.cut_off(guarded.postgres)
+    with b.client() as client:
+        batches = []
+        for number in range(30):
+            batches.append(client.submit_lines([line(number)]).id)
+            # How often users upload, not a wait for a condition.
+            time.sleep(2)
+        for batch in batches:
+            assert client.wait(batch).counts.completed == 1
+    a.heal()
+    guarded.wait_until_accepting()
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
 def test_a_host_that_is_back_drops_what_others_took_over(guarded: Fleet) -> None:
     """A host that was cut off stops running what others have taken over within 5 s after healing."""
     a, b, c = guarded.hosts
