@@ -1,12 +1,15 @@
 """A fleet loses hosts: what they held runs elsewhere, once, and nobody is blamed for it."""
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.support.fleet import Fleet, Host, fleet
 from tests.support.waiting import until
+from vllm_batch.v1 import host_service_pb2 as hpb
 
 REQUESTS = 600
 # Shorter intervals than users have, so that evidence comes sooner; leases still last longer than it takes.
@@ -79,3 +82,34 @@ def test_the_work_of_a_host_that_lost_power_runs_elsewhere(three: Fleet) -> None
     check_each_answered_once(b, batch)
     [event] = replaced(b, c)
     assert event["lost"] == "a:worker"
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+def test_a_whole_host_loses_power_and_comes_back() -> None:
+    """The others report a host without power within 90 s; started again under its name, it accepts new work within
+    60 s, its watchdog restarts nothing, and the others report that it is back."""
+    with fleet(3) as made:
+        a, b, _ = made.hosts
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(Host.supervised, made.hosts))
+        made.wait_until_accepting()
+        # Nobody is judged before Postgres has been up for as long as a heartbeat may be old.
+        up = "SELECT 1 WHERE pg_postmaster_start_time() < clock_timestamp() - interval '60 s'"
+        until(lambda: made.sql(up), "Postgres to be up for a minute")
+        reported = "SELECT 1 FROM recovery_events WHERE kind = %s AND worker_id = 'a'"
+        a.lose_power()
+        until(lambda: made.sql(reported, "host_lost"), "the others to report the loss", 90)
+        with b.client() as client:
+            assert {host.name: host.state for host in client.hosts()} == {
+                "a": hpb.HOST_STATE_LOST,
+                "b": hpb.HOST_STATE_ALIVE,
+                "c": hpb.HOST_STATE_ALIVE,
+            }
+        a.return_power()
+        began_s = time.monotonic()
+        a.supervised()
+        with a.client() as client:
+            until(lambda: not client.accepting(), "the host to accept new work", 60 - (time.monotonic() - began_s))
+        until(lambda: made.sql(reported, "host_back"), "the others to report that it is back")
+        assert not made.sql("SELECT 1 FROM recovery_events WHERE kind = 'restart'")

@@ -21,14 +21,18 @@ from tests.support.waiting import until
 from vllm_batch import CallError, Client
 from vllm_batch.v1 import batch_service_pb2 as pb
 
-HOSTS, REQUESTS, CLIENTS = 20, 100_000, 4
-# Requests of each small batch, and seconds that one takes.
-SMALL, REQUEST_S = 10, 2.0
+CLIENTS = 4
+# Requests of each small batch.
+SMALL = 10
 # A client's pause between calls.
 PACE_S = 0.05
 # A host that has lost its power, or a gateway that is restarting, answers so.
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-SETTINGS: dict[str, object] = {"simulated_request_s": REQUEST_S, "simulated_window": 32}
+# Hosts, requests of the long batch, seconds that one takes, and the most between two hosts.
+SIZES = [
+    pytest.param(3, 3_000, 1.0, 3, id="short"),
+    pytest.param(20, 100_000, 2.0, 10, id="long", marks=pytest.mark.thorough),
+]
 
 
 def body(key: str, number: int) -> str:
@@ -171,44 +175,44 @@ def check_small(client: Client, batch_id: str) -> None:
     assert ended.state == pb.BATCH_STATE_CANCELLED or counts.completed == SMALL, batch_id
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(2400)
-def test_no_client_sees_hosts_come_and_go() -> None:
-    """While each of 20 hosts restarts or dies, what clients of all gateways see is what one that never fails shows."""
+@pytest.mark.parametrize(("hosts", "requests", "request_s", "most_between_s"), SIZES)
+def test_no_client_sees_hosts_come_and_go(hosts: int, requests: int, request_s: float, most_between_s: float) -> None:
+    """While each of the hosts restarts or dies, clients of all gateways see what one that never fails would show."""
     seed = int(os.environ.get("FLEET_SEED", random.SystemRandom().randrange(1_000_000)))
     sys.stderr.write(f"FLEET_SEED={seed}\n")
     dice = random.Random(seed)
-    with fleet(HOSTS) as made, ThreadPoolExecutor(CLIENTS) as pool:
+    with fleet(hosts) as made, ThreadPoolExecutor(CLIENTS) as pool:
         for host in made.hosts:
-            host.start(**SETTINGS)
+            host.start(simulated_request_s=request_s, simulated_window=32)
         made.wait_until_accepting()
-        batch = submit(made.hosts[0], REQUESTS)
+        batch = submit(made.hosts[0], requests)
         shared: dict[str, str] = {}
         users = [User(f"user{number}", made, shared, random.Random(seed + number)) for number in range(CLIENTS)]
         stop = threading.Event()
         using = [pool.submit(user.use, stop) for user in users]
         began_s = time.monotonic()
         try:
-            for number, host in enumerate(dice.sample(made.hosts, HOSTS)):
+            for number, host in enumerate(dice.sample(made.hosts, hosts)):
                 if number % 2:
                     restart(host)
                 else:
                     lose_power(host, dice.uniform(1, 15))
                 made.wait_until_accepting()
-                time.sleep(dice.uniform(0, 10))
+                time.sleep(dice.uniform(0, most_between_s))
         finally:
             stop.set()
         for each in using:
             each.result(300)
         took_s = time.monotonic() - began_s
-        check_each_answered_once(made.hosts[-1], batch, REQUESTS)
+        check_each_answered_once(made.hosts[-1], batch, requests)
         with made.hosts[0].client(patience_s=60) as client:
             for batch_id in shared.values():
                 check_small(client, batch_id)
     history = [call for user in users for call in user.history]
     kinds, refused = Counter(call.kind for call in history), sum(user.refused for user in users)
     sys.stderr.write(
-        f"{HOSTS} hosts in {took_s:.0f} s, {len(history)} calls ({dict(kinds)}), {refused} refused,"
+        f"{hosts} hosts in {took_s:.0f} s, {len(history)} calls ({dict(kinds)}), {refused} refused,"
         f" {len(shared)} small batches\n"
     )
     assert not [text for user in users for text in user.unexpected]

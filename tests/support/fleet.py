@@ -24,11 +24,11 @@ import string
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import psycopg2
 
 from service import embedded_postgres, processes
@@ -176,13 +176,11 @@ class Host(Machine):
     def lose_power(self) -> None:
         """Ends everything on it at once. In namespaces nobody hears of it: no connection is closed."""
         self.net.unplug(self.name)
+        # Not marked, because it is not one of its own programs; and first, because it starts again what ends.
+        assert not processes.end(processes.supervisords(self.home), 10, (signal.SIGKILL,))
         assert not processes.end(processes.marked(Mark(self.home)), 10, (signal.SIGKILL,))
         for server in self.servers.values():
             server.process.wait(10)
-        if self.full is not None:
-            with contextlib.suppress(FileNotFoundError):
-                # Not marked, because it is not one of its own programs.
-                processes.end([psutil.Process(self.full.pid(""))], 10, (signal.SIGKILL,))
         self.net.remove(self.name)
         self.is_off = True
 
@@ -195,7 +193,6 @@ class Host(Machine):
         """Ends what runs on it."""
         if not self.is_off:
             if self.full is not None:
-                self.heal()
                 self.full.script("stop-all.sh")
             self._stack.end()
 
@@ -236,7 +233,11 @@ class Fleet:
     def close(self) -> None:
         """Ends everything."""
         for host in self.hosts:
-            host.close()
+            if host.full is not None and not host.is_off:
+                host.heal()
+        # An orderly end waits more than it computes.
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(Host.close, self.hosts))
         self.postgres.stop()
 
 
