@@ -143,7 +143,9 @@ class Database:
 
         As when all its connections are in use, or a password was changed.
         """
-        with database_away():
+        with database_away(), self._turn():
+            # The new one is one of those that may be open at once.
+            self._pool.close_idle()
             sessions.open_session(self._timeout_s, **self._pool.connect_params).close()
 
     def close(self) -> None:

@@ -87,7 +87,7 @@ LEAST_TEMPORARY_KB = 256 << 10
 
 # For statements sent while a session is opened, before the caller's own deadline applies.
 _deadlines = Deadlines()
-# Databases that no pooler lends out. To find out takes a connection more, so it is done once.
+# Databases that no pooler lends out. To find out may take a connection more, so it is done once.
 _unshared: weakref.WeakSet[peewee.PostgresqlDatabase] = weakref.WeakSet()
 
 
@@ -216,6 +216,10 @@ def check(db: peewee.PostgresqlDatabase) -> None:
 
 def _is_shared(db: peewee.PostgresqlDatabase) -> bool:
     """True when a second connection gets the first one's session, or the first gets a different one than before."""
+    # Postgres names the session's own process when it connects. A pooler that lends sessions out names something else,
+    # by which it finds the session to cancel: only there does the look take a connection more than we may have.
+    if db.connection().info.backend_pid == _backend(db.connection()):
+        return False
     # Under a name of its own, so that code that ends earlier sessions of a name does not end this one.
     given = db.connect_params | {"application_name": "vllm-batch-look"}
     with contextlib.closing(servers(given).connect(given, LOOK_TIMEOUT_S)) as other:

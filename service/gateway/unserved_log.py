@@ -10,8 +10,9 @@ from service.telemetry import logs
 # Batches that an event names.
 NAMED = 10
 
-# A worker that is restarted is gone for a moment.
-LASTING_S = 8.0
+# A worker that is restarted is gone for a moment. With the 8 s at most after which a link is lost and up to two rounds
+# of housekeeping until it has lasted, a host that lost power is reported within 15 s.
+LASTING_S = 4.0
 
 log = logs.get("housekeeping")
 

@@ -10,6 +10,7 @@ import psycopg2
 import pytest
 from psycopg2.extensions import connection as Connection
 
+from service.db.connection import Database, check_schema, migrate
 from tests.support.batches import lines
 from tests.support.stacks import FullStack, full_stack
 from tests.support.waiting import until
@@ -23,21 +24,26 @@ ROUNDS = 5
 PROGRAMS = {"gateway", "http", "watchdog", "worker", "heart"}
 
 
-@pytest.fixture(scope="module")
-def host(postgres: str) -> Iterator[FullStack]:
-    """All programs of one host, under a role of which Postgres takes as many connections as a host may need."""
+@contextmanager
+def limited(postgres: str, most: int) -> Iterator[str]:
+    """The URL of an empty database, for a role of which Postgres takes so many connections."""
     name = f"test_{uuid.uuid4().hex}"
     admin = psycopg2.connect(postgres % "postgres")
     admin.autocommit = True
     with ExitStack() as ending:
         ending.callback(admin.close)
         cursor = ending.enter_context(admin.cursor())
-        cursor.execute(f"CREATE ROLE {name} LOGIN CONNECTION LIMIT {MOST}")
+        cursor.execute(f"CREATE ROLE {name} LOGIN CONNECTION LIMIT {most}")
         ending.callback(lambda: cursor.execute(f"DROP ROLE {name}"))
         cursor.execute(f"CREATE DATABASE {name} OWNER {name}")
         ending.callback(lambda: cursor.execute(f"DROP DATABASE {name} WITH (FORCE)"))
-        url = (postgres % name).replace("user=postgres", f"user={name}")
-        stack = ending.enter_context(full_stack(BATCH_ENGINE="simulated", DATABASE_URL=url))
+        yield (postgres % name).replace("user=postgres", f"user={name}")
+
+
+@pytest.fixture(scope="module")
+def host(postgres: str) -> Iterator[FullStack]:
+    """All programs of one host, under a role of which Postgres takes as many connections as a host may need."""
+    with limited(postgres, MOST) as url, full_stack(BATCH_ENGINE="simulated", DATABASE_URL=url) as stack:
         stack.start_all()
         yield stack
 
@@ -87,6 +93,16 @@ def load(stack: FullStack) -> Iterator[list[threading.Thread]]:
     assert not failures, failures
 
 
+def test_no_program_takes_more_than_its_own(postgres: str) -> None:
+    """A program keeps to its number of connections also when it looks for a pooler, and for a session that is new."""
+    with limited(postgres, 1) as url:
+        database = Database(url, "test", connections=1)
+        database.call(migrate)
+        database.call(check_schema)
+        database.check_new()
+        database.close()
+
+
 @pytest.mark.thorough
 def test_a_host_under_load(host: FullStack, counted: Callable[[], dict[str, int]]) -> None:
     """With everything under load a host does with the connections that it is said to need: no call is refused one."""
@@ -105,7 +121,6 @@ def test_a_host_under_load(host: FullStack, counted: Callable[[], dict[str, int]
         assert not host.events(program, "database_away", mark)
 
 
-@pytest.mark.thorough
 def test_a_host_at_rest(host: FullStack, counted: Callable[[], dict[str, int]]) -> None:
     """Without work, a host gives back all connections but a few, and the worker keeps that of its heart."""
     until(lambda: sum(counted().values()) <= AT_REST, "connections to be closed", 60)

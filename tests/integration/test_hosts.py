@@ -1,5 +1,6 @@
 """Hosts as things: listed from any gateway, drained and given work again, forgotten; losses are reported by others."""
 
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from service.insight.routing import Freshness
 from service.machine import Place
 from tests.support.batches import finished, lines, refused
 from tests.support.namespaces import own_name
+from tests.support.ports import free_port
 from tests.support.sentry_receiver import receiving
 from tests.support.servers import Stack, new_stack
 from tests.support.stacks import BIN
@@ -184,6 +186,23 @@ def test_a_host_is_forgotten_only_when_it_is_gone(fleet: Stack) -> None:
         assert command(fleet, "hosts", "forget", "gone").returncode == 0
         assert "gone" not in {host.name for host in client.hosts()}
         database.close()
+
+
+def test_status_counts_the_hosts(fleet: Stack) -> None:
+    """`status` says how many hosts are there and names those that are lost, beside the workers of one watchdog; in JSON
+    each of them."""
+    asked = ("status", "--watchdog-target", f"127.0.0.1:{free_port()}")
+    database = Database(fleet.database_url, "test")
+    try:
+        assert "hosts     3 of 3 there (vllm-batch hosts)" in command(fleet, *asked).stdout
+        beat(database, "gone:worker", "tiny")
+        age(database, "gone", 100)
+        assert "hosts     3 of 4 there; lost: gone (vllm-batch hosts)" in command(fleet, *asked).stdout
+        states = {host["name"]: host["state"] for host in json.loads(command(fleet, *asked, "--json").stdout)["hosts"]}
+        assert (len(states), states["alpha"], states["gone"]) == (4, "HOST_STATE_ALIVE", "HOST_STATE_LOST")
+    finally:
+        database.close()
+    assert command(fleet, "hosts", "forget", "gone").returncode == 0
 
 
 def test_programs_that_end_because_their_parent_died_were_not_stopped(stack: Stack) -> None:

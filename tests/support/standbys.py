@@ -87,7 +87,9 @@ class Pair:
 
     def promote(self) -> None:
         """The second takes over."""
-        assert self.sql(self.second, "SELECT pg_promote(true, 60)") == [(True,)]
+        # A statement that waited for it would hold up what is still to be replayed, until it is cancelled for that.
+        assert self.sql(self.second, "SELECT pg_promote(false)") == [(True,)]
+        until(lambda: self.sql(self.second, "SELECT pg_is_in_recovery()") == [(False,)], "the promotion")
 
     def end(self) -> None:
         """Ends both."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -16,9 +17,11 @@ from click.testing import CliRunner
 from rich.progress import DownloadColumn
 
 from vllm_batch import CallError, Client
-from vllm_batch.cli import batches, main, results, submit, terminal
+from vllm_batch.cli import batches, main, overview, results, submit, terminal
 from vllm_batch.cli.options import OUTPUT_FILE
+from vllm_batch.cli.status import hosts_text
 from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import host_service_pb2 as hpb
 
 CLI = Path(sys.executable).parent / "vllm-batch"
 
@@ -331,6 +334,24 @@ def test_what_may_be_stored_can_be_submitted_again(
     found = CliRunner().invoke(main, ["retry", "batch_1"])
     assert found.exit_code == status
     assert f"the new batch may or may not be stored: repeat it with --request-id {keys[1]}," in found.stderr
+
+
+@pytest.mark.parametrize("found", [CallError(Unanswered()), [hpb.Host(name="one", state=hpb.HOST_STATE_ALIVE)]])
+def test_status_says_nothing_of_one_host(found: CallError | list[hpb.Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`status` has no line on hosts for callers that may not ask for them, nor where there is only one."""
+    monkeypatch.setattr(Client, "hosts", Mock(side_effect=[found]))
+    monkeypatch.setattr(sys.modules["vllm_batch.cli.status"], "ask_gateway", Mock(return_value=overview.Gateway()))
+    monkeypatch.setattr(sys.modules["vllm_batch.cli.status"], "ask_watchdog", Mock(return_value=overview.Watchdog()))
+    shown = CliRunner().invoke(main, ["status"])
+    assert (shown.exit_code, "hosts" in shown.stdout, "accepts new work" in shown.stdout) == (0, False, True)
+
+
+def test_status_names_few_of_many_hosts() -> None:
+    """Hosts that are lost or were stopped are named, of many the first ones."""
+    lost = [hpb.Host(name=f"l{number}", state=hpb.HOST_STATE_LOST) for number in range(7)]
+    others = [hpb.Host(name="a", state=hpb.HOST_STATE_ALIVE), hpb.Host(name="s", state=hpb.HOST_STATE_STOPPED)]
+    text = hosts_text([*others, *lost])
+    assert text == "1 of 9 there; lost: l0, l1, l2, l3, l4 and 2 more; stopped: s (vllm-batch hosts)"
 
 
 def test_an_interrupt_outside_of_calls(file: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import structlog
 from service.db.heartbeats import Beat, SeenBeat
 from service.db.recoveries import Pause
 from service.db.unserved import Unserved
+from service.gateway.housekeeping import INTERVAL_S
 from service.gateway.unserved_log import LASTING_S, UnservedLog
 from service.insight.routing import Contact, Freshness, LinkState
 from service.insight.waiting import Condition, Facts, Worker, decide, is_unserved, workers_of
@@ -260,6 +261,16 @@ def test_a_batch_says_what_the_log_and_the_metric_say(condition: Condition, mode
         pb.WAIT_REASON_RECOVERY_GAVE_UP,
     )
     assert is_unserved(TINY, workers) is (wait is not None and wait.reason in reasons)
+
+
+def test_what_is_unserved_is_reported_in_time() -> None:
+    """The loss of a host is reported within 15 s, also if its link is lost after 8 s and just after a round."""
+    said, now_s = UnservedLog(), 8 + INTERVAL_S
+    with structlog.testing.capture_logs() as logged:
+        while now_s <= 15:
+            said.note([Unserved(("tiny",), (1,), 5.0)], now_s)
+            now_s += INTERVAL_S
+    assert [event["event"] for event in logged] == ["models_unserved"]
 
 
 def test_a_restart_is_not_reported_as_unserved() -> None:

@@ -10,6 +10,7 @@ import grpc
 from vllm_batch.client import Client
 from vllm_batch.errors import CallError
 from vllm_batch.v1 import batch_service_pb2 as pb
+from vllm_batch.v1 import host_service_pb2 as hpb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 from vllm_batch.v1 import recovery_service_pb2_grpc
 
@@ -49,6 +50,14 @@ def ask_gateway(client: Client, limit: int) -> Gateway:
     except CallError as error:
         return Gateway(failure=error.message)
     return Gateway(refusal=status.message, batches=running + ended, models=status.models)
+
+
+def ask_hosts(client: Client) -> Sequence[hpb.Host]:
+    """All hosts; none for callers that may not ask."""
+    try:
+        return list(client.hosts())
+    except CallError:
+        return ()
 
 
 def ask_watchdog(channel: grpc.Channel) -> Watchdog:
