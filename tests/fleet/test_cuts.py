@@ -77,9 +77,9 @@ def test_a_cut_costs_nothing(guarded: Fleet, what: str, healed_after_s: int) -> 
     CUTS[what](guarded, a)
     # How long the cut lasts, not a wait for a condition.
     time.sleep(healed_after_s)
+    [(healed,)] = guarded.sql("SELECT clock_timestamp()")
     a.heal()
     began_s = time.monotonic()
-    [(healed,)] = guarded.sql("SELECT clock_timestamp()")
 
     def comes_back(look: Callable[[], bool], what: str) -> float:
         until(look, what, BACK_S - (time.monotonic() - began_s))
