@@ -394,8 +394,10 @@ class Settings(BaseSettings):
         files = {"TLS_CA": self.tls_ca, "TLS_CERT": self.tls_cert, "TLS_KEY": self.tls_key}
         given = {name: str(path or "") if self.server_cert else "" for name, path in files.items()}
         given |= {"TLS_SERVER_NAME": self.tls_server_name, "TOKEN_FILE": str(self.token_file or "")}
-        # The target is this machine, so no proxy is needed.
-        return {f"BATCH_{name}": value for name, value in given.items()} | {"no_grpc_proxy": bare(self.own_host)}
+        # This machine needs no proxy. The variable replaces no_proxy, which may name the gateway on another host.
+        excluded = [os.environ[name] for name in ("no_grpc_proxy", "no_proxy") if name in os.environ]
+        no_proxy = ",".join(filter(None, (*excluded[:1], bare(self.own_host))))
+        return {f"BATCH_{name}": value for name, value in given.items()} | {"no_grpc_proxy": no_proxy}
 
     def probe_address(self, process_name: str) -> str:
         """The socket at which a worker or gateway answers the watchdog, by its name in supervisord."""

@@ -271,6 +271,24 @@ def test_check_only_checks(module: str) -> None:
     assert b"BATCH_ENGINE" in bad.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "direct"),
+    [
+        ({}, "127.0.0.1"),
+        ({"no_proxy": "gpu-1,10.0.0.0/8"}, "gpu-1,10.0.0.0/8,127.0.0.1"),
+        ({"no_proxy": "gpu-1", "no_grpc_proxy": "gpu-2"}, "gpu-2,127.0.0.1"),
+        ({"no_proxy": "gpu-1", "no_grpc_proxy": ""}, "127.0.0.1"),
+    ],
+)
+def test_scripts_keep_what_needs_no_proxy(given: dict[str, str], direct: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts call this host without a proxy, and other hosts as the user's variables say."""
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().client_environment["no_grpc_proxy"] == direct
+
+
 def test_a_worker_on_every_address_is_known_by_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker on a wildcard address advertises its host's name, and loopback only if that name does not resolve."""
     monkeypatch.setattr("socket.gethostname", lambda: "localhost")
