@@ -141,11 +141,10 @@ class Database:
     def check_new(self) -> None:
         """Raises DatabaseAwayError unless Postgres takes a new session: it may refuse those, and serve the others.
 
-        As when all its connections are in use, or a password was changed.
+        As when all its connections are in use, or a password was changed. Takes one more than there may be: if it gave
+        one back first, it would get the place of that.
         """
-        with database_away(), self._turn():
-            # The new one is one of those that may be open at once.
-            self._pool.close_idle()
+        with database_away():
             sessions.open_session(self._timeout_s, **self._pool.connect_params).close()
 
     def close(self) -> None:
