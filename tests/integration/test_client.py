@@ -270,7 +270,7 @@ def test_status_as_json(full: FullStack, tmp_path: Path) -> None:
     found = json.loads(run(*command, cwd=tmp_path).stdout)
     assert found["gateway"] == {"accepts_new_work": True, "failure": "", "refusal": ""}
     assert [each["verdict"] for each in found["workers"]] == ["VERDICT_HEALTHY"]
-    assert set(found) == {"gateway", "watchdog", "workers", "last_restart", "models", "batches"}
+    assert set(found) == {"gateway", "watchdog", "hosts", "workers", "last_restart", "models", "batches"}
 
 
 def test_asyncio_client(full: FullStack) -> None:

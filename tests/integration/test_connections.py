@@ -120,6 +120,7 @@ def test_a_host_under_load(host: FullStack, counted: Callable[[], dict[str, int]
         assert not host.events(program, "database_away", mark)
 
 
+@pytest.mark.thorough
 def test_a_host_at_rest(host: FullStack, counted: Callable[[], dict[str, int]]) -> None:
     """Without work, a host gives back all connections but a few, and the worker keeps that of its heart."""
     until(lambda: sum(counted().values()) <= AT_REST, "connections to be closed", 60)

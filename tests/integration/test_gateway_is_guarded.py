@@ -68,6 +68,7 @@ def test_each_of_several_gateways_is_guarded() -> None:
         assert stack.restarts() == []
 
 
+@pytest.mark.thorough
 def test_openais_door_that_does_not_answer_is_restarted() -> None:
     """An http that is frozen, which would keep its clients waiting for ever, is restarted, and serves again."""
     timing = {"BATCH_HEARTBEAT_INTERVAL_S": "0.5", "BATCH_CHECK_INTERVAL_S": "2"}

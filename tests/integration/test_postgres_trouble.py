@@ -158,4 +158,5 @@ def test_failover(server: PostgresServer, running: tuple[Stack, Client, pb.Batch
     server.process.send_signal(signal.SIGKILL)
     server.process.wait(10)
     server.start(server.homes[1])
-    check_all_done(*running, outages=1)
+    # A statement that outlives the killed postmaster may succeed after another connection has failed.
+    check_all_done(*running, outages=2)

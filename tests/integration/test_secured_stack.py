@@ -65,7 +65,7 @@ def test_secured_stack(tmp_path: Path) -> None:
             assert expected in shown.stdout
 
         sockets = [path for path in (stack.home / "run").iterdir() if path.is_socket()]
-        assert {path.name for path in sockets} == {"supervisor.sock", "worker.sock", "gateway.sock"}
+        assert {path.name for path in sockets} == {"supervisor.sock", "worker.sock", "gateway.sock", "http.sock"}
         assert {path.stat().st_mode & 0o777 for path in sockets} == {0o700}
 
         for program, status in (("gateway", 0), ("worker", 0), ("stranger", 1)):
