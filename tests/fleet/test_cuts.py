@@ -16,13 +16,6 @@ CUTS: dict[str, Callable[[Fleet, Host], None]] = {
     "others": lambda made, host: host.cut_off(*(other for other in made.hosts if other is not host)),
     "everything": lambda made, host: host.cut_off(),
 }
-# The one that every run of the tests has time for.
-SHORT = ("everything", 10)
-ALL_CUTS = [
-    pytest.param(what, healed_after_s, marks=() if (what, healed_after_s) == SHORT else pytest.mark.thorough)
-    for what in CUTS
-    for healed_after_s in (10, 60, 300)
-]
 # After healing a host must work, and accept new work, within this time.
 BACK_S = 15.0
 
@@ -62,8 +55,9 @@ def events(made: Fleet, name: str) -> int:
     return sum(len(host.events("worker", name)) for host in made.hosts)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("what", "healed_after_s"), ALL_CUTS)
+@pytest.mark.parametrize(("what", "healed_after_s"), [(what, after_s) for what in CUTS for after_s in (10, 60, 300)])
 def test_a_cut_costs_nothing(guarded: Fleet, what: str, healed_after_s: int) -> None:
     """0 lost, 0 doubled, 0 restarts of healthy workers, and the host works and accepts again within 15 s."""
     a, b, _ = guarded.hosts
