@@ -22,7 +22,6 @@ from vllm_batch.v1 import recovery_service_pb2_grpc
 from watchdog import dry_run
 from watchdog.act import gpu
 from watchdog.alerts import Alerts
-from watchdog.guard import Guard
 from watchdog.host import Host
 from watchdog.metrics import WatchdogCollector
 from watchdog.neighbours import Neighbours
@@ -32,7 +31,7 @@ from watchdog.orders import Orders
 from watchdog.self_report import Report
 from watchdog.servicer import RecoveryServicer
 from watchdog.supervisor import Supervisor, SupervisorAwayError
-from watchdog.wiring import GROUP, SERVER_GROUPS, GuardFactory, limits_of, servers_of, workers_of
+from watchdog.wiring import GROUP, SERVER_GROUPS, GuardFactory, limits_of, processes_of
 
 SUPERVISOR_TIMEOUT_S = 5.0
 DISCOVER_INTERVAL_S = 5.0
@@ -116,13 +115,12 @@ async def guard(settings: Settings, stalls: StallDetector) -> int:
     factory = GuardFactory(
         settings, limits_of(settings), supervisor, database, SystemClock(), stalls, on_change, alerts
     )
-    workers = Host(supervisor, factory.make, workers_of if "worker" in settings.runs else _none)
 
-    def make_server(name: str) -> Guard:
-        group, process_name = name.split(":")
-        return factory.make(process_name, group)
+    def guarding(*groups: str) -> Host:
+        run = [group for group in groups if group in settings.runs]
+        return Host(supervisor, factory.make, lambda supervisor: processes_of(supervisor, run))
 
-    servers = Host(supervisor, make_server, lambda supervisor: servers_of(supervisor, settings.runs))
+    workers, servers = guarding(GROUP), guarding(*SERVER_GROUPS)
     place = machine.settle(settings.home)
     report = Report(
         supervisor,
@@ -286,11 +284,6 @@ def _repeat(
         (woken or ending).wait(interval_s)
         if woken is not None:
             woken.clear()
-
-
-def _none(supervisor: Supervisor) -> dict[str, str]:
-    """The processes of a program that this host does not run."""
-    return {}
 
 
 def main(arguments: Sequence[str]) -> int:

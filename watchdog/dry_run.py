@@ -18,7 +18,7 @@ from watchdog.policy import Action, Decision, Evidence, Limits, Memory
 from watchdog.record.audit_log import counted_since
 from watchdog.record.history import History, history_of
 from watchdog.supervisor import Supervisor, SupervisorAwayError
-from watchdog.wiring import GROUP, journal_of, observer_of, servers_of, workers_of
+from watchdog.wiring import GROUP, SERVER_GROUPS, journal_of, observer_of, processes_of
 
 LOOK_INTERVAL_S = 0.5
 
@@ -56,6 +56,7 @@ def watch(
     observers: dict[str, Observer] = {}
     bystanders: dict[str, Bystander] = {}
     said: dict[str, Decision] = {}
+    groups = [GROUP, *(group for group in SERVER_GROUPS if group in settings.runs)]
     place = machine.here()
     log.info("dry_run_started")
     while True:
@@ -67,17 +68,14 @@ def watch(
                     observer.close()
                 observers.clear()
         try:
-            found = [(GROUP, *one) for one in workers_of(supervisor).items()]
-            for worker_id, name in servers_of(supervisor, settings.runs).items():
-                group, process_name = name.split(":")
-                found.append((group, worker_id, process_name))
+            found = processes_of(supervisor, groups)
         except SupervisorAwayError as error:
             log.warning("workers_not_found", cause=str(error))
-            found = []
-        for group, worker_id, name in found:
+            found = {}
+        for worker_id, name in found.items():
             if worker_id not in observers:
                 observers[worker_id] = observer_of(
-                    settings, supervisor, database, clock, stalls, name, woken.set, place, group
+                    settings, supervisor, database, clock, stalls, name, woken.set, place
                 )
                 bystanders[worker_id] = Bystander(limits)
             history = history_of(_events(settings, database, clock, place, worker_id, name), clock.now())
@@ -97,4 +95,4 @@ def _events(
     try:
         return database.call(recoveries.of_note, worker_id, place.machine, counted_since(clock))
     except DATABASE_ERRORS:
-        return [entry.event for entry in journal_of(settings, name).read() or []]
+        return [entry.event for entry in journal_of(settings, name.rpartition(":")[2]).read() or []]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from service.telemetry import logs
 from watchdog.guard import Guard
 from watchdog.supervisor import Supervisor, SupervisorAwayError
-from watchdog.wiring import workers_of
+from watchdog.wiring import processes_of
 
 STOP_TIMEOUT_S = 2.0
 
@@ -22,7 +22,7 @@ class Host:
 
     supervisor: Supervisor
     make_guard: Callable[[str], Guard]
-    find: Callable[[Supervisor], dict[str, str]] = workers_of
+    find: Callable[[Supervisor], dict[str, str]] = processes_of
     by_worker: dict[str, Guard] = field(default_factory=dict)
 
     def discover(self) -> None:

@@ -61,22 +61,16 @@ def limits_of(settings: Settings) -> Limits:
     )
 
 
-def workers_of(supervisor: Supervisor) -> dict[str, str]:
-    """Returns supervisord's names of this host's workers by worker id. Raises SupervisorAwayError."""
-    return {_worker_id(name): name for name in supervisor.processes(GROUP)}
+def processes_of(supervisor: Supervisor, groups: Collection[str] = (GROUP,)) -> dict[str, str]:
+    """Returns supervisord's full names, `group:process`, of this host's processes in these groups, by worker id.
 
-
-def servers_of(supervisor: Supervisor, runs: Collection[str]) -> dict[str, str]:
-    """Returns supervisord's full names, `group:process`, of the gateways and OpenAI's doors that this host runs.
-
-    By worker id. Raises SupervisorAwayError.
+    Raises SupervisorAwayError.
     """
-    groups = [group for group in SERVER_GROUPS if group in runs]
     return {_worker_id(name): f"{group}:{name}" for group in groups for name in supervisor.processes(group)}
 
 
 def journal_of(settings: Settings, process_name: str) -> Journal:
-    """Returns a worker's journal on this host."""
+    """Returns the journal of a process of this host."""
     return Journal(settings.home / "recovery" / f"{process_name}.json")
 
 
@@ -86,18 +80,18 @@ def observer_of(
     database: Database,
     clock: Clock,
     stalls: StallDetector,
-    process_name: str,
+    name: str,
     on_change: Callable[[], None],
     place: Place,
-    group: str = GROUP,
 ) -> Observer:
-    """Returns the observer of one worker, gateway or OpenAI's door of this host."""
+    """Returns the observer of the process of this host that supervisord calls `name`, `group:process`."""
+    group, process_name = name.split(":")
     socket_address = settings.probe_address(process_name)
     # The ports of several gateways are in no heartbeat, and this probe speaks no TLS: then there is the socket alone.
     has_port = group == GROUP and settings.server_cert is None
     address = settings.own_address(settings.worker_port) if process_name == group else None
     return Observer(
-        name=f"{group}:{process_name}",
+        name=name,
         worker_id=_worker_id(process_name),
         supervisor=supervisor,
         database=database,
@@ -132,16 +126,17 @@ class GuardFactory:
         default_factory=lambda: {Verdict.DATABASE_AWAY: Outage(), Verdict.SUPERVISOR_AWAY: Outage()}
     )
 
-    def make(self, process_name: str, group: str = GROUP) -> Guard:
-        """Makes a guard, not started yet, for the process that supervisord calls `process_name` in this group."""
+    def make(self, name: str) -> Guard:
+        """Makes a guard, not started yet, for the process that supervisord calls `name`, `group:process`."""
+        group, process_name = name.split(":")
         settings, worker_id, woken = self.settings, _worker_id(process_name), threading.Event()
         place, journal = machine.settle(settings.home), journal_of(settings, process_name)
         observer = observer_of(
-            settings, self.supervisor, self.database, self.clock, self.stalls, process_name, woken.set, place, group
+            settings, self.supervisor, self.database, self.clock, self.stalls, name, woken.set, place
         )
         mark = Mark(settings.home, process_name)
         restarter = Restarter(
-            name=f"{group}:{process_name}",
+            name=name,
             mark=mark,
             leftovers=Leftovers(mark),
             supervisor=self.supervisor,

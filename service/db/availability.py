@@ -125,6 +125,11 @@ def _has_no_ids(sqlstate: str, error: Exception) -> bool:
     return sqlstate == TOO_LARGE and getattr(diag, "source_file", None) in ("varsup.c", "multixact.c")
 
 
+def _sqlstate(error: BaseException | None) -> str | None:
+    """The SQLSTATE of an error of psycopg2, which peewee may have wrapped."""
+    return getattr(getattr(error, "orig", None) or error, "pgcode", None)
+
+
 def is_away(error: Exception) -> bool:
     """True if the operation should be retried later."""
     return meaning_of(error) is Meaning.AWAY
@@ -138,7 +143,7 @@ def is_cut(error: Exception) -> bool:
     cause = error.__cause__ if isinstance(error, DatabaseAwayError) else error
     if cause is None:
         return False
-    sqlstate = getattr(getattr(cause, "orig", None) or cause, "pgcode", None)
+    sqlstate = _sqlstate(cause)
     # 57P01 and its neighbours: the server ends the session, and says so.
     return sqlstate is None or sqlstate.startswith("57P")
 
@@ -153,13 +158,12 @@ def is_foreign(error: Exception) -> bool:
     `error`: of a call that Postgres did not serve.
     """
     cause = error.__cause__ if isinstance(error, DatabaseAwayError) else error
-    sqlstate = getattr(getattr(cause, "orig", None) or cause, "pgcode", None) or ""
-    return sqlstate.startswith(FOREIGN)
+    return (_sqlstate(cause) or "").startswith(FOREIGN)
 
 
 def is_read_only(error: Exception) -> bool:
     """True for an error of a server that takes no writes: after a failover it may be a standby of another one."""
-    return getattr(getattr(error, "orig", None) or error, "pgcode", None) == READ_ONLY
+    return _sqlstate(error) == READ_ONLY
 
 
 @contextmanager

@@ -134,11 +134,9 @@ class AuditLog:
         """The journal's entries without those of the machine from which this home was copied, or of another name."""
         if entries is None:
             return None
-        events = ((entry, entry.event) for entry in entries)
+        machines = (self._machine, "")
         own = [
-            entry
-            for entry, event in events
-            if event.machine in (self._machine, "") and event.worker_id == self._worker_id
+            entry for entry in entries if entry.event.machine in machines and entry.event.worker_id == self._worker_id
         ]
         # Of a journal in which nothing is ours it is not known what happened here.
         return own if own or not entries else None
