@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.batches import line, lines
-from tests.support.namespaces import own_mounts
+from tests.support.namespaces import moving_name
 from tests.support.servers import Stack
 from tests.support.stacks import ROOT, FullStack, full_stack
 from tests.support.waiting import until
@@ -345,14 +345,7 @@ with Client(sys.argv[1], patience_s=15) as client:
 
 def test_a_name_that_moves_is_found_again(stack: Stack, tmp_path: Path) -> None:
     """A client calls the gateway at the address for which its name stands since the gateway's next start."""
-    names = tmp_path / "hosts"
-
-    def move(address: str) -> None:
-        names.write_text(f"127.0.0.1 localhost\n{address} moving\n")
-
-    with own_mounts():
-        move("127.0.0.2")
-        subprocess.run(["mount", "--bind", names, "/etc/hosts"], check=True, timeout=10)
+    with moving_name(tmp_path) as move:
         gateway = stack.gateway(host="moving", allow_insecure="true")
         command = [sys.executable, "-c", ASKER, f"moving:{stack.target.rpartition(':')[2]}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as asker:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.rpc import pages
 from tests.support.batches import count, finished, line, lines, refused
-from tests.support.made_up import payloads
+from tests.support.made_up import methods, payloads
 from tests.support.servers import Stack
 from tests.support.waiting import until
 from vllm_batch import CallError, Client
@@ -113,12 +113,7 @@ def test_fuzzed_files(serving: Stack, client: Client) -> None:
     check()
 
 
-SERVICES = {
-    f"/{service.full_name}/{method.name}": method
-    for file in (batch_service_pb2, host_service_pb2, webhook_service_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
+SERVICES = methods(batch_service_pb2, host_service_pb2, webhook_service_pb2)
 
 
 def test_fuzzed_messages(serving: Stack, client: Client) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from service.database_url import parse
 from tests.support.batches import finished, lines
-from tests.support.namespaces import Network, own_mounts, own_name
+from tests.support.namespaces import Network, moving_name, own_name
 from tests.support.ports import free_port
 from tests.support.servers import Server, Stack, new_database
 from tests.support.stacks import BIN, FullStack, full_stack
@@ -204,14 +204,7 @@ def test_an_address_that_vanishes_restarts_nothing() -> None:
 def test_a_name_that_moves_is_found_again(stack: Stack, tmp_path: Path) -> None:
     """A gateway calls a worker at the address for which its name stands since its next start; it does not wait for the
     half minute after which gRPC would ask for the name again."""
-    names = tmp_path / "hosts"
-
-    def move(address: str) -> None:
-        names.write_text(f"127.0.0.1 localhost\n{address} moving\n")
-
-    with own_mounts():
-        move("127.0.0.2")
-        subprocess.run(["mount", "--bind", names, "/etc/hosts"], check=True, timeout=10)
+    with moving_name(tmp_path) as move:
         gateway, worker = stack.gateway(), stack.worker(host="moving", allow_insecure="true")
         stack.wait_until_accepting()
         for lives, address in ((2, "127.0.0.3"), (3, "127.0.0.4")):

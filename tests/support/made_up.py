@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
@@ -28,6 +28,19 @@ INTEGERS = {
 # A Struct contains itself.
 DEPTH = 4
 NOTHING: Mapping[str, Sequence[str]] = {}
+
+
+def methods(*files: Any) -> dict[str, MethodDescriptor]:
+    """The methods of all services in these generated modules, by the path of their calls."""
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    return {f"/{service.full_name}/{method.name}": method for service in services for method in service.methods}
+
+
+def check_taken(args: Sequence[object]) -> None:
+    """Fails for arguments that Postgres would refuse: text with NUL, and numbers beyond bigint."""
+    for arg in args:
+        assert not isinstance(arg, str) or "\0" not in arg
+        assert not isinstance(arg, int) or -(2**63) <= arg < 2**63
 
 
 def _one(field: FieldDescriptor, real: Mapping[str, Sequence[str]], depth: int) -> st.SearchStrategy[Any]:

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -40,6 +40,20 @@ def _own(kind: str, *first: str) -> Iterator[None]:
 def own_mounts() -> "AbstractContextManager[None]":
     """A mount namespace; its mounts vanish with the last process in it."""
     return _own("mnt", "mount --make-rprivate /")
+
+
+@contextmanager
+def moving_name(folder: Path) -> Iterator[Callable[[str], None]]:
+    """A mount namespace in which the name `moving` stands for 127.0.0.2, or the address that was last given to this."""
+    names = folder / "hosts"
+
+    def move(address: str) -> None:
+        names.write_text(f"127.0.0.1 localhost\n{address} moving\n")
+
+    with own_mounts():
+        move("127.0.0.2")
+        _mount("--bind", names, "/etc/hosts")
+        yield move
 
 
 def ipv6_alone() -> "AbstractContextManager[None]":

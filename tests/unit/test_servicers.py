@@ -23,19 +23,15 @@ from service.rpc import call_context
 from service.tenants import Quotas
 from service.worker.intake import Rows, Sizes, inline_lines, inline_place
 from service.worker.offer import Offer
+from tests.support.made_up import check_taken, methods
 from tests.support.made_up import messages as made_up
 from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import host_service_pb2, webhook_service_pb2
 
-SERVICES = {
-    method.full_name: method
-    for file in (pb, host_service_pb2, webhook_service_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
+SERVICES = methods(pb, host_service_pb2, webhook_service_pb2)
 # Those are about what is stored; the others are the gateway's, or the worker's alone.
-STORED = sorted({*SERVICES} - {f"vllm_batch.v1.BatchService.{name}Batch" for name in ("Create", "Upload")})
-STORED.remove("vllm_batch.v1.BatchService.GetServiceStatus")
+STORED = sorted({*SERVICES} - {f"/vllm_batch.v1.BatchService/{name}Batch" for name in ("Create", "Upload")})
+STORED.remove("/vllm_batch.v1.BatchService/GetServiceStatus")
 REAL = {"batch_id": ["batch_1", "batch_9223372036854775807"], "delivery_id": ["evt_" + "0" * 32]}
 NO_WORKERS: Any = SimpleNamespace(place=Place(), unreached=dict)
 
@@ -45,9 +41,7 @@ class Nothing:
 
     async def read(self, function: Any, *args: Any) -> Any:
         """Takes only what Postgres takes."""
-        for arg in args:
-            assert not isinstance(arg, str) or "\0" not in arg
-            assert not isinstance(arg, int) or -(2**63) <= arg < 2**63
+        check_taken(args)
         return None if function.__name__ in ("get", "read_one", "cancel", "delete", "retry") else []
 
     run = run_idempotent = read
@@ -55,7 +49,7 @@ class Nothing:
 
 def answer(name: str, message: Message) -> None:
     """Calls the method as a server does."""
-    service, method = name.split(".")[-2:]
+    service, method = name.rpartition(".")[2].split("/")
     database, limits = Nothing(), Limits(1, 1)
     servicers: dict[str, Any] = {
         "BatchService": BatchServicer(database, limits),  # type: ignore[arg-type]
@@ -83,8 +77,8 @@ def answer(name: str, message: Message) -> None:
         )
     )
 )
-@example(("vllm_batch.v1.BatchService.ListBatches", pb.ListBatchesRequest(tenant="\0")))
-@example(("vllm_batch.v1.WebhookService.ListDeliveries", webhook_service_pb2.ListDeliveriesRequest(tenant="\0")))
+@example(("/vllm_batch.v1.BatchService/ListBatches", pb.ListBatchesRequest(tenant="\0")))
+@example(("/vllm_batch.v1.WebhookService/ListDeliveries", webhook_service_pb2.ListDeliveriesRequest(tenant="\0")))
 def test_any_message(given: tuple[str, Any]) -> None:
     """Any message about what is stored is answered, or refused with a code and a sentence for whoever sent it."""
     refusal = None
