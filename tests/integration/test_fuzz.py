@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from service.rpc import pages
@@ -133,6 +133,8 @@ def test_fuzzed_messages(serving: Stack, client: Client) -> None:
 
         @fuzz
         @given(calls)
+        @example(("/vllm_batch.v1.BatchService/ListBatches", [b""]))
+        @example(("/vllm_batch.v1.BatchService/GetBatch", [b""]))
         def check(one: tuple[str, list[bytes]]) -> None:
             path, messages = one
             method = SERVICES[path]
@@ -145,8 +147,11 @@ def test_fuzzed_messages(serving: Stack, client: Client) -> None:
             assert error is None or error.code in {*CLEAR, *CONFLICTS}, (path, messages, error)
 
         check()
-    # Some have got past the checks of their fields, and some have not.
-    assert {code for _, code in seen} >= {None, grpc.StatusCode.INVALID_ARGUMENT}
+    # Some have got past the checks of their fields, and some have not: beside the two examples, among many.
+    accepted = {name for name, code in seen if code is None}
+    assert "ListBatches" in accepted
+    assert ("GetBatch", grpc.StatusCode.INVALID_ARGUMENT) in seen
+    assert EXAMPLES < 1000 or len(accepted) > 5
     assert finished(client, client.submit_lines(lines(1)).id).counts.completed == 1
     assert all(server.process.poll() is None for server in serving.servers)
     assert not [event for server in serving.servers for event in server.events("call_failed")]
