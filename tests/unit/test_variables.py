@@ -209,7 +209,8 @@ def test_what_is_no_file(kind: str, env_file: Path) -> None:
         os.mkfifo(env_file)
     else:
         env_file.symlink_to(env_file.parent if kind == "link to a folder" else "nothing")
-    told = "a link to nothing" if kind == "link to nothing" else "it must be a file"
+    what = "a pipe" if kind == "pipe" else "a folder"
+    told = "a link to nothing" if kind == "link to nothing" else f"it is {what}, and must be a file"
     assert variables.read_file(env_file) == ({}, [f"{env_file}: {told}"])
     with pytest.raises(SystemExit):
         config.load()
