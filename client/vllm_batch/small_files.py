@@ -20,14 +20,26 @@ _KINDS = {
 
 
 def kind(path: Path) -> str:
-    """What is there: "a folder", "a pipe", "a socket" or "a device"; "" for a file, and for /dev/null.
+    """What is there: "a folder", "a pipe", "a socket" or "a device"; "" for a file, /dev/null and `<(COMMAND)`.
 
     Raises OSError if nothing is there.
     """
     found = path.stat()
+    if stat.S_ISFIFO(found.st_mode) and found.st_dev == _device_of_pipes():
+        # Without a name, as a shell makes it: there is, or was, somebody who writes.
+        return ""
     if found.st_rdev and os.path.samestat(found, os.stat(os.devnull)):
         return ""
     return _KINDS.get(stat.S_IFMT(found.st_mode), "")
+
+
+def _device_of_pipes() -> int:
+    ends = os.pipe()
+    try:
+        return os.fstat(ends[0]).st_dev
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def problem(path: Path) -> str:

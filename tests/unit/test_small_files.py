@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.timeout(30)
 KINDS = ("pipe", "device", "folder", "socket", "huge")
 # Settings that are paths of files.
 FILES = [name for name, field in Settings.model_fields.items() if Path in get_args(field.annotation)]
+
+READ = "import sys, pathlib; from vllm_batch import small_files as s; print(s.read(pathlib.Path(sys.argv[1])).decode())"
 
 Make = Callable[[str], Path]
 
@@ -71,6 +75,18 @@ def test_what_is_read(kind: str, make: Make) -> None:
         small_files.read(path)
     assert small_files.read(Path("/dev/null")) == b""
     assert small_files.read(Path("/proc/self/cmdline"))
+
+
+def test_the_output_of_a_command() -> None:
+    """What a shell gives for `<(COMMAND)` is read, also when the command has ended, up to the limit."""
+    shown = subprocess.run(
+        ["bash", "-c", f'"$0" -c "{READ}" <(printf secret) && "$0" -c "{READ}" <(cat /dev/zero)', sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert shown.stdout == "secret\n"
+    assert "has more than 16 MiB" in shown.stderr
 
 
 def test_a_file_that_does_not_tell_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
