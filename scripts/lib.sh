@@ -10,7 +10,8 @@ umask o-w
 for number in 0 1 2; do [[ -e /proc/self/fd/$number ]] || eval "exec $number<>/dev/null"; done
 # The script itself, which may have been called over a link and from any folder.
 self=$(readlink -f "$0")
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# As Python finds it, also if the checkout is reached over a link: paths of both are compared.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
 python=$root/.venv/bin/python
 

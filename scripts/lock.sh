@@ -2,7 +2,7 @@
 # Renews conf/requirements-cpu.txt and -cuda.txt, which setup.sh installs: the newest versions within setup.cfg's ranges,
 # with hashes. Arguments go to `uv pip compile`, such as `--upgrade-package grpcio`; without any, everything is upgraded.
 set -euo pipefail
-source "$(dirname "$0")/lib.sh"
+source "$(dirname "$(readlink -f "$0")")/lib.sh"
 [[ -x $python ]] || fail "not installed yet: run scripts/setup.sh"
 (($#)) || set -- --upgrade
 

@@ -14,6 +14,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -278,10 +279,12 @@ def probe_glibc() -> tuple[int, int] | None:
 def read_settings() -> dict[str, str]:
     """Returns the BATCH_ settings of this checkout."""
     path = Path(os.environ.get("BATCH_ENV_FILE", ROOT / ".env"))
-    try:
-        text = path.read_text()
-    except OSError:
-        text = ""
+    text = ""
+    # What is no file, or a huge one, is refused later, by what reads it properly.
+    with suppress(OSError):
+        if path.is_file():
+            with path.open(errors="replace") as file:
+                text = file.read(16 * MiB)
     return given_settings(os.environ, text)
 
 

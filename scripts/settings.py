@@ -18,7 +18,10 @@ from service.config import ROOT
 def supervisord_conf(home: Path) -> Path:
     """The supervisord.conf of a home: the shipped one for var/, also over a link; any other home has its own."""
     default = ROOT / "var"
-    is_default = home == default or (home.exists() and default.exists() and home.samefile(default))
+    # Before the first start neither exists.
+    is_default = os.path.realpath(home) == os.path.realpath(default) or (
+        home.exists() and default.exists() and home.samefile(default)
+    )
     return ROOT / "conf/supervisord.conf" if is_default else home / "supervisord.conf"
 
 

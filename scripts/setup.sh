@@ -4,7 +4,7 @@
 # (prerequisites.py): as root it installs them with apt; otherwise it says what to install before downloading anything.
 # ENGINE=cpu or ENGINE=cuda chooses the build, for an image that is made on a machine without the GPU.
 set -euo pipefail
-source "$(dirname "$0")/lib.sh"
+source "$(dirname "$(readlink -f "$0")")/lib.sh"
 
 find_python() {
   local candidate

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs supervisord for this BATCH_HOME; used by start-all.sh and the systemd unit. Arguments go to supervisord.
 set -euo pipefail
-source "$(dirname "$0")/lib.sh"
+source "$(dirname "$(readlink -f "$0")")/lib.sh"
 know_settings quietly
 write_supervisord_conf
 [[ $postgres = embedded ]] && BATCH_EMBEDDED_POSTGRES=true || BATCH_EMBEDDED_POSTGRES=false

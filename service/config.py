@@ -25,6 +25,7 @@ from pydantic_settings import (
 from service import addresses, database_url, endpoints, machine, variables, webhook_targets
 from service.addresses import bare, is_loopback
 from service.auth import handshake, key_files
+from vllm_batch import small_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +53,9 @@ OTHER_VARIABLES = {
 
 # Prefixes of the variables by which vLLM and what it uses are set up.
 ENGINE_VARIABLES = ("CUDA_", "HF_", "LD_", "NCCL_", "NVIDIA_", "PYTORCH_", "RAY_", "TORCH_", "TRITON_", "VLLM_")
+
+# Flags of vLLM for files that it reads whole.
+WHOLE_FILES = ("--chat-template", "--chat_template", "--config")
 
 # What libpq, and the server itself, read from the environment.
 LIBPQ_VARIABLE = re.compile("PG[A-Z]+")
@@ -445,7 +449,7 @@ def process_name(otherwise: str = "worker") -> str:
 def fingerprint_now() -> str:
     """The fingerprint of the settings as a process that starts now would have them; empty when they are wrong."""
     try:
-        return Settings().fingerprint
+        return _settings().fingerprint
     except (OSError, ValueError):
         return ""
 
@@ -460,9 +464,10 @@ def judge_variables() -> variables.Judgement:
     """Which variables in the environment and in `.env` have wrong names, and which are not ours."""
     file, wrong = variables.read_file(ENV_FILE)
     if os.environ.get("BATCH_ENV_FILE") and not ENV_FILE.exists():
-        wrong.append(f"BATCH_ENV_FILE: there is no {ENV_FILE}")
+        wrong.append(f"there is no {ENV_FILE}")
     judgement = variables.judge(os.environ, file, known_variables())
-    judgement.wrong[:0] = wrong
+    named = "BATCH_ENV_FILE: " if os.environ.get("BATCH_ENV_FILE") else ""
+    judgement.wrong[:0] = [f"{named}{line}" for line in wrong]
     return judgement
 
 
@@ -515,11 +520,8 @@ def examine(**given: Any) -> tuple[Settings | None, variables.Judgement]:
     """
     judgement = judge_variables()
     settings = None
-    if ENV_FILE.is_fifo():
-        # pydantic-settings would wait for whoever writes into it.
-        return None, judgement
     try:
-        settings = Settings(**given)
+        settings = _settings(**given)
         judgement.wrong += wrong_files(settings)
     except ValidationError as error:
         judgement.wrong += problems(error)
@@ -528,6 +530,14 @@ def examine(**given: Any) -> tuple[Settings | None, variables.Judgement]:
         pass
     judgement.wrong = [_USER.sub("://…@", line) for line in judgement.wrong]
     return settings, judgement
+
+
+def _settings(**given: Any) -> Settings:
+    """The settings. Raises ValidationError, or OSError for a `.env` that cannot be read."""
+    if problem := variables.problem(ENV_FILE):
+        # pydantic-settings would read it too, and wait for whoever writes into a pipe.
+        raise OSError(problem)
+    return Settings(**given)
 
 
 # Variables that this process took from `.env`.
@@ -577,7 +587,7 @@ def wrong_certificates(settings: Settings) -> list[str]:
     name = settings.tls_server_name or ("" if addresses.is_any(settings.host) else bare(settings.host))
     try:
         why = handshake.problem((certificate, key), authorities, name, client, settings.client_ca)
-    except OSError:
+    except (OSError, ValueError):
         # Of a file, about which something is said already.
         return []
     return [f"BATCH_SERVER_CERT, BATCH_TLS_CA, BATCH_TLS_CERT, BATCH_CLIENT_CA: {why}"] if why else []
@@ -604,7 +614,7 @@ def wrong_webhooks(settings: Settings) -> list[str]:
 
 
 def wrong_files(settings: Settings) -> list[str]:
-    """One line per file of keys, certificates or tokens that cannot be used."""
+    """One line per file of keys, certificates, tokens or flags that cannot be used."""
     checks: list[tuple[str, Path | None, Callable[[Path], object]]] = [
         ("BATCH_CLIENT_CA", settings.client_ca, key_files.check_authorities),
         ("BATCH_TLS_CA", settings.tls_ca, key_files.check_authorities),
@@ -613,8 +623,8 @@ def wrong_files(settings: Settings) -> list[str]:
         ("BATCH_TENANTS_FILE", settings.tenants_file, key_files.read_quotas),
     ]
     for name, certificate, key in (
-        ("BATCH_SERVER_KEY", settings.server_cert, settings.server_key),
-        ("BATCH_TLS_KEY", settings.tls_cert, settings.tls_key),
+        ("BATCH_SERVER_CERT, BATCH_SERVER_KEY", settings.server_cert, settings.server_key),
+        ("BATCH_TLS_CERT, BATCH_TLS_KEY", settings.tls_cert, settings.tls_key),
     ):
         if certificate is not None:
             checks.append((name, key, partial(key_files.check_pair, certificate)))
@@ -625,6 +635,29 @@ def wrong_files(settings: Settings) -> list[str]:
                 check(path)
         except (OSError, ValueError) as error:
             wrong.append(f"{name}: {error}")
+    return wrong + _wrong_engine_files(settings)
+
+
+def _wrong_engine_files(settings: Settings) -> list[str]:
+    """One line per flag with a pipe or a device, or with a huge file where vLLM reads all of it at once.
+
+    The worker would load for ever. A folder or a large file may be right for other flags; a socket cannot be opened.
+    """
+    wrong, flag = [], ""
+    for word in shlex.split(settings.engine_args):
+        value = word
+        if word.startswith("-"):
+            flag, _, value = word.partition("=")
+        try:
+            path = ROOT / value
+            problem = small_files.problem(path)
+            is_wrong = flag in WHOLE_FILES or small_files.kind(path) in ("a pipe", "a device")
+        except (OSError, ValueError):
+            # It is no path.
+            continue
+        if value and problem and is_wrong:
+            # The value may be a secret.
+            wrong.append(f"BATCH_ENGINE_ARGS: the file of {flag or 'an argument'} {problem}")
     return wrong
 
 

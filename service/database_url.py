@@ -1,17 +1,24 @@
 """Database URLs: accepts exactly what libpq and psql accept. No message from here quotes any part of a URL."""
 
 import ipaddress
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psycopg2
 from psycopg2.extensions import parse_dsn
 
+from vllm_batch import small_files
+
 SCHEMES = ("postgresql://", "postgres://")
 # A host that cannot exist: libpq checks all parameters, then fails here without using the network.
 NOWHERE = "/dev/null/none"
 TOO_FEW_HOSTS = "could not match"
+
+# Parameters that name files, which libpq opens whatever they are; each has a variable too. It looks at passfile itself.
+FILES = ("servicefile", "sslcert", "sslcrl", "sslkey", "sslrootcert")
 
 # Parameters of other drivers, safe to name: an unknown one may be part of a password that was not encoded.
 FOREIGN = frozenset(
@@ -53,6 +60,7 @@ def parse(url: str) -> dict[str, str]:
         _check_encoded(url, given)
     if "replication" in given:
         raise UrlError("a connection for replication takes no batches")
+    _check_files(given)
     _check_values(given)
     return given
 
@@ -72,6 +80,20 @@ def _check_encoded(url: str, given: Mapping[str, str]) -> None:
     is_encoded = "%40" in url
     if not is_encoded and any("@" in given.get(name, "") for name in ("host", "dbname")):
         raise UrlError(ENCODE)
+
+
+def _check_files(given: Mapping[str, str]) -> None:
+    """Refuses what libpq would wait for: no deadline ends that."""
+    for name in FILES:
+        variable = f"PG{name.upper()}"
+        path = given.get(name) or os.environ.get(variable, "")
+        try:
+            problem = small_files.problem(Path(path)) if path else ""
+        except (OSError, ValueError):
+            # It need not be there: `system` names no file, and what is missing libpq reports.
+            continue
+        if problem:
+            raise UrlError(f"its {name} {problem}" if name in given else f"{variable} {problem}")
 
 
 def _check_values(given: Mapping[str, str]) -> None:

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -11,6 +10,8 @@ from pathlib import Path
 
 from dotenv.parser import Binding, Original, parse_stream
 from dotenv.variables import parse_variables
+
+from vllm_batch import small_files
 
 PREFIX = "BATCH_"
 ENCODING = "utf-8-sig"
@@ -38,17 +39,18 @@ def read_file(path: Path) -> tuple[dict[str, str], list[str]]:
     As in shells, ${NAME} expands to another variable, except in single quotes.
     """
     try:
-        if (problem := _no_file(path)) is not None:
-            return {}, [f"{path}: {problem}"] if problem else []
-        with path.open(encoding=ENCODING) as file:
-            text = file.read()
+        if found := problem(path):
+            return {}, [f"{path}: {found}"]
+        text = small_files.read(path).decode(ENCODING) if path.is_file() else ""
     except UnicodeDecodeError:
         return {}, [f"{path}: not UTF-8 text"]
+    except ValueError as error:
+        return {}, [str(error)]
     except OSError as error:
         return {}, [f"{path}: {error.strerror}"]
     if "\0" in text:
         return {}, [f"{path}: it has a NUL, as UTF-16 has"]
-    statements = list(parse_stream(io.StringIO(text)))
+    statements = list(parse_stream(io.StringIO(text, newline=None)))
     # The text may be a secret: only the number of its line is shown.
     wrong = [
         f"{path}, line {_line(statement.original)}: not NAME=value"
@@ -58,16 +60,17 @@ def read_file(path: Path) -> tuple[dict[str, str], list[str]]:
     return _values(statements), wrong
 
 
-def _no_file(path: Path) -> str | None:
-    """Why there is nothing to read; empty if nothing is meant to be there, as with /dev/null. None for a file."""
+def problem(path: Path) -> str:
+    """Why a file like `.env` cannot be read; "" if it can, or if nothing is meant to be there, as with /dev/null.
+
+    Raises OSError.
+    """
     try:
-        mode = path.stat().st_mode
+        # Each of our processes reads it, also much later: a pipe could give its text to one of them alone.
+        found = small_files.problem(path)
     except (FileNotFoundError, NotADirectoryError):
         return "a link to nothing" if path.is_symlink() else ""
-    if stat.S_ISREG(mode):
-        return None
-    # Each of our processes reads it, also much later: a pipe could give its text to one of them alone.
-    return "" if stat.S_ISCHR(mode) else "it must be a file"
+    return f"it {found}" if found else ""
 
 
 def _values(statements: Sequence[Binding]) -> dict[str, str]:

@@ -25,6 +25,8 @@ from typing import Any
 
 import grpc
 
+from vllm_batch import small_files
+
 Options = Sequence[tuple[str, Any]]
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -99,7 +101,7 @@ def _secured(
     secret = _given(token, "BATCH_TOKEN").strip()
     token_file = os.environ.get("BATCH_TOKEN_FILE", "")
     if token is None and not secret and token_file:
-        secret = Path(token_file).read_text().strip()
+        secret = _read("BATCH_TOKEN_FILE", token_file).decode(errors="replace").strip()
     if not (secret.isascii() and secret.isprintable()):
         raise ValueError("the token has characters that no token has: it must be printable ASCII, in one line")
     if bool(certificate) != bool(key):
@@ -111,15 +113,21 @@ def _secured(
         if secret and not is_allowed and not _is_local(target):
             raise ValueError(f"a token would be sent to {target} in plain text: set BATCH_TLS_CA")
         return None, secret, options
+    trusted = _read("BATCH_TLS_CA", ca)
+    pair = (_read("BATCH_TLS_KEY", key), _read("BATCH_TLS_CERT", certificate)) if certificate else (None, None)
     _check_files(ca, certificate, key)
-    credentials = grpc.ssl_channel_credentials(
-        Path(ca).read_bytes(),
-        Path(key).read_bytes() if key else None,
-        Path(certificate).read_bytes() if certificate else None,
-    )
+    credentials = grpc.ssl_channel_credentials(trusted, *pair)
     if server_name:
         options = (*options, ("grpc.ssl_target_name_override", server_name))
     return credentials, secret, options
+
+
+def _read(variable: str, path: str) -> bytes:
+    """The content of a file. Raises OSError, or, for what is no small file, ValueError that names the variable."""
+    try:
+        return small_files.read(Path(path))
+    except ValueError as error:
+        raise ValueError(f"{variable}: {error}") from None
 
 
 def _check_files(ca: str, certificate: str, key: str) -> None:

@@ -8,6 +8,7 @@ from enum import Enum, auto
 from pathlib import Path
 
 from scripts.prerequisites import Finding, GiB
+from vllm_batch import small_files
 
 HUB_TIMEOUT_S = 10.0
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -128,7 +129,7 @@ def probe_folder(path: Path) -> Folder:
     )
     config_error = ""
     try:
-        json.loads((path / "config.json").read_text())
+        json.loads(small_files.read(path / "config.json"))
     except FileNotFoundError:
         config_error = "missing"
     except (OSError, ValueError) as error:
@@ -138,7 +139,7 @@ def probe_folder(path: Path) -> Folder:
 
 def _shards(path: Path) -> list[str]:
     named: set[str] = set()
-    for index in path.glob("*.index.json"):
+    for index in filter(Path.is_file, path.glob("*.index.json")):
         try:
             named |= set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError):

@@ -3,6 +3,8 @@
 import ssl
 from pathlib import Path
 
+from vllm_batch import small_files
+
 # More than any handshake has.
 _ROUNDS = 10
 
@@ -17,8 +19,12 @@ def problem(
     """Why a client that trusts `authorities` does not reach the server, or is refused by it; empty when it does.
 
     `server` and `client` are certificate and key; `client` is asked for one if there are `client_authorities`. `name`:
-    which the server's certificate has to have; empty: any. Raises OSError, ssl.SSLError for files that cannot be read.
+    which the server's certificate has to have; empty: any. Raises OSError, ssl.SSLError or ValueError for files that
+    cannot be read.
     """
+    for path in (*server, authorities, *(client or ()), client_authorities):
+        if path is not None:
+            small_files.check(path)
     ours, theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ours.load_cert_chain(*server, password="")
     theirs.load_verify_locations(authorities)

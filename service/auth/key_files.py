@@ -15,6 +15,7 @@ from service.auth import tokens
 from service.auth.tokens import Token
 from service.telemetry import logs
 from service.tenants import Quotas
+from vllm_batch import small_files
 
 T = TypeVar("T")
 
@@ -26,10 +27,11 @@ log = logs.get("key_files")
 
 
 def check_private(path: Path) -> None:
-    """Raises ValueError if anyone but its owner may access the file, OSError if it does not exist.
+    """Raises ValueError for no small file, or if anyone but its owner may access it, OSError if it does not exist.
 
     A file of root's may be readable to a group that root chose: so are Secrets in pods.
     """
+    small_files.check(path)
     found = path.stat()
     mode = found.st_mode & 0o777
     is_given_by_root = found.st_uid == 0 and os.geteuid() != 0
@@ -40,7 +42,7 @@ def check_private(path: Path) -> None:
 def check_token(path: Path) -> None:
     """Raises ValueError or OSError unless the file is private and has a token, which it does not show."""
     check_private(path)
-    secret = path.read_text(errors="replace").strip()
+    secret = small_files.read(path).decode(errors="replace").strip()
     if not secret or not (secret.isascii() and secret.isprintable()) or " " in secret:
         raise ValueError(f"{path} must contain a token, alone, as python -m service.auth.new_token prints it")
 
@@ -48,6 +50,7 @@ def check_token(path: Path) -> None:
 def check_pair(certificate: Path, key: Path) -> None:
     """Raises ValueError or OSError unless both can be read and belong together."""
     check_private(key)
+    small_files.check(certificate)
     try:
         # The empty password makes a key with a passphrase fail: nobody is there to type it.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
@@ -57,6 +60,7 @@ def check_pair(certificate: Path, key: Path) -> None:
 
 def check_authorities(path: Path) -> None:
     """Raises ValueError if the file has no certificate, OSError if it cannot be read."""
+    small_files.check(path)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError as error:
@@ -66,8 +70,9 @@ def check_authorities(path: Path) -> None:
 def read_tokens(path: Path) -> tuple[Token, ...]:
     """The tokens in a private file. Raises ValueError or OSError."""
     check_private(path)
+    content = small_files.read(path)
     try:
-        return tokens.parse(path.read_text())
+        return tokens.parse(content.decode())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -78,7 +83,7 @@ def read_webhook_secrets(path: Path) -> tuple[str, ...]:
     Raises ValueError, which shows none of them, or OSError.
     """
     check_private(path)
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    lines = [line.strip() for line in small_files.read(path).decode(errors="replace").splitlines()]
     found = tuple(line for line in lines if line and not line.startswith("#"))
     if not found:
         raise ValueError(f"{path} has no secret")
@@ -106,8 +111,9 @@ def check_webhook_secrets(quotas: Quotas) -> None:
 
 def read_quotas(path: Path) -> Quotas:
     """The quotas of tenants in a file. Raises ValueError or OSError."""
+    content = small_files.read(path)
     try:
-        return tenants.parse(path.read_text(), path.parent)
+        return tenants.parse(content.decode(), path.parent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from service.auth import key_files, tokens
 from service.auth.roles import Role
+from vllm_batch import small_files
 
 HELP = """\
 To revoke a token, delete its line from FILE. Running servers apply either change at the next call. Example:
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     secret, token = tokens.new(given.name, Role(given.role), given.tenant)
     try:
+        if given.file.exists() and (problem := small_files.problem(given.file)):
+            raise ValueError(f"it {problem}")
         with os.fdopen(os.open(given.file, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
             key_files.check_private(given.file)
             # Two at once would write one line over the other.

@@ -10,6 +10,7 @@ import grpc
 from service import addresses
 from service.auth.key_files import Reloaded, check_authorities, check_pair
 from service.config import Settings
+from vllm_batch import small_files
 
 # Per-call metadata; above the soft limit gRPC rejects at random, more often the larger it is.
 SOFT_METADATA_BYTES = 8 << 10
@@ -59,8 +60,9 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
         check_pair(certificate, key)
         if authorities is not None:
             check_authorities(authorities)
-        pair = (key.read_bytes(), certificate.read_bytes())
-        return grpc.ssl_server_certificate_configuration([pair], authorities.read_bytes() if authorities else None)
+        pair = (small_files.read(key), small_files.read(certificate))
+        trusted = small_files.read(authorities) if authorities else None
+        return grpc.ssl_server_certificate_configuration([pair], trusted)
 
     paths: list[Path] = [certificate, key, *([authorities] if authorities else [])]
     files = Reloaded(paths, read)

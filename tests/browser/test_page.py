@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -42,6 +43,14 @@ def drop(page: Page, name: str, content: bytes) -> str:
     page.evaluate(DROP, [name, content.decode()])
     page.wait_for_url(re.compile(r"#/batches/batch_\d+$"))
     return page.url.rpartition("/")[2]
+
+
+# Changes a chosen file before it is read again, which is when it is sent.
+CHANGE = """const send = XMLHttpRequest.prototype.send;
+XMLHttpRequest.prototype.send = async function (body) {
+  await window.change();
+  send.call(this, body);
+};"""
 
 
 def check_accessible(page: Page) -> None:
@@ -116,6 +125,39 @@ def test_wrong_lines_are_shown_at_their_lines(page: Page, site: Site) -> None:
     expect(wrong.nth(1)).to_contain_text(re.compile("3.*hello a.*duplicate_custom_id"))
     check_accessible(page)
     assert not page.evaluate("window.hurt")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("appended to", "The file was changed or moved after it was chosen."),
+        ("removed", "The file was changed or moved after it was chosen."),
+        ("none", "The connection broke off."),
+    ],
+)
+def test_a_file_that_changes_is_told_from_a_connection_that_breaks(
+    change: str, told: str, page: Page, site: Site, tmp_path: Path
+) -> None:
+    """An upload that ends because its file is another by now says so, and not that the connection broke off."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b"".join(lines(1000)))
+
+    def changed() -> None:
+        if change == "removed":
+            file.unlink()
+        elif change == "appended to":
+            file.write_bytes(file.read_bytes() + line("another"))
+            os.utime(file, (0, 0))
+
+    page.expose_function("change", changed)
+    page.add_init_script(CHANGE)
+    if change == "none":
+        page.route("**/page/api/v1/files", lambda route: route.abort())
+    sign_in(page, site)
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Submit").first.click()
+    chooser.value.set_files(file)
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text(told)
 
 
 def test_results_are_text(page: Page, site: Site, ended: str) -> None:

@@ -28,7 +28,9 @@ def test_private(
 ) -> None:
     """A key belongs to its owner alone, or to root, who may let a group read it."""
     path = tmp_path / "key"
-    monkeypatch.setattr(Path, "stat", lambda self: SimpleNamespace(st_mode=0o100000 | mode, st_uid=owner))
+    monkeypatch.setattr(
+        Path, "stat", lambda self: SimpleNamespace(st_mode=0o100000 | mode, st_uid=owner, st_size=1, st_rdev=0)
+    )
     monkeypatch.setattr(os, "geteuid", lambda: we_are)
     if is_accepted:
         key_files.check_private(path)

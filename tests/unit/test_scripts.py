@@ -1,6 +1,7 @@
 """The scripts' arguments: asking for help or a typing error starts and stops nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from service import processes
 ROOT = Path(__file__).resolve().parents[2]
 # Those that take no arguments.
 NAMES = ("start-all", "stop-all", "status", "demo", "screenshots")
+SOURCING = sorted(path.name for path in (ROOT / "scripts").glob("*.sh") if "/lib.sh" in path.read_text())
 
 
 def run(name: str, argument: str, home: Path) -> "subprocess.CompletedProcess[str]":
@@ -43,6 +45,38 @@ def test_a_script_is_found_over_a_link(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == run(name, "--help", tmp_path / "home").stdout
+
+
+@pytest.mark.parametrize("script", SOURCING)
+def test_each_script_finds_the_others_over_a_link(script: str, tmp_path: Path) -> None:
+    """A link to a script that sources lib.sh finds it beside the script, and not beside the link."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")
+    (tmp_path / "scripts/lib.sh").write_text("echo found; exit")
+    (tmp_path / "link").symlink_to(tmp_path / "scripts" / script)
+    done = subprocess.run(["bash", "./link"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "found\n", "")
+
+
+def test_a_checkout_over_a_link_has_the_shipped_configuration(tmp_path: Path) -> None:
+    """A checkout that is called over a link keeps its supervisord.conf, which another home would get a copy of."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for name in ("scripts", "service", "client/vllm_batch"):
+        shutil.copytree(ROOT / name, real / name)
+    shutil.copytree(ROOT / "conf", real / "conf")
+    (real / ".venv").symlink_to(ROOT / ".venv")
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(real / "client"), "BATCH_ENV_FILE": "/dev/null"}
+    command = [
+        "bash",
+        "-c",
+        'source "$0/scripts/lib.sh" && know_settings && write_supervisord_conf && echo "$conf"',
+        link,
+    ]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{real}/conf/supervisord.conf\n", "")
+    shipped = "conf/supervisord.conf"
+    assert (real / shipped).read_text() == (ROOT / shipped).read_text()
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,8 @@ def test_what_is_no_file(kind: str, env_file: Path) -> None:
         os.mkfifo(env_file)
     else:
         env_file.symlink_to(env_file.parent if kind == "link to a folder" else "nothing")
-    told = "a link to nothing" if kind == "link to nothing" else "it must be a file"
+    what = "a pipe" if kind == "pipe" else "a folder"
+    told = "a link to nothing" if kind == "link to nothing" else f"it is {what}, and must be a file"
     assert variables.read_file(env_file) == ({}, [f"{env_file}: {told}"])
     with pytest.raises(SystemExit):
         config.load()
@@ -236,7 +237,12 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
     assert config.judge_variables().wrong[:1] == [f"BATCH_ENV_FILE: there is no {tmp_path}/none"]
 
 
-def test_whose_configuration(tmp_path: Path) -> None:
-    """Another home than `var/` has its own supervisord.conf."""
-    assert supervisord_conf(ROOT / "var") == ROOT / "conf/supervisord.conf"
+def test_whose_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another home than `var/`, also over a link and before there is one, has its own supervisord.conf."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.setattr("scripts.settings.ROOT", root)
+    for home in (root / "var", tmp_path / "link/var"):
+        assert supervisord_conf(home) == root / "conf/supervisord.conf"
     assert supervisord_conf(tmp_path) == tmp_path / "supervisord.conf"

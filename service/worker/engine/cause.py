@@ -91,6 +91,12 @@ _FATAL = r"failed to start|fatal error|WorkerProc failed|uncaught exception"
 _DIED = r"Worker proc (?P<name>\S+) died unexpectedly \(exit code: (?P<code>-?\d+)\)"
 _NO_EXTENSION = r"'_OpNamespace' '_\w+' object has no attribute|No module named 'vllm\._"
 _NOT_LOADED = r"Failed to import from (?P<module>vllm\.\w+):? (?:with )?(?P<why>.*)"
+# How argparse begins a message about arguments that it does not know.
+_UNRECOGNIZED = "unrecognized arguments:"
+_FLAG = r"--[A-Za-z][\w.-]*|-[A-Za-z]{1,3}"
+_NUMBER = r"[\d.]+"
+# Not part of the arguments, but often copied with them.
+_COMMAND = ("vllm", "serve")
 # Types whose name adds nothing to the text.
 _PLAIN_TYPES = {"Exception", "RuntimeError", "ValueError", "OSError", "ValidationError", "DistNetworkError"}
 
@@ -289,15 +295,38 @@ RULES = (
 def wrong_arguments(message: str, known: Collection[str]) -> Cause:
     """Returns the cause for flags that vLLM's parser refused, suggesting the flags closest to unknown ones."""
     message = _without_input(message)
-    unknown = re.findall(r"--[\w-]+", message) if "unrecognized arguments" in message else []
-    if unknown:
-        # An unknown flag may be a misspelt one for a secret. Its value explains nothing; only a number is told.
-        before, flag, after = message.partition("--")
-        message = before + flag + re.sub(r"(?<=[\s=])(?!-|[\d.]+(?:\s|$))\S+", "***", after)
+    before, refused, after = message.partition(_UNRECOGNIZED)
+    words = after.split()
+    if refused:
+        message = f"{before}{refused} {_without_values(words)}"
+    # argparse puts quotes around all other values, of which those of flags for secrets are not told.
+    message = re.sub(r"(ambiguous option: [^\s=]+=).*(?= could match )", r"\1***", message, flags=re.DOTALL)
+    if re.match(rf"(?i)argument \S*{_NAMES}[:/]", message):
+        message = re.sub(r"""(["']).*\1""", "***", message, flags=re.DOTALL)
+    unknown = re.findall(r"--[\w-]+", after)
     near = [match for flag in unknown for match in get_close_matches(flag, known, n=1)]
     hint = f"Did you mean {' '.join(near)}? " if near else ""
+    if words and not words[0].startswith("-"):
+        # Most often the rest of a known flag's value.
+        hint += "A value with blanks needs quotes. "
     advice = hint + "vLLM's flags: https://docs.vllm.ai/en/latest/cli/serve.html"
     return Cause.of(f"BATCH_ENGINE_ARGS: {message}", advice, recurs=True)
+
+
+def _without_values(words: Sequence[str]) -> str:
+    """Returns refused arguments with flags and, right after a flag, numbers. Everything else may be a secret's.
+
+    An unknown flag may be a misspelt one for a secret, and a word without a flag the rest of a known flag's value.
+    """
+    shown = []
+    for before, word in zip(("", *words), words, strict=False):
+        flag, equals, value = word.partition("=")
+        if re.fullmatch(_FLAG, flag):
+            shown.append(word if not equals or re.fullmatch(_NUMBER, value) else f"{flag}=***")
+        else:
+            is_number = re.fullmatch(_NUMBER, word) and re.fullmatch(_FLAG, before)
+            shown.append(word if is_number or word in _COMMAND else "***")
+    return " ".join(shown)
 
 
 def root(notes: Sequence[Note], raised: Sequence[Failure], exit_codes: Mapping[str, int]) -> tuple[Failure, ...] | None:

@@ -60,7 +60,7 @@ export const may = (role) => {
   return session !== null && order.indexOf(session.role) >= order.indexOf(role);
 };
 
-// Sends a file with its progress, from 0 to 1.
+// Sends a file with its progress, from 0 to 1. Fails as reading the file does, where that is why it ended.
 export function upload(file, onProgress) {
   const form = new FormData();
   form.append("purpose", "batch");
@@ -75,7 +75,8 @@ export function upload(file, onProgress) {
         reject(error);
       }
     };
-    request.onerror = () => reject(new Refusal(0, "", "The connection broke off."));
+    request.onerror = () =>
+      file.slice(0, 1).arrayBuffer().then(() => reject(new Refusal(0, "", "The connection broke off.")), reject);
     request.onabort = () => reject(new Refusal(0, "aborted", "Cancelled."));
   });
   request.open("POST", "/page/api/v1/files");

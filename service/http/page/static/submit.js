@@ -8,6 +8,8 @@ import { call, may, upload } from "./server.js";
 const overlay = document.getElementById("drop");
 const HEAD_BYTES = 1 << 20;
 const WINDOW = "24h";
+// How browsers refuse to read a file that is not what was chosen any more.
+const CHANGED = ["NotReadableError", "NotFoundError"];
 let tell = () => {};
 let depth = 0;
 
@@ -61,7 +63,9 @@ async function send(file) {
     location.hash = `#/batches/${batch.id}`;
   } catch (error) {
     sending = null;
-    if (error.code !== "aborted") replace(h("p.wrong", { role: "alert" }, error.message));
+    if (error.code === "aborted") return;
+    const message = CHANGED.includes(error.name) ? "The file was changed or moved after it was chosen." : error.message;
+    replace(h("p.wrong", { role: "alert" }, message));
   }
 }
 
