@@ -34,7 +34,9 @@ def test_the_second_of_a_name_and_pid_is_refused() -> None:
         assert cause.endswith(f"(pid {pid})")
 
         [(refused_at,)] = made.sql("SELECT clock_timestamp()")
-        until(lambda: made.sql("SELECT 1 FROM heartbeats WHERE last_seen > %s", refused_at), "another beat of the first")
+        until(
+            lambda: made.sql("SELECT 1 FROM heartbeats WHERE last_seen > %s", refused_at), "another beat of the first"
+        )
         check_each_answered_once(a, batch, REQUESTS)
         assert made.sql(life) == [first]
         assert made.sql("SELECT DISTINCT incarnation::text FROM results") == [(incarnation,)]
