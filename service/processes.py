@@ -248,9 +248,21 @@ def end(
 
 
 def _others() -> Iterator[psutil.Process]:
-    """All processes except this one and its ancestors."""
+    """All processes except this one, its ancestors, and those in containers: the same path is another home there."""
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    return (process for process in psutil.process_iter() if process.pid not in spared)
+    space = _pid_space("self")
+    return (
+        process
+        for process in psutil.process_iter()
+        if process.pid not in spared and _pid_space(process.pid) in (space, None)
+    )
+
+
+def _pid_space(pid: int | str) -> int | None:
+    """The pid namespace of a process; None if that cannot be read."""
+    with suppress(OSError):
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    return None
 
 
 def _environs(found: Sequence[psutil.Process]) -> list[dict[str, str]]:

@@ -44,5 +44,6 @@ class ServerBeat:
         """Says that it was stopped, if Postgres answers within END_TIMEOUT_S; not if supervisord has died."""
         if processes.has_lost_parent():
             return
+        end = self.database.run(server_beats.end, self.server_id, self.address, os.getpid())
         with suppress(*DATABASE_ERRORS, TimeoutError):
-            await asyncio.wait_for(self.database.run(server_beats.end, self.server_id, os.getpid()), END_TIMEOUT_S)
+            await asyncio.wait_for(end, END_TIMEOUT_S)

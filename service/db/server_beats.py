@@ -11,6 +11,7 @@ def write(db: peewee.PostgresqlDatabase, server_id: str, program: str, address: 
     lives.beat(db, Server, server_id, pid, {Server.program: program, Server.address: address})
 
 
-def end(db: peewee.PostgresqlDatabase, server_id: str, pid: int) -> None:
+def end(db: peewee.PostgresqlDatabase, server_id: str, address: str, pid: int) -> None:
     """Records that this life of it was stopped: nobody has to look for it."""
-    lives.end(db, Server, server_id, pid)
+    # In containers that of another machine of this name has the same pid.
+    lives.end(db, Server, server_id, pid, Server.address == address)

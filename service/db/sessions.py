@@ -49,6 +49,9 @@ SETTINGS = {
 }
 # Settings that older servers lack, with the version that introduced them.
 NEWER = {"idle_session_timeout": ("0", 140000), "transaction_timeout": ("0", 170000)}
+# How often Postgres looks, while a statement runs, whether the client is still there. Otherwise the statement of one
+# that died runs to its end, and holds its locks until then.
+CLIENT_CHECK, CLIENT_CHECK_MS, CLIENT_CHECK_SINCE = "client_connection_check_interval", "10000", 140000
 # The one setting of durability that a role may have weakened; stronger ones stay.
 DURABLE = """
 SELECT pg_catalog.set_config('synchronous_commit', 'on', false)
@@ -175,6 +178,10 @@ def _prepare(connection: Any, timeout_s: float, is_local: bool) -> None:
         for name, value in QUIET.items():
             where, asked = (MAY_SET[1], [name]) if version >= PRIVILEGES_SINCE else (MAY_SET[0], [])
             cursor.execute(f"SELECT pg_catalog.set_config(%s, %s, false) {where}", [name, value, *asked])
+        # After QUIET, and by itself: a server whose kernel does not report closed connections refuses it.
+        if version >= CLIENT_CHECK_SINCE:
+            with contextlib.suppress(psycopg2.DataError, psycopg2.ProgrammingError):
+                cursor.execute("SELECT pg_catalog.set_config(%s, %s, false)", (CLIENT_CHECK, CLIENT_CHECK_MS))
 
 
 def check(db: peewee.PostgresqlDatabase) -> None:

@@ -23,6 +23,8 @@ from vllm_batch import Client
 CLIENTS = 4
 # So many are acknowledged before the primary dies.
 ACKNOWLEDGED = 40
+# From the promotion of a standby until new work is accepted, at most.
+TAKEOVER_S = 15.0
 TIMEOUT_S = 0.5
 
 
@@ -54,7 +56,7 @@ def test_a_standby_takes_over(both: Pair, tmp_path: Path) -> None:
             both.signal_first(signal.SIGSTOP)
             until(client.accepting, "the gateway to say that nothing is accepted")
             both.promote()
-            until(lambda: not client.accepting(), "new work to be accepted")
+            until(lambda: not client.accepting(), "new work to be accepted", TAKEOVER_S)
             # Health was right: the first call is acknowledged.
             after = client.submit_lines(lines(20))
             assert finished(client, after.id).counts.completed == 20

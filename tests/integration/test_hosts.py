@@ -432,3 +432,14 @@ def test_dead_hosts_cost_little_and_are_forgotten(database: Database) -> None:
     assert "host_forgotten" in {kind for _, kind in events(database)}
     assert database.call(hosts.prune_events, 3600, 10_000) == 501 - len(left)
     assert "dead1:worker" in {host for host, _ in events(database)}
+
+
+def test_a_gateway_ends_for_no_other_machine(database: Database) -> None:
+    """Of two gateways of one name and pid, as in containers, the end of one is not taken for that of the other."""
+    ended = []
+    for address in ("10.0.0.1:1", "10.0.0.2:1"):
+        database.call(server_beats.write, "a:gateway", "gateway", address, 7)
+    for address in ("10.0.0.1:1", "10.0.0.2:1"):
+        database.call(server_beats.end, "a:gateway", address, 7)
+        ended += database.call(lambda db: db.execute_sql("SELECT is_ended FROM servers").fetchall())
+    assert ended == [(False,), (True,)]

@@ -17,6 +17,7 @@ import pytest
 
 from service import processes
 from service.processes import Leader, Mark
+from tests.support.namespaces import own_pids
 from tests.support.waiting import until
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -76,6 +77,21 @@ def test_marked_are_those_of_the_home_and_the_name(tmp_path: Path, start: Start)
     start({"BATCH_HOME": str(tmp_path)})
     assert pids(processes.marked(Mark(tmp_path))) == {worker.pid, gateway.pid}
     assert pids(processes.marked(Mark(tmp_path, "worker"))) == {worker.pid}
+
+
+def test_what_runs_in_a_container_is_not_ours(tmp_path: Path) -> None:
+    """A stack in a container whose BATCH_HOME has the same path is left alone by that of the machine around it."""
+    mark = [f"{name}={value}" for name, value in marks(tmp_path).items()]
+    command = [*own_pids(), "env", *mark, "sh", "-c", "echo; exec sleep 600"]
+    inside = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert inside.stdout is not None
+        assert inside.stdout.readline() == b"\n"
+        assert processes.marked(Mark(tmp_path)) == []
+        assert processes.left_over(Mark(tmp_path, "worker"), None, processes.now_ticks() + 1) == []
+    finally:
+        inside.kill()
+        inside.wait(10)
 
 
 def test_left_over_of_a_dead_leader_are_its_marked_and_its_stripped_members(tmp_path: Path, start: Start) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from scripts.doctor import database as doctor
 from service.database_url import parse
-from service.db import chunks, heartbeats, recoveries, results
+from service.db import chunks, heartbeats, recoveries, results, sessions
 from service.db.availability import DatabaseAwayError, DatabaseUnfitError
 from service.db.batches import get
 from service.db.connection import Database, check_schema, migrate
@@ -442,6 +442,48 @@ def aged(database: Database) -> bool:
         ).fetchone()
     )
     return bool(row[0])
+
+
+# One statement of a process of ours that may take long.
+LONG = """
+import sys
+from service.db.connection import Database
+Database(sys.argv[1], "dying", timeout_s=600).call(lambda db: db.execute_sql(sys.argv[2]))
+"""
+
+
+def test_a_client_that_dies_leaves_no_statement(database_url: str) -> None:
+    """What runs or waits for a lock when its client is killed ends within seconds, rather than at its own end."""
+    running = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'vllm-batch-dying' AND wait_event = %s"
+    with psycopg2.connect(database_url) as admin, admin.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(1)")
+        waits = {"PgSleep": "SELECT pg_sleep(300)", "advisory": "SELECT pg_advisory_lock(1)"}
+        clients = [
+            subprocess.Popen([sys.executable, "-c", LONG, database_url, statement], cwd=ROOT)
+            for statement in waits.values()
+        ]
+
+        def left() -> list[str]:
+            # Within a transaction what it shows stays as it was.
+            admin.commit()
+            return [wait for wait in waits if cursor.execute(running, (wait,)) or cursor.fetchone()]
+
+        try:
+            until(lambda: len(left()) == 2, "both statements to run")
+        finally:
+            for client in clients:
+                client.kill()
+                client.wait(10)
+        until(lambda: not left(), "both to be ended", 2 * int(sessions.CLIENT_CHECK_MS) / 1000)
+
+
+def test_a_server_that_does_not_look_after_its_clients(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Postgres refuses to look whether a client is still there, sessions are without that, and work."""
+    monkeypatch.setattr(sessions, "CLIENT_CHECK_MS", "-1")
+    database = Database(database_url, "test")
+    assert database.call(lambda db: db.execute_sql(f"SHOW {sessions.CLIENT_CHECK}").fetchone()) == ("0",)
+    round_trip(database)
+    database.close()
 
 
 def test_rows_that_a_policy_hides_are_an_error(database_url: str, database: Database) -> None:

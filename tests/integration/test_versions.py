@@ -70,7 +70,7 @@ def test_a_contraction_waits_for_old_programs_and_then_refuses_them(database: Da
     database.call(schema.check)
     assert database.call(schema.migrate) == []
     assert "address" in columns(database)
-    database.call(server_beats.end, "old:gateway", 1)
+    database.call(server_beats.end, "old:gateway", "a:1", 1)
     assert database.call(schema.migrate, mine) == [f"{last + 2:04}_less"]
     assert "address" not in columns(database)
     database.call(schema.check, mine)

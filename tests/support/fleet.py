@@ -33,6 +33,7 @@ import psycopg2
 
 from service import embedded_postgres, processes
 from service.processes import Mark
+from tests.support.namespaces import own_pids
 from tests.support.networks import Network, network
 from tests.support.ports import free_port
 from tests.support.servers import Server, Stack
@@ -127,6 +128,10 @@ class Host(Machine):
     def servers(self) -> dict[str, Server]:
         """What `run` and `start` have started, by name."""
         return {server.log.stem: server for server in self._stack.servers}
+
+    def in_containers(self) -> None:
+        """What is started from now on has a container of its own, in which it has the same pid as on other hosts."""
+        self._stack.prefix = [*self._stack.prefix, *own_pids()]
 
     def start(self, *programs: str, **settings: object) -> None:
         """Starts programs, by default a gateway and a worker; those that ran before with their settings."""

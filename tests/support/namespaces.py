@@ -2,8 +2,9 @@
 
 import ctypes
 import os
+import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -98,6 +99,18 @@ class Network:
 def own_name(host: str) -> "AbstractContextManager[None]":
     """A host name for what is started there: programs of it belong to another host."""
     return _own("uts", f"hostname {host}")
+
+
+def own_pids() -> Sequence[str]:
+    """What a command begins with that has a pid namespace of its own, as in a container: it always has the same pid.
+
+    The first process there passes on its exit status, and whoever kills what was started kills both. Skips the test
+    where that is not allowed.
+    """
+    prefix = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True, timeout=10).returncode:
+        pytest.skip("no pid namespaces here")
+    return (*prefix, "sh", "-c", '"$@" & wait $!', "sh")
 
 
 class Disk:

@@ -10,6 +10,7 @@ import pytest
 from service import machine
 from service.db.availability import DatabaseAwayError
 from service.db.connection import check_schema
+from service.insight import presence as presence_module
 from service.insight.presence import RARELY_S, Presence
 from service.insight.routing import Freshness
 
@@ -52,6 +53,23 @@ def test_what_changes_rarely_is_read_rarely(is_accepting: bool, is_all: list[boo
 
     asyncio.run(look())
     assert stub.readings == is_all
+
+
+def test_a_reading_that_hangs_tells_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading that waits for a frozen Postgres, or to connect to one, is not waited for: Postgres is away."""
+    monkeypatch.setattr(presence_module, "AWAY_S", 0.0)
+    there: Any = Postgres()
+    there.read = lambda *_: asyncio.get_running_loop().create_future()
+    presence = Presence(there, there, there, 60.0, ignore, machine.here())
+
+    async def look() -> None:
+        looking = asyncio.ensure_future(presence.look())
+        async with asyncio.timeout(30):
+            await presence._judge_now.wait()
+        looking.cancel()
+
+    asyncio.run(look())
+    assert "did not answer" in presence.freshness.failure
 
 
 def test_the_schema_is_there_once_it_was_found() -> None:
