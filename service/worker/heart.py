@@ -140,7 +140,8 @@ class Heart:
                 self._lose(error)
             except Exception as error:
                 # A statement that Postgres refuses must not end the thread, and with it the worker.
-                log.exception("beat_failed")
+                if not self._availability.is_away:
+                    log.exception("beat_failed")
                 self._lose(error)
             if is_last:
                 self.connection.close()
