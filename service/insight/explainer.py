@@ -46,6 +46,9 @@ class Explainer:
             if (cause := first_line(error)) != self._failure:
                 self._failure = cause
                 log.warning("not_explained", batches=len(open_), cause=cause)
+            if (wait := waiting.of_all(self.presence.workers())) is not None:
+                for _, message in open_:
+                    message.wait.CopyFrom(wait)
             return
         self._failure = ""
         workers = self.presence.workers()

@@ -224,6 +224,16 @@ def _refused(facts: Facts, workers: Sequence[Worker]) -> pb.Wait | None:
         for worker in workers
         if worker.worker_id in facts.held
     }
+    return _not_stored(whys)
+
+
+def of_all(workers: Sequence[Worker]) -> pb.Wait | None:
+    """What every batch waits for, where nothing could be read of them: None unless no result can be stored."""
+    return _not_stored({worker.worker_id: worker.refused for worker in workers if worker.condition is Condition.READY})
+
+
+def _not_stored(whys: Mapping[str, str]) -> pb.Wait | None:
+    """The wait for Postgres to take results, by the causes of the workers that have some; None if one has no cause."""
     if not whys or not all(whys.values()):
         return None
     name = min(whys)

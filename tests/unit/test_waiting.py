@@ -14,7 +14,7 @@ from service.db.unserved import Unserved
 from service.gateway.housekeeping import INTERVAL_S
 from service.gateway.unserved_log import LASTING_S, UnservedLog
 from service.insight.routing import Contact, Freshness, LinkState
-from service.insight.waiting import Condition, Facts, Worker, decide, is_unserved, workers_of
+from service.insight.waiting import Condition, Facts, Worker, decide, is_unserved, of_all, workers_of
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 TINY = frozenset({frozenset({"tiny"})})
@@ -181,6 +181,14 @@ def test_each_row(facts: Facts, workers: list[Worker], reason: str | None, messa
     assert pb.WaitReason.Name(wait.reason) == f"WAIT_REASON_{reason}"
     assert message in wait.message
     assert advice in wait.advice
+
+
+def test_what_can_be_said_where_nothing_can_be_read() -> None:
+    """While a batch cannot be looked at, it waits for Postgres exactly if no worker that is ready can store results."""
+    wait = of_all([REFUSED, OFFLINE])
+    assert wait is not None
+    assert wait.message.endswith("worker w has: permission denied for table results")
+    assert not any(map(of_all, ([], [OFFLINE], [READY], [PUT_OFF], [REFUSED, replace(READY, worker_id="v")])))
 
 
 def test_every_reason_has_a_row() -> None:
