@@ -211,6 +211,10 @@ class AvailabilityLog:
     """
 
     log: structlog.typing.FilteringBoundLogger
+    # Of the last call of `away`; "" while it is not away.
+    cause: str = ""
+    # Nothing was answered since.
+    is_silent: bool = False
     _causes: set[str] = field(default_factory=set)
 
     @property
@@ -220,7 +224,8 @@ class AvailabilityLog:
 
     def away(self, error: Exception) -> None:
         """Notes that Postgres is away, or refuses."""
-        cause = first_line(error)
+        self.cause = cause = first_line(error)
+        self.is_silent = True
         if cause in self._causes or len(self._causes) >= MAX_CAUSES:
             return
         if not isinstance(error, DatabaseAwayError):
@@ -231,8 +236,13 @@ class AvailabilityLog:
             self.log.warning("database_away", cause=cause)
         self._causes.add(cause)
 
+    def answered(self) -> None:
+        """Notes that Postgres did something else: whatever it refuses, it does not keep silent."""
+        self.is_silent = False
+
     def back(self, **fields: object) -> None:
-        """Notes that Postgres answered; `fields` go into the event."""
+        """Notes that Postgres did what it refused; `fields` go into the event."""
         if self.is_away:
             self.log.info("database_back", **fields)
         self._causes.clear()
+        self.cause, self.is_silent = "", False

@@ -135,8 +135,11 @@ class Database:
         except DatabaseAwayError as error:
             if not is_cut(error) or asyncio.get_running_loop().time() > until_s:
                 raise
-            log.info("call_made_again", cause=str(error))
-        return await call(True)
+            cause = str(error)
+        answer = await call(True)
+        # Not before: in an outage it is of no use, and comes with every call.
+        log.info("call_made_again", cause=cause)
+        return answer
 
     def check_new(self) -> None:
         """Raises DatabaseAwayError unless Postgres takes a new session: it may refuse those, and serve the others.

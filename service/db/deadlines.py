@@ -103,7 +103,8 @@ def extend(timeout_s: float) -> None:
 
 def cut(connection: Any, why: str) -> None:
     """Breaks a connection that another thread may be waiting for."""
-    log.warning("connection_cut", why=why)
+    # Whoever waits for it reports that, once for an outage.
+    log.debug("connection_cut", why=why)
     # On a duplicate: libpq owns the descriptor, and closes it when it finds the connection broken.
     with (
         contextlib.suppress(psycopg2.InterfaceError, OSError),

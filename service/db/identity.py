@@ -31,6 +31,16 @@ def is_free(seen: SeenBeat, place: Place, is_running: bool | None, silence_s: fl
     return seen.lease_left_s <= 0
 
 
+def is_earlier(seen: SeenBeat, place: Place, start_ticks: int, is_running: bool | None) -> bool:
+    """True for a heartbeat of a process that ended here in this boot and began before ours did, at `start_ticks`.
+
+    Where ours has had the name since, somebody has restored that heartbeat. Takes what else `is_free` takes.
+    """
+    theirs = seen.beat
+    is_here = theirs.place.pid_space == place.pid_space != ""
+    return is_here and is_running is False and 0 < theirs.start_ticks < start_ticks
+
+
 def taken_by(seen: SeenBeat, place: Place, is_running: bool | None, silence_s: float) -> str:
     """Which other machine has the name of this heartbeat, and where; "" if none has. Takes what `is_free` takes."""
     if is_ours(seen, place) or is_free(seen, place, is_running, silence_s):

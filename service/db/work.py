@@ -39,14 +39,17 @@ def take(
     `room`: how many requests the holder could begin at once. If there are none, it asks others for so many of theirs.
     `known`: the chunks that the holder knows of; all others that it has are put back first.
     """
-    if known is not None and (lost := chunks.release_others(db, holder, known)):
-        log.warning("lost_claims_released", chunks=lost)
+    lost = 0 if known is None else chunks.release_others(db, holder, known)
     few, alone = suspects.waiting(db, models)
     taken = _claim(db, holder, models, wanted)
     if few:
         taken += suspects.claim_few(db, holder, models, suspects_held)
     is_scarce = room > 0 and not taken and sharing.ask(db, holder, models, room)
-    return Work([(chunk, chunks.unanswered(db, chunk)) for chunk in taken], alone > 0, is_scarce)
+    work = Work([(chunk, chunks.unanswered(db, chunk)) for chunk in taken], alone > 0, is_scarce)
+    if lost:
+        # Not before: while requests cannot be read, each claim is lost.
+        log.warning("lost_claims_released", chunks=lost)
+    return work
 
 
 def _claim(db: peewee.PostgresqlDatabase, holder: Holder, models: Sequence[str], wanted: int) -> list[Chunk]:

@@ -34,6 +34,8 @@ class Explainer:
     _read: dict[int, tuple[float, Queue, Standing]] = field(default_factory=dict)
     _asked: dict[int, Batch] = field(default_factory=dict)
     _reading: "asyncio.Task[None] | None" = None
+    # Why it could not be read; "" if it could.
+    _failure: str = ""
 
     async def explain(self, batches: Sequence[Batch], messages: Sequence[pb.Batch]) -> None:
         """Adds to the message of each batch that has not ended its running requests, its end or its wait."""
@@ -41,8 +43,14 @@ class Explainer:
         try:
             await self._read_all([batch for batch, _ in open_])
         except DATABASE_ERRORS as error:
-            log.warning("not_explained", batches=len(open_), cause=first_line(error))
+            if (cause := first_line(error)) != self._failure:
+                self._failure = cause
+                log.warning("not_explained", batches=len(open_), cause=cause)
+            if (wait := waiting.of_all(self.presence.workers())) is not None:
+                for _, message in open_:
+                    message.wait.CopyFrom(wait)
             return
+        self._failure = ""
         workers = self.presence.workers()
         for batch, message in open_:
             _, queue, standing = self._read[batch.id]
@@ -92,6 +100,7 @@ def _add(message: pb.Batch, batch: Batch, queue: Queue, standing: Standing, work
 
 def _facts(batch: Batch, queue: Queue, standing: Standing, higher: Work) -> Facts:
     return Facts(
+        batch_id=batch.id,
         state=batch.state,
         unfinished=batch.total - batch.completed - batch.failed,
         models=_models(batch, standing),

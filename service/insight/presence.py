@@ -220,7 +220,16 @@ class Presence:
             names = {seen.beat.worker_id for seen in found.beats}
             self._loads = {name: load for name, load in self._loads.items() if load.in_flight or name in names}
             self._refused = None
-            await self._links.keep({seen.beat.address for seen in found.beats if seen.age_s <= self.timeout_s})
+            contacts = self._links.contacts
+            serving = {address for address in contacts if contacts[address].health is LinkState.SERVING}
+            # One that works and cannot write its heartbeat is known by its link, as long as that holds.
+            await self._links.keep(
+                {
+                    seen.beat.address
+                    for seen in found.beats
+                    if seen.age_s <= self.timeout_s or seen.beat.address in serving
+                }
+            )
 
     def _divided(self, beats: Sequence[SeenBeat]) -> tuple[list[SeenBeat], list[SeenBeat]]:
         """The workers that can be called from here, and those that cannot. Raises AddressError at the first call."""

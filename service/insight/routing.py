@@ -229,6 +229,11 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
     if age_s > timeout_s:
         left_s = _left_s(sum(timings.values()), age_s, RECOVERY_S)
         message = f"worker offline (last seen {age_s:.0f}s ago){_why(seen)}{_unwatched(freshness, seen, now_s)}"
+        if freshness.contact(seen).health is LinkState.SERVING and not _has_successor(freshness, seen):
+            message = (
+                f"worker {seen.beat.worker_id} works, but has not written its heartbeat to Postgres for {age_s:.0f}s:"
+                " `database_away` of its heart in its log has the cause"
+            )
         return _refusal(WORKER_OFFLINE, message, metadata, left_s)
     contact, phase = freshness.contact(seen), seen.beat.phase
     for_s = max(0.0, now_s - contact.since_s)
@@ -251,6 +256,11 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
         said = "has not answered yet" if contact.health is LinkState.UNKNOWN else "has just stopped serving"
         return _refusal(WORKER_OFFLINE, f"worker {said} (last seen {age_s:.0f}s ago)", metadata, SOON_S)
     return _refusal(WORKER_OFFLINE, f"worker is {phase} (last seen {age_s:.0f}s ago){_why(seen)}", metadata, DRAINING_S)
+
+
+def _has_successor(freshness: Freshness, seen: SeenBeat) -> bool:
+    """True if the link to its address reaches another worker, which was seen later."""
+    return any(each.beat.address == seen.beat.address and each.age_s < seen.age_s for each in freshness.beats)
 
 
 def _lost(freshness: Freshness, seen: SeenBeat, now_s: float, for_s: float, more: Mapping[str, str]) -> ApiError:

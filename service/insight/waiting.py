@@ -1,7 +1,7 @@
 """Why nothing of a batch moves, in words and by a code, and what to do. Pure: facts in, decision out."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC
 from enum import StrEnum
 
@@ -23,6 +23,7 @@ MISSED_S = 3.0
 CHANGE_S = 2.0
 
 _LOADING = (Phase.STARTING, Phase.LOADING)
+_REFUSED = "Mend that in Postgres: rights, triggers, disk. Nothing is lost, and it goes on by itself then."
 _STOPPED = "If an operator stopped it, start it again: supervisorctl start worker."
 
 
@@ -66,6 +67,10 @@ class Worker:
     is_alone: bool = False
     # Requests that it holds.
     held: int = 0
+    # Why Postgres does not take its results, and those of some batches, by their ids; why it gives it no work.
+    refused: str = ""
+    refused_of: Mapping[str, str] = field(default_factory=dict)
+    unclaimed: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Facts:
     higher: int = 0
     # It names several models.
     is_mixed: bool = False
+    batch_id: int = 0
 
 
 def workers_of(freshness: Freshness, now_s: float, timeout_s: float) -> list[Worker]:
@@ -105,6 +111,8 @@ def _worker(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: float
     watchdog_s = freshness.watchdog_age_s(seen, now_s) or 0.0
     condition = _condition(freshness, seen, now_s, timeout_s)
     pause = freshness.paused.get(seen.beat.worker_id) if condition in _RESTARTED else None
+    refused = seen.beat.detail.get("refused", {})
+    results = refused.get("results", {})
     return Worker(
         seen.beat.worker_id,
         Condition.PAUSED if pause else condition,
@@ -115,6 +123,9 @@ def _worker(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: float
         failure["advice"],
         watchdog_s if watchdog_s > WATCHDOG_MISSED_S else 0.0,
         pause,
+        refused=results.get("cause", ""),
+        refused_of=results.get("batches", {}),
+        unclaimed=refused.get("claims", ""),
     )
 
 
@@ -150,7 +161,7 @@ def decide(facts: Facts, workers: Sequence[Worker]) -> pb.Wait | None:
     if facts.state == "cancelling":
         return _wait(pb.WAIT_REASON_CANCELLING, f"cancelled; workers have not dropped {_requests(held)} of it yet")
     if facts.runs_alone:
-        return _suspects(facts)
+        return (_refused(facts, workers) if facts.quiet_s >= MOVING_S else None) or _suspects(facts)
     if held:
         return None if facts.quiet_s < MOVING_S else _of_holders(facts, workers)
     able = [worker for worker in workers if _may_run(worker, facts.models)]
@@ -171,6 +182,9 @@ def decide(facts: Facts, workers: Sequence[Worker]) -> pb.Wait | None:
         return _turn(running, facts.higher)
     if facts.age_s < TAKEN_S or facts.quiet_s < MOVING_S:
         return None
+    if why := next((worker for worker in ready if worker.unclaimed), None):
+        text = f"Postgres refuses to give worker {why.worker_id} any of its requests: {why.unclaimed}"
+        return _wait(pb.WAIT_REASON_DATABASE_AWAY, text, _REFUSED)
     text = f"worker {ready[0].worker_id} is ready and has not taken any of its requests yet"
     return _wait(pb.WAIT_REASON_NOT_TAKEN, text, "If this lasts, look into the worker's log.")
 
@@ -194,12 +208,37 @@ def _may_run(worker: Worker, wanted: Set[frozenset[str]]) -> bool:
 def _of_holders(facts: Facts, workers: Sequence[Worker]) -> pb.Wait | None:
     """None if one of the workers that hold some of the batch works on it."""
     holders = [worker for worker in workers if worker.worker_id in facts.held]
-    if any(worker.condition in (Condition.READY, Condition.DRAINED) for worker in holders):
-        return None
+    at_work = [worker for worker in holders if worker.condition in (Condition.READY, Condition.DRAINED)]
+    if at_work:
+        return _refused(facts, at_work)
     if holders:
         return _for_worker(_soonest(holders))
     name = min(facts.held)
     return _wait(pb.WAIT_REASON_WORKER_OFFLINE, f"worker {name} holds {_requests(facts.held[name])} and is unknown")
+
+
+def _refused(facts: Facts, workers: Sequence[Worker]) -> pb.Wait | None:
+    """The wait for Postgres to take results of the batch; None unless it refuses those of all these that hold any."""
+    whys = {
+        worker.worker_id: worker.refused or worker.refused_of.get(str(facts.batch_id), "")
+        for worker in workers
+        if worker.worker_id in facts.held
+    }
+    return _not_stored(whys)
+
+
+def of_all(workers: Sequence[Worker]) -> pb.Wait | None:
+    """What every batch waits for, where nothing could be read of them: None unless no result can be stored."""
+    return _not_stored({worker.worker_id: worker.refused for worker in workers if worker.condition is Condition.READY})
+
+
+def _not_stored(whys: Mapping[str, str]) -> pb.Wait | None:
+    """The wait for Postgres to take results, by the causes of the workers that have some; None if one has no cause."""
+    if not whys or not all(whys.values()):
+        return None
+    name = min(whys)
+    text = f"Postgres does not take the results that worker {name} has: {whys[name]}"
+    return _wait(pb.WAIT_REASON_DATABASE_AWAY, text, _REFUSED)
 
 
 def _soonest(workers: Sequence[Worker]) -> Worker:

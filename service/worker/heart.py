@@ -140,7 +140,8 @@ class Heart:
                 self._lose(error)
             except Exception as error:
                 # A statement that Postgres refuses must not end the thread, and with it the worker.
-                log.exception("beat_failed")
+                if not self._availability.is_away:
+                    log.exception("beat_failed")
                 self._lose(error)
             if is_last:
                 self.connection.close()
@@ -200,7 +201,8 @@ class Heart:
                 # Postgres, frozen for a while, has not noticed that we are gone from an earlier connection.
                 log.info("earlier_session_ended", worker_id=self.holder.worker_id)
             # With its last beat it gives the name back: the next life need not wait.
-            if not heartbeats.write(self.connection, beat, 0 if is_last else self.holder.lease_s):
+            lease_s = 0 if is_last else self.holder.lease_s
+            if not (heartbeats.write(self.connection, beat, lease_s) or self._take_back(beat, lease_s)):
                 raise IdentityTakenError("another process took the name")
         if not self._is_connected:
             sharing.listen(self.connection)
@@ -244,6 +246,24 @@ class Heart:
         )
         self._refusal = ""
         self._settled.set()
+
+    def _take_back(self, beat: Beat, lease_s: float) -> bool:
+        """Takes the name from a life before ours, whose heartbeat is there again: the database was restored.
+
+        What that held is put back. Nobody has died since, so no request counts a death. False: the name is another's.
+        """
+        before = next(iter(heartbeats.read(self.connection, beat.worker_id)), None)
+        if before is None:
+            return False
+        theirs = before.beat
+        is_running = processes.is_running(Leader(theirs.pid, theirs.start_ticks))
+        if not identity.is_earlier(before, beat.place, beat.start_ticks, is_running):
+            return False
+        if not heartbeats.begin(self.connection, beat, lease_s, before):
+            return False
+        put_back = chunks.release_life(self.connection, beat.worker_id, theirs.incarnation)
+        log.warning("name_taken_back", worker_id=beat.worker_id, life=str(theirs.incarnation), put_back=put_back)
+        return True
 
     def _check_gone(self, before: SeenBeat, beat: Beat) -> None:
         theirs, place = before.beat, beat.place

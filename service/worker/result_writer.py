@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 from service.api import messages
@@ -19,6 +20,9 @@ GROUP = 500
 GROUP_CHARS = 16 << 20
 # Results that a trigger refuses in one round: after so many it probably refuses all.
 MAX_PUT_OFF = 10
+# Batches of refused results that the heartbeat names, and characters of the cause of each.
+MAX_NAMED = 100
+MAX_CAUSE = 300
 
 log = logs.get("runner")
 
@@ -31,12 +35,13 @@ class ResultWriter:
     incarnation: UUID
     # How long to wait for more results for the same statement.
     group_interval_s: float
+    # Of what it writes alone: Postgres may refuse that and answer all else.
     availability: AvailabilityLog
     on_stored: Callable[[Sequence[Result]], None]
 
     _finished: deque[Result] = field(default_factory=deque)
-    # Of those, the ones that a trigger of others has refused, by chunk and index.
-    _waiting: set[tuple[int, int]] = field(default_factory=set)
+    # Of those, the ones that a trigger of others has refused, by chunk and index, each with its batch and the cause.
+    _waiting: dict[tuple[int, int], tuple[int, str]] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -48,6 +53,22 @@ class ResultWriter:
     def are_put_off(self) -> bool:
         """True if a trigger of others refuses all that is not stored yet."""
         return all((result.chunk_id, result.index) in self._waiting for result in self._finished)
+
+    @property
+    def are_held_up(self) -> bool:
+        """True if nothing that is not stored yet can be stored now."""
+        return self.availability.is_away or self.are_put_off
+
+    @property
+    def refused(self) -> dict[str, Any]:
+        """Why results are not stored: the `cause`, or that of each of the `batches`, since what a trigger says may be
+        about one of them alone; {} if they are. May be read from any thread.
+        """
+        if self.availability.is_away:
+            return {"cause": self.availability.cause[:MAX_CAUSE]}
+        causes = dict(list(self._waiting.values()))
+        named = {str(batch_id): causes[batch_id][:MAX_CAUSE] for batch_id in sorted(causes)[:MAX_NAMED]}
+        return {"batches": named} if named else {}
 
     def add(self, result: Result) -> None:
         """Queues a finished result; one that is too large to be stored is replaced by an error."""
@@ -73,7 +94,9 @@ class ResultWriter:
             else:
                 await self._wait_for_postgres(error)
         except Exception as error:
-            log.error("result_group_refused", results=len(group), exc_info=error)
+            # While not even errors can be stored, once.
+            if not self.availability.is_away:
+                log.error("result_group_refused", results=len(group), exc_info=error)
             await self._write_singly(group)
         else:
             self._note_stored(group)
@@ -104,9 +127,10 @@ class ResultWriter:
         """Has the first result wait behind all others."""
         result = self._finished.popleft()
         self._finished.append(result)
+        cause = first_line(error)
         if not self._waiting:
-            log.warning("results_put_off", cause=first_line(error))
-        self._waiting.add((result.chunk_id, result.index))
+            log.warning("results_put_off", cause=cause)
+        self._waiting[result.chunk_id, result.index] = (result.batch_id, cause)
 
     async def _write_or_substitute(self, result: Result) -> Result:
         try:
@@ -127,7 +151,7 @@ class ResultWriter:
         for _ in group:
             stored = self._finished.popleft()
             if self._waiting:
-                self._waiting.discard((stored.chunk_id, stored.index))
+                self._waiting.pop((stored.chunk_id, stored.index), None)
                 if not self._waiting:
                     log.info("results_let_through")
         self.on_stored(group)

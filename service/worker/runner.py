@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from service.clock import Clock
 from service.db import chunks, sharing, work
@@ -15,7 +16,7 @@ from service.telemetry import logs
 from service.worker import counters
 from service.worker.engine.protocol import Engine, EngineDeadError
 from service.worker.held_chunks import HeldChunks
-from service.worker.result_writer import ResultWriter
+from service.worker.result_writer import MAX_CAUSE, ResultWriter
 from service.worker.sharing import ASK_INTERVAL_S, Sharing, look_again_s
 from service.worker.starter import Starter
 from service.worker.suspects import Suspects
@@ -56,7 +57,7 @@ class Runner:
         self._availability = AvailabilityLog(log)
         self._held = HeldChunks()
         self._writer = ResultWriter(
-            database, holder.incarnation, group_interval_s, self._availability, self._results_stored
+            database, holder.incarnation, group_interval_s, AvailabilityLog(logs.get("results")), self._results_stored
         )
         self._window = Window(engine, self._writer, self._wakeup)
         self._starter = Starter(database, holder, self._held, self._window, self._availability)
@@ -104,6 +105,13 @@ class Runner:
     def in_engine(self) -> int:
         """Number of requests in the engine."""
         return len(self._window)
+
+    @property
+    def refused(self) -> dict[str, Any]:
+        """What Postgres refuses, for the heartbeat; {} if nothing. May be read from any thread."""
+        found = {"results": self._writer.refused, "claims": self._availability.cause[:MAX_CAUSE]}
+        found = {name: why for name, why in found.items() if why}
+        return {"refused": found} if found else {}
 
     def work_arrived(self) -> None:
         """Looks for work now: a new batch may be next. Call this and the methods below in the runner's loop."""
@@ -171,9 +179,7 @@ class Runner:
                 await self._feed()
                 await self._window.empty()
                 # Wait until all results are stored, unless the engine is dead and Postgres is away or refuses them.
-                while self._writer.unstored and not (
-                    self._window.is_dead and (self._availability.is_away or self._writer.are_put_off)
-                ):
+                while self._writer.unstored and not (self._window.is_dead and self._writer.are_held_up):
                     await self._wakeup.wait()
                 if self._window.is_open:
                     await self._rest()
@@ -304,6 +310,7 @@ class Runner:
         log.info("requests_given", requests=requests, parts=len(parts))
 
     def _results_stored(self, stored: Sequence[Result]) -> None:
+        self._availability.answered()
         counters.results_stored([result for result in stored if result.chunk_id in self._held])
         for result in stored:
             if self._held.result_stored(result.chunk_id, result.index):

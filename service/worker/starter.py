@@ -15,7 +15,7 @@ from service.worker.window import Window
 class Starter:
     """Should this host be lost, only the requests that were in its engine are suspects.
 
-    While Postgres is away nothing is noted, and nothing waits for it. What was not noted is with the next start.
+    While Postgres keeps silent nothing is noted, and nothing waits for it. What was not noted is with the next start.
     """
 
     database: Database
@@ -36,7 +36,7 @@ class Starter:
 
     async def _note(self, last: Mapping[int, int | None]) -> set[int]:
         """Returns the chunks of which Postgres knows it now."""
-        if last and not self.availability.is_away:
+        if last and not self.availability.is_silent:
             try:
                 return await self.database.run(chunks.begin, self.holder, last)
             except DATABASE_ERRORS as error:

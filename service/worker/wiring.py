@@ -106,6 +106,7 @@ def build(settings: Settings, incarnation: UUID) -> Parts:
                 "steps": engine.steps,
                 "chunks": len(runner.held),
                 "urls": sorted(state.offer.urls),
+                **runner.refused,
                 **state.failure,
                 **drain(),
                 # Its host is lost then, not stopped.

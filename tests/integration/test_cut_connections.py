@@ -12,6 +12,7 @@ import psycopg2
 import psycopg2.extensions
 import pytest
 from openai import OpenAI
+from structlog.testing import capture_logs
 
 from service.db import files
 from service.db.availability import DatabaseAwayError
@@ -46,7 +47,8 @@ class Cut:
 
 
 def test_a_call_is_made_again_once(database_url: str) -> None:
-    """A read whose connection breaks is made again over another one, but only once, and not when it took too long."""
+    """A read whose connection breaks is made again over another one, but only once, and not when it took too long; it
+    is logged where it helped."""
 
     async def run(database: Database) -> None:
         once, always, late = Cut(1), Cut(9), Cut(1, after_s=3)
@@ -56,8 +58,9 @@ def test_a_call_is_made_again_once(database_url: str) -> None:
                 await database.read(cut.run)
         assert (once.calls, always.calls, late.calls) == (2, 2, 1)
 
-    with closing(Database(database_url, "test", timeout_s=2)) as database:
+    with closing(Database(database_url, "test", timeout_s=2)) as database, capture_logs() as events:
         asyncio.run(run(database))
+    assert [event["event"] for event in events].count("call_made_again") == 1
 
 
 def test_a_file_whose_end_is_told_twice(database: Database) -> None:

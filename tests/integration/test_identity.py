@@ -14,7 +14,7 @@ import psycopg2
 import pytest
 
 from service.database_url import parse
-from tests.support.batches import finished, lines
+from tests.support.batches import count, finished, lines, run_sql
 from tests.support.namespaces import Network, moving_name, own_name
 from tests.support.ports import free_port
 from tests.support.servers import Server, Stack, new_database
@@ -22,6 +22,7 @@ from tests.support.stacks import BIN, FullStack, full_stack
 from tests.support.swallowing import BOTH, firewall
 from tests.support.waiting import until
 from vllm_batch import Client
+from vllm_batch.v1 import batch_service_pb2 as pb
 from vllm_batch.v1 import recovery_service_pb2 as rpb
 
 pytestmark = pytest.mark.timeout(240)
@@ -77,6 +78,35 @@ def test_a_dead_session_keeps_no_name(stack: Stack, client: Client) -> None:
         assert cast(int, second["sessions_ended"]) > 1
         assert sessions(direct, first["incarnation"]) == 0
         assert finished(client, batch.id).counts.completed == 300
+
+
+def test_a_restored_heartbeat_ends_nobody(stack: Stack, client: Client) -> None:
+    """A worker that finds the heartbeat and the leases of an earlier life, as after a restore, takes its name back and
+    runs what that held; no request counts a death. It leaves the name to a life that came after it."""
+    stack.gateway()
+    worker = stack.worker()
+    stack.wait_until_accepting()
+    batch = client.submit_lines(lines(20, vllm_xargs={"simulate": 2}))
+    until(lambda: client.get(batch.id).counts.running == 20, "the batch to run")
+    run_sql(stack, "CREATE TABLE beats AS SELECT * FROM heartbeats; CREATE TABLE held AS SELECT * FROM chunks")
+    worker.kill()
+    worker.start()
+    until(lambda: len(worker.events("identity_locked")) == 2, "the next life")
+    run_sql(
+        stack,
+        "DELETE FROM chunks; INSERT INTO chunks SELECT * FROM held;"
+        "DELETE FROM heartbeats; INSERT INTO heartbeats SELECT * FROM beats",
+    )
+    [taken] = until(lambda: worker.events("name_taken_back"), "the name to be taken back")
+    first, second = worker.events("identity_locked")
+    assert (taken["life"], taken["incarnation"]) == (first["incarnation"], second["incarnation"])
+    assert taken["put_back"]
+    done = finished(client, batch.id)
+    assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, 20)
+    assert count(stack, "chunks WHERE deaths > 0") == 0
+    assert worker.process.poll() is None
+    run_sql(stack, "UPDATE heartbeats SET incarnation = gen_random_uuid(), start_ticks = start_ticks + 1")
+    assert worker.process.wait(30) == 1
 
 
 @needs_root

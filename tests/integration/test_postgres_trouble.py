@@ -152,6 +152,47 @@ def test_slow(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -
     check_all_done(*running, outages=2)
 
 
+def test_a_socket_that_is_deleted(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -> None:
+    """Sessions that are open go on when the socket of Postgres is gone; without them it is an outage, which ends."""
+    stack, client, batch = running
+    path = server.homes[0] / "run" / "pg" / ".s.PGSQL.5432"
+    with contextlib.closing(psycopg2.connect(stack.database_url)) as connection, connection.cursor() as cursor:
+        path.rename(kept := path.with_name("kept"))
+        before = client.get(batch.id).counts.completed
+        until(lambda: client.get(batch.id).counts.completed > before, "more of the batch")
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'vllm-batch%'"
+        )
+    until_noticed(stack)
+    with Client(stack.target, patience_s=0) as hasty:
+        until(lambda: "No such file or directory" in hasty.accepting(), "the cause")
+    kept.rename(path)
+    check_all_done(*running, outages=1)
+
+
+def test_a_database_that_is_made_again(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -> None:
+    """While a database is gone, and while it is there again and empty, it is away, and nobody makes tables in it that a
+    restore would meet. With tables, all programs go on; what was stored is gone."""
+    stack, _, batch = running
+    with contextlib.closing(psycopg2.connect(server.url % "postgres")) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        cursor.execute("DROP DATABASE batch WITH (FORCE)")
+        with Client(stack.target, patience_s=0) as client:
+            until(lambda: 'database "batch" does not exist' in client.accepting(), "the outage to be told")
+            cursor.execute("CREATE DATABASE batch ENCODING 'UTF8' TEMPLATE template0")
+            until(lambda: 'relation "heartbeats" does not exist' in client.accepting(), "the empty one to be told")
+            until(lambda: r"relation \"chunks\"" in stack.servers[1].log.read_text(), "the worker to meet it")
+            database = Database(stack.database_url, "test")
+            assert database.call(lambda db: db.get_tables()) == []
+            database.call(migrate)
+            database.close()
+            stack.wait_until_accepting()
+            assert refused(lambda: client.get(batch.id)).code.name == "NOT_FOUND"
+            *_, done = client.watch(client.submit_lines(lines(10)).id)
+            assert done.counts.completed == 10
+    assert [process.process.poll() for process in stack.servers] == [None, None]
+
+
 def test_failover(server: PostgresServer, running: tuple[Stack, Client, pb.Batch]) -> None:
     """With several hosts in DATABASE_URL, processes find the one that serves after a failover."""
     assert server.process is not None

@@ -8,6 +8,7 @@ import pytest
 
 from service.database_url import parse
 from service.db.availability import CLASSES, Meaning, meaning
+from service.worker.result_writer import MAX_PUT_OFF
 from tests.support.batches import count, lines, refused, run_sql
 from tests.support.ports import free_port
 from tests.support.servers import Stack
@@ -136,6 +137,34 @@ def test_read_only_for_a_while(stack: Stack, client: Client) -> None:
         *_, done = patient.watch(batch.id)
     assert done.counts.completed == 300
     assert [server.process.poll() for server in stack.servers] == [None, None]
+
+
+@pytest.mark.parametrize(("code", "event"), [("42501", "database_away"), ("P0001", "results_put_off")])
+def test_results_that_are_refused_are_told(stack: Stack, client: Client, code: str, event: str) -> None:
+    """While Postgres refuses all results and serves all else, the batch says so within 15 s, the worker logs it once,
+    and once they are let through all are there."""
+    stack.gateway()
+    worker = stack.worker(window=50)
+    stack.wait_until_accepting()
+    run_sql(
+        stack,
+        "CREATE SEQUENCE met; CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" PERFORM nextval('met'); RAISE EXCEPTION 'not audited' USING ERRCODE = '{code}'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON results FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    batch = client.submit_lines(lines(COUNT))
+    reason = pb.WAIT_REASON_DATABASE_AWAY
+    wait = until(lambda: (found := client.get(batch.id).wait).reason == reason and found, "the reason", 15)
+    assert wait.message.endswith(": not audited")
+    # More than one round refuses.
+    until(lambda: count(stack, f"met WHERE last_value > {MAX_PUT_OFF + 2}"), "results to be refused again")
+    logged = [event for name in ("database_away", "results_put_off") for event in worker.events(name)]
+    assert [each["event"] for each in logged] == [event]
+    assert not worker.events("database_back")
+    run_sql(stack, "DROP FUNCTION refuse CASCADE")
+    *_, done = client.watch(batch.id)
+    assert (done.state, done.counts.completed) == (pb.BATCH_STATE_COMPLETED, COUNT)
+    assert not done.HasField("wait")
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,22 @@ def test_an_outage_is_logged_with_each_of_its_causes_once() -> None:
     ]
 
 
+def test_what_is_refused_while_all_else_is_answered() -> None:
+    """An outage lasts until what was refused is done, with its last cause; an answer to something else shows only that
+    Postgres does not keep silent."""
+    with capture_logs() as events:
+        log = AvailabilityLog(structlog.get_logger())
+        assert (log.is_away, log.is_silent, log.cause) == (False, False, "")
+        for _ in range(3):
+            log.away(DatabaseAwayError("permission denied"))
+            assert (log.is_away, log.is_silent, log.cause) == (True, True, "permission denied")
+            log.answered()
+            assert (log.is_away, log.is_silent, log.cause) == (True, False, "permission denied")
+        log.back()
+        assert (log.is_away, log.is_silent, log.cause) == (False, False, "")
+    assert [event["event"] for event in events] == ["database_away", "database_back"]
+
+
 def test_an_outage_logs_a_bounded_number_of_causes() -> None:
     """Causes that never repeat, such as those that name a port, do not fill the log."""
     with capture_logs() as events:

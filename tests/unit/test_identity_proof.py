@@ -9,7 +9,7 @@ from scripts.doctor import neighbours
 from service import announce
 from service.config import Settings
 from service.db.heartbeats import Beat, SeenBeat
-from service.db.identity import is_free, is_ours, taken_by
+from service.db.identity import is_earlier, is_free, is_ours, taken_by
 from service.db.watchdogs import SeenWatchdog
 from service.machine import Place
 
@@ -55,6 +55,27 @@ def seen(
 def test_when_a_name_is_free(place: Place, is_running: bool | None, age_s: float, left_s: float, free: bool) -> None:
     """A name is free by proof that its process is gone, by silence since a reboot, or by the end of its lease."""
     assert is_free(seen(place, age_s, left_s), HERE, is_running, 15) is free
+
+
+@pytest.mark.parametrize(
+    ("place", "is_running", "start_ticks", "earlier"),
+    [
+        (HERE, False, 2, True),
+        (OTHER_HOME, False, 2, True),
+        # It runs, or that cannot be seen; it began later; pids mean something else.
+        (HERE, True, 2, False),
+        (HERE, None, 2, False),
+        (HERE, False, 1, False),
+        (REBOOTED, False, 2, False),
+        (CONTAINER, False, 2, False),
+        (ELSEWHERE, False, 2, False),
+        (OLD, False, 2, False),
+    ],
+)
+def test_whose_heartbeat_was_restored(place: Place, is_running: bool | None, start_ticks: int, earlier: bool) -> None:
+    """Only a process that began before ours in this boot, and is gone, has left its heartbeat before ours."""
+    assert is_earlier(seen(place), HERE, start_ticks, is_running) is earlier
+    assert not is_earlier(seen(place), replace(HERE, pid_space=""), start_ticks, is_running)
 
 
 def test_without_proofs_the_lease_decides() -> None:

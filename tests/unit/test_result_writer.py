@@ -13,6 +13,7 @@ import psycopg2.errors
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from service.db import results
 from service.db.availability import AvailabilityLog, DatabaseAwayError
@@ -151,8 +152,10 @@ async def test_a_row_that_a_trigger_refuses_holds_up_no_other() -> None:
         parts.writer.add(result(4))
         await parts.journal.until(lambda: len(parts.postgres.stored) == 3)
         assert [one.index for one in parts.postgres.stored] == [1, 3, 4]
+        assert parts.writer.refused == {"batches": {"1": "not wanted"}}
         parts.postgres.back()
         await parts.all_stored()
+    assert parts.writer.refused == {}
     assert parts.postgres.stored == parts.told == [result(1), result(3), result(4), result(2)]
 
 
@@ -239,16 +242,21 @@ async def test_an_outage_amid_a_refused_group_loses_and_repeats_nothing() -> Non
 
 @in_loop
 async def test_a_postgres_that_refuses_all_is_waited_for() -> None:
-    """If Postgres refuses even the error, for example because it is read-only, results are held as in an outage."""
+    """If Postgres refuses even the error, for example because it is read-only, results are held as in an outage, and
+    that is logged once."""
     parts = Parts()
     parts.postgres.refuse = lambda function, arguments: ValueError("read-only")
     parts.writer.add(result(1))
-    async with parts.writing():
-        await parts.journal.until(lambda: parts.attempts() >= 6)
-        assert (parts.availability.is_away, parts.writer.unstored) == (True, 1)
-        parts.postgres.back()
-        await parts.all_stored()
+    with capture_logs() as events:
+        async with parts.writing():
+            await parts.journal.until(lambda: parts.attempts() >= 6)
+            assert (parts.availability.is_away, parts.writer.unstored) == (True, 1)
+            assert (parts.writer.are_held_up, parts.writer.refused) == (True, {"cause": "read-only"})
+            parts.postgres.back()
+            await parts.all_stored()
     assert parts.postgres.stored == [result(1)]
+    assert (parts.writer.are_held_up, parts.writer.refused) == (True, {})
+    assert [event["event"] for event in events] == ["result_group_refused", "database_refused", "database_back"]
 
 
 class SecondAttempt:

@@ -38,11 +38,14 @@ def known(
     timings: Mapping[str, Mapping[str, float]] | None = None,
     failure: str = "",
 ) -> Freshness:
-    """Each worker's link state follows from its phase, unless `health` gives another for its name."""
+    """Each worker's link state follows from its phase, unless `health` gives another for its name.
+
+    There is no link to one that has long been gone.
+    """
     contacts = {}
     for one in workers:
         said = LinkState.SERVING if one.beat.phase == Phase.READY else LinkState.NOT_SERVING
-        said = (health or {}).get(one.beat.worker_id, said)
+        said = (health or {}).get(one.beat.worker_id, said if one.age_s <= 60 else LinkState.UNKNOWN)
         contacts[one.beat.address] = Contact(said, since_s, "Socket closed" if said is LinkState.UNREACHABLE else "")
     return Freshness(
         workers,
@@ -119,7 +122,16 @@ def test_age_grows_between_looks() -> None:
     """A heartbeat ages between reads, so a fresh one becomes stale if nothing is read after it."""
     freshness = known(seen(age_s=50), read_at_s=100)
     assert chosen(freshness, now_s=109) == ["w"]
-    assert refusal(freshness, now_s=111).message == "worker offline (last seen 61s ago)"
+    assert "has not written its heartbeat to Postgres for 61s" in refusal(freshness, now_s=111).message
+
+
+def test_a_link_to_a_successor_says_nothing_of_the_one_before() -> None:
+    """A worker that is gone is offline, though another one answers at its address."""
+    there = seen("v", age_s=61)
+    gone = replace(there, beat=replace(there.beat, worker_id="w"), age_s=72)
+    both = known(gone, there, health={"v": LinkState.SERVING})
+    assert "worker v works, but" in refusal(both).message
+    assert "worker offline (last seen 72s ago)" in refusal(replace(both, given_up=frozenset({"v"}))).message
 
 
 @pytest.mark.parametrize("health", [LinkState.UNKNOWN, LinkState.NOT_SERVING, LinkState.UNREACHABLE])
@@ -192,6 +204,11 @@ def test_a_worker_that_never_said_its_models_is_forgotten() -> None:
     [
         (known(), "WORKER_OFFLINE", "worker offline (never seen)"),
         (known(seen(age_s=72)), "WORKER_OFFLINE", "worker offline (last seen 72s ago)"),
+        (
+            known(seen(age_s=72), health={"w": LinkState.SERVING}),
+            "WORKER_OFFLINE",
+            "worker w works, but has not written its heartbeat to Postgres for 72s: `database_away` of its heart",
+        ),
         (
             replace(known(seen("v", age_s=72)), unreachable=[seen()]),
             "WORKER_OFFLINE",

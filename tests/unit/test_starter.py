@@ -51,7 +51,7 @@ async def test_what_was_locked_is_noted_with_the_next_start(first: Any) -> None:
     await starter.start(1)
     availability.away(DatabaseAwayError("gone"))
     await starter.start(1)
-    availability.back()
+    availability.answered()
     await starter.start(1)
     assert window.started == [10, 20, 30]
     assert postgres.told == [{1: 10, 2: None, 3: None}, {1: 10, 2: 20, 3: 30}]

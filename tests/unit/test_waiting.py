@@ -14,7 +14,7 @@ from service.db.unserved import Unserved
 from service.gateway.housekeeping import INTERVAL_S
 from service.gateway.unserved_log import LASTING_S, UnservedLog
 from service.insight.routing import Contact, Freshness, LinkState
-from service.insight.waiting import Condition, Facts, Worker, decide, is_unserved, workers_of
+from service.insight.waiting import Condition, Facts, Worker, decide, is_unserved, of_all, workers_of
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 TINY = frozenset({frozenset({"tiny"})})
@@ -45,6 +45,8 @@ FAILED = worker(Condition.GAVE_UP, models=frozenset(), cause="no memory", advice
 PAUSE = Pause("driver upgrade (ann)", datetime(2026, 5, 4, 8, 30, tzinfo=UTC))
 PAUSED = worker(Condition.PAUSED, worker_id="box:w", seen_s=72.0, cause="killed", pause=PAUSE)
 OTHER = worker(Condition.READY, models=frozenset({"other"}))
+REFUSED = worker(Condition.READY, refused="permission denied for table results")
+PUT_OFF = worker(Condition.READY, refused_of={"7": "not audited"})
 
 ROWS = [
     # What moves has no reason.
@@ -100,6 +102,22 @@ ROWS = [
         "Nothing is lost",
     ),
     (HELD, [], "WORKER_OFFLINE", "w holds 8 requests and is unknown", ""),
+    # Postgres refuses what it would store, of all batches or of this one, or to give it any.
+    (HELD, [REFUSED], "DATABASE_AWAY", "the results that worker w has: permission denied for table results", "rights"),
+    (replace(HELD, quiet_s=1.0), [REFUSED], None, "", ""),
+    (replace(HELD, batch_id=7), [PUT_OFF], "DATABASE_AWAY", "worker w has: not audited", "Nothing is lost"),
+    (replace(HELD, batch_id=8), [PUT_OFF], None, "", ""),
+    (replace(HELD, held={"w": 8, "v": 1}), [REFUSED, replace(READY, worker_id="v")], None, "", ""),
+    (replace(HELD, held={"w": 8, "v": 1}), [REFUSED, replace(OFFLINE, worker_id="v")], "DATABASE_AWAY", "", ""),
+    (replace(HELD, runs_alone=True, must_run_alone=1), [REFUSED], "DATABASE_AWAY", "permission denied", ""),
+    (replace(HELD, quiet_s=1.0, runs_alone=True, must_run_alone=1), [REFUSED], "SUSPECTS_ALONE", "", ""),
+    (
+        WAITING,
+        [replace(READY, unclaimed="denied")],
+        "DATABASE_AWAY",
+        "to give worker w any of its requests: denied",
+        "",
+    ),
     # Nobody can take it.
     (WAITING, [], "WORKER_OFFLINE", "no worker was ever seen", "scripts/start-all.sh"),
     (WAITING, [OTHER], "NO_WORKER_OF_MODEL", "no worker serves the model tiny; models served: other", "BATCH_MODEL"),
@@ -163,6 +181,14 @@ def test_each_row(facts: Facts, workers: list[Worker], reason: str | None, messa
     assert pb.WaitReason.Name(wait.reason) == f"WAIT_REASON_{reason}"
     assert message in wait.message
     assert advice in wait.advice
+
+
+def test_what_can_be_said_where_nothing_can_be_read() -> None:
+    """While a batch cannot be looked at, it waits for Postgres exactly if no worker that is ready can store results."""
+    wait = of_all([REFUSED, OFFLINE])
+    assert wait is not None
+    assert wait.message.endswith("worker w has: permission denied for table results")
+    assert not any(map(of_all, ([], [OFFLINE], [READY], [PUT_OFF], [REFUSED, replace(READY, worker_id="v")])))
 
 
 def test_every_reason_has_a_row() -> None:
@@ -246,6 +272,22 @@ def test_a_worker_brings_why_it_failed_and_who_watches() -> None:
     [seen] = workers_of(freshness_of(SeenBeat(beat, 1.0, watchdog_age_s=300.0), NOT_SERVING), 1000.0, 60.0)
     assert (seen.cause, seen.advice, seen.unwatched_s) == ("no memory", "Take less.", 300.0)
     assert not workers_of(freshness_of(SeenBeat(beat, 90_000.0), GONE), 1000.0, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ({"cause": "denied"}, ("denied", {}, "full")),
+        ({"batches": {"7": "not audited"}}, ("", {"7": "not audited"}, "full")),
+        (None, ("", {}, "")),
+    ],
+)
+def test_a_worker_brings_what_postgres_refuses(results: Any, expected: tuple[Any, ...]) -> None:
+    """What its heartbeat says of results and of claims is there."""
+    detail = {"refused": {"results": results, "claims": "full"}} if results else {}
+    beat = Beat("box:worker", uuid4(), "127.0.0.1:1", "ready", 1, detail=detail)
+    [seen] = workers_of(freshness_of(SeenBeat(beat, 1.0), SERVING), 1000.0, 60.0)
+    assert (seen.refused, seen.refused_of, seen.unclaimed) == expected
 
 
 @pytest.mark.parametrize("models", [frozenset(), frozenset({"tiny"}), frozenset({"other"})])
