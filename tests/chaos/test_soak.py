@@ -18,6 +18,7 @@ import pytest
 from service import processes
 from service.processes import Mark
 from tests.support.faults import Faults
+from tests.support.pauses import last, pause
 from tests.support.stacks import ROOT, FullStack, full_stack
 from tests.support.waiting import until
 from vllm_batch import Client
@@ -56,26 +57,26 @@ class Trouble:
         self.faults = Faults(stack, dice)
 
     def pause_gateway(self) -> None:
-        self._pause(self._family("gateway"), LONGEST_PAUSE_S)
+        pause(self._family("gateway"), self.dice, LONGEST_PAUSE_S)
 
     def pause_watchdog(self) -> None:
-        self._pause(self._family("watchdog"), LONGEST_PAUSE_S)
+        pause(self._family("watchdog"), self.dice, LONGEST_PAUSE_S)
 
     def pause_worker(self) -> None:
         """Pauses the worker without its engine."""
-        self._pause(self._family("worker")[:1], WORKER_PAUSE_S)
+        pause(self._family("worker")[:1], self.dice, WORKER_PAUSE_S)
 
     def pause_worker_and_engine(self) -> None:
-        self._pause(self._family("worker"), WORKER_PAUSE_S)
+        pause(self._family("worker"), self.dice, WORKER_PAUSE_S)
 
     def pause_postgres(self) -> None:
-        self._pause(self._family("postgres"), LONGEST_PAUSE_S)
+        pause(self._family("postgres"), self.dice, LONGEST_PAUSE_S)
 
     def pause_machine(self) -> None:
         """Pauses everything at once, longer than any timeout; processes resume in random order."""
         everything = processes.marked(Mark(self.stack.home))
         self.dice.shuffle(everything)
-        self._pause(everything, 2 * LONGEST_PAUSE_S)
+        pause(everything, self.dice, 2 * LONGEST_PAUSE_S)
 
     def slow_probe(self) -> None:
         self.faults._inject("worker", SLOW_PROBE)
@@ -83,7 +84,7 @@ class Trouble:
     def postgres_outage(self) -> None:
         mend = self.faults.strike("stop_postgres")
         assert mend is not None
-        self._last(LONGEST_PAUSE_S)
+        last(self.dice, LONGEST_PAUSE_S)
         mend()
 
     def postgres_restart(self) -> None:
@@ -104,17 +105,6 @@ class Trouble:
     def _family(self, program: str) -> list[psutil.Process]:
         leader = psutil.Process(until(lambda: self.stack.pid(program), f"{program} to run"))
         return [leader, *leader.children(recursive=True)]
-
-    def _pause(self, paused: list[psutil.Process], longest_s: float) -> None:
-        for process in paused:
-            process.suspend()
-        self._last(longest_s)
-        for process in paused:
-            process.resume()
-
-    def _last(self, longest_s: float) -> None:
-        # The length of the trouble, not a wait for a condition.
-        time.sleep(self.dice.uniform(0.3, 1) * longest_s)
 
 
 KINDS: list[Callable[[Trouble], None]] = [

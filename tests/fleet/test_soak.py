@@ -18,6 +18,7 @@ from service import processes
 from service.processes import Mark
 from tests.fleet.test_lost_hosts import check_each_answered_once, replaced, submit
 from tests.support.fleet import Fleet, Host, fleet
+from tests.support.pauses import last, pause
 from tests.support.waiting import until
 
 LASTS_S = 60 * float(os.environ.get("FLEET_SOAK", 10))
@@ -67,22 +68,22 @@ class Trouble:
         self._cut([host], lambda: host.cut_off(self.made.postgres), LONGEST_CUT_S / 2)
 
     def pause_worker(self) -> None:
-        self._pause([psutil.Process(self._host().worker_pid)], WORKER_PAUSE_S)
+        pause([psutil.Process(self._host().worker_pid)], self.dice, WORKER_PAUSE_S)
 
     def pause_gateways(self) -> None:
         leaders = [psutil.Process(host.full.pid("gateway")) for host in self.made.hosts if host.full]
-        self._pause(leaders, LONGEST_SILENCE_S)
+        pause(leaders, self.dice, LONGEST_SILENCE_S)
 
     def pause_a_host(self) -> None:
-        self._pause(processes.marked(Mark(self._host().home)), LONGEST_SILENCE_S)
+        pause(processes.marked(Mark(self._host().home)), self.dice, LONGEST_SILENCE_S)
 
     def pause_postgres(self) -> None:
         leader = psutil.Process(self.made.postgres.process.pid)
-        self._pause([leader, *leader.children(recursive=True)], LONGEST_CUT_S)
+        pause([leader, *leader.children(recursive=True)], self.dice, LONGEST_CUT_S)
 
     def restart_postgres(self) -> None:
         self.made.postgres.stop()
-        self._last(LONGEST_CUT_S)
+        last(self.dice, LONGEST_CUT_S)
         self.made.postgres.start()
 
     def end_connections(self) -> None:
@@ -103,20 +104,9 @@ class Trouble:
 
     def _cut(self, hosts: list[Host], cut: Callable[[], None], longest_s: float, *, heals: bool = True) -> None:
         cut()
-        self._last(longest_s)
+        last(self.dice, longest_s)
         for host in hosts if heals else ():
             host.heal()
-
-    def _pause(self, paused: list[psutil.Process], longest_s: float) -> None:
-        for process in paused:
-            process.suspend()
-        self._last(longest_s)
-        for process in paused:
-            process.resume()
-
-    def _last(self, longest_s: float) -> None:
-        # The length of the trouble, not a wait for a condition.
-        time.sleep(self.dice.uniform(0.3, 1) * longest_s)
 
 
 KINDS: list[Callable[[Trouble], None]] = [
