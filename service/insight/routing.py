@@ -232,7 +232,7 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
         if freshness.contact(seen).health is LinkState.SERVING and not _has_successor(freshness, seen):
             message = (
                 f"worker {seen.beat.worker_id} works, but has not written its heartbeat to Postgres for {age_s:.0f}s:"
-                " `database_away` of its heart in its log has the cause"
+                " see `database_away` in its log"
             )
         return _refusal(WORKER_OFFLINE, message, metadata, left_s)
     contact, phase = freshness.contact(seen), seen.beat.phase

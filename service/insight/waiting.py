@@ -23,7 +23,7 @@ MISSED_S = 3.0
 CHANGE_S = 2.0
 
 _LOADING = (Phase.STARTING, Phase.LOADING)
-_REFUSED = "Mend that in Postgres: rights, triggers, disk. Nothing is lost, and it goes on by itself then."
+_REFUSED = "Mend that in Postgres: rights, triggers, disk. Nothing is lost, and the batch then resumes by itself."
 _STOPPED = "If an operator stopped it, start it again: supervisorctl start worker."
 
 
@@ -237,7 +237,7 @@ def _not_stored(whys: Mapping[str, str]) -> pb.Wait | None:
     if not whys or not all(whys.values()):
         return None
     name = min(whys)
-    text = f"Postgres does not take the results that worker {name} has: {whys[name]}"
+    text = f"Postgres does not accept the results that worker {name} has: {whys[name]}"
     return _wait(pb.WAIT_REASON_DATABASE_AWAY, text, _REFUSED)
 
 
