@@ -9,7 +9,7 @@ from service.db import heartbeats
 from service.db.chunks import host_of
 from service.db.heartbeats import Phase, SeenBeat
 from service.db.recoveries import Pause
-from service.insight.routing import FORGOTTEN_S, WATCHDOG_MISSED_S, Freshness, LinkState
+from service.insight.routing import FORGOTTEN_S, WATCHDOG_MISSED_S, Freshness, LinkState, has_successor
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 # A batch of which a result was stored so recently moves, whatever else is known.
@@ -135,9 +135,10 @@ def _condition(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: fl
     if phase in _LOADING and not is_missed:
         # Also after recovery gave up: somebody has started it since.
         return Condition.LOADING
-    if seen.beat.worker_id in freshness.given_up and contact.health is not LinkState.SERVING:
+    is_serving = contact.health is LinkState.SERVING and not (is_missed and has_successor(freshness, seen))
+    if seen.beat.worker_id in freshness.given_up and not is_serving:
         return Condition.GAVE_UP
-    if contact.health is LinkState.UNREACHABLE or (is_missed and contact.health is not LinkState.SERVING):
+    if contact.health is LinkState.UNREACHABLE or (is_missed and not is_serving):
         return Condition.OFFLINE
     if is_missed:
         return Condition.DATABASE_AWAY
