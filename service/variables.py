@@ -66,8 +66,8 @@ def problem(path: Path) -> str:
     Raises OSError.
     """
     try:
-        # Each of our processes reads it, also much later: a pipe could give its text to one of them alone.
-        found = small_files.problem(path)
+        # Each of our processes reads it, also much later: a pipe, even one of a shell's, gives its text to one alone.
+        found = "is a pipe, and must be a file" if path.is_fifo() else small_files.problem(path)
     except (FileNotFoundError, NotADirectoryError):
         return "a link to nothing" if path.is_symlink() else ""
     return f"it {found}" if found else ""

@@ -197,6 +197,14 @@ def first_line(error: Exception) -> str:
     return "; ".join(attempts) if len(attempts) > 1 else lines[0]
 
 
+def _of_no_row(error: Exception, cause: str) -> str:
+    """The cause; only its type where it may be about one row, and quote what is in that."""
+    if isinstance(error, DatabaseAwayError) and not is_foreign(error):
+        return cause
+    original = error.__cause__ if isinstance(error, DatabaseAwayError) else error
+    return f"{type(getattr(original, 'orig', None) or original).__name__}, with more in the log"
+
+
 # Distinct causes logged in one outage. A cause that names a port or a time would never repeat.
 MAX_CAUSES = 10
 
@@ -211,7 +219,7 @@ class AvailabilityLog:
     """
 
     log: structlog.typing.FilteringBoundLogger
-    # Of the last call of `away`; "" while it is not away.
+    # Of the last call of `away`, as everybody may read it; "" while it is not away.
     cause: str = ""
     # Nothing was answered since.
     is_silent: bool = False
@@ -224,8 +232,8 @@ class AvailabilityLog:
 
     def away(self, error: Exception) -> None:
         """Notes that Postgres is away, or refuses."""
-        self.cause = cause = first_line(error)
-        self.is_silent = True
+        cause = first_line(error)
+        self.cause, self.is_silent = _of_no_row(error, cause), True
         if cause in self._causes or len(self._causes) >= MAX_CAUSES:
             return
         if not isinstance(error, DatabaseAwayError):

@@ -40,6 +40,9 @@ class Explainer:
     async def explain(self, batches: Sequence[Batch], messages: Sequence[pb.Batch]) -> None:
         """Adds to the message of each batch that has not ended its running requests, its end or its wait."""
         open_ = [(batch, message) for batch, message in zip(batches, messages, strict=True) if not batch.is_terminal]
+        if not open_:
+            # Nothing is read then, so nothing shows that it can be.
+            return
         try:
             await self._read_all([batch for batch, _ in open_])
         except DATABASE_ERRORS as error:

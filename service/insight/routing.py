@@ -229,10 +229,10 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
     if age_s > timeout_s:
         left_s = _left_s(sum(timings.values()), age_s, RECOVERY_S)
         message = f"worker offline (last seen {age_s:.0f}s ago){_why(seen)}{_unwatched(freshness, seen, now_s)}"
-        if freshness.contact(seen).health is LinkState.SERVING and not _has_successor(freshness, seen):
+        if freshness.contact(seen).health is LinkState.SERVING and not has_successor(freshness, seen):
             message = (
                 f"worker {seen.beat.worker_id} works, but has not written its heartbeat to Postgres for {age_s:.0f}s:"
-                " `database_away` of its heart in its log has the cause"
+                " see `database_away` in its log"
             )
         return _refusal(WORKER_OFFLINE, message, metadata, left_s)
     contact, phase = freshness.contact(seen), seen.beat.phase
@@ -258,7 +258,7 @@ def _refusal_of(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: f
     return _refusal(WORKER_OFFLINE, f"worker is {phase} (last seen {age_s:.0f}s ago){_why(seen)}", metadata, DRAINING_S)
 
 
-def _has_successor(freshness: Freshness, seen: SeenBeat) -> bool:
+def has_successor(freshness: Freshness, seen: SeenBeat) -> bool:
     """True if the link to its address reaches another worker, which was seen later."""
     return any(each.beat.address == seen.beat.address and each.age_s < seen.age_s for each in freshness.beats)
 

@@ -9,7 +9,7 @@ from service.db import heartbeats
 from service.db.chunks import host_of
 from service.db.heartbeats import Phase, SeenBeat
 from service.db.recoveries import Pause
-from service.insight.routing import FORGOTTEN_S, WATCHDOG_MISSED_S, Freshness, LinkState
+from service.insight.routing import FORGOTTEN_S, WATCHDOG_MISSED_S, Freshness, LinkState, has_successor
 from vllm_batch.v1 import batch_service_pb2 as pb
 
 # A batch of which a result was stored so recently moves, whatever else is known.
@@ -23,7 +23,7 @@ MISSED_S = 3.0
 CHANGE_S = 2.0
 
 _LOADING = (Phase.STARTING, Phase.LOADING)
-_REFUSED = "Mend that in Postgres: rights, triggers, disk. Nothing is lost, and it goes on by itself then."
+_REFUSED = "Mend that in Postgres: rights, triggers, disk. Nothing is lost, and the batch then resumes by itself."
 _STOPPED = "If an operator stopped it, start it again: supervisorctl start worker."
 
 
@@ -135,9 +135,10 @@ def _condition(freshness: Freshness, seen: SeenBeat, now_s: float, timeout_s: fl
     if phase in _LOADING and not is_missed:
         # Also after recovery gave up: somebody has started it since.
         return Condition.LOADING
-    if seen.beat.worker_id in freshness.given_up and contact.health is not LinkState.SERVING:
+    is_serving = contact.health is LinkState.SERVING and not (is_missed and has_successor(freshness, seen))
+    if seen.beat.worker_id in freshness.given_up and not is_serving:
         return Condition.GAVE_UP
-    if contact.health is LinkState.UNREACHABLE or (is_missed and contact.health is not LinkState.SERVING):
+    if contact.health is LinkState.UNREACHABLE or (is_missed and not is_serving):
         return Condition.OFFLINE
     if is_missed:
         return Condition.DATABASE_AWAY
@@ -237,7 +238,7 @@ def _not_stored(whys: Mapping[str, str]) -> pb.Wait | None:
     if not whys or not all(whys.values()):
         return None
     name = min(whys)
-    text = f"Postgres does not take the results that worker {name} has: {whys[name]}"
+    text = f"Postgres does not accept the results that worker {name} has: {whys[name]}"
     return _wait(pb.WAIT_REASON_DATABASE_AWAY, text, _REFUSED)
 
 

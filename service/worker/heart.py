@@ -259,9 +259,11 @@ class Heart:
         is_running = processes.is_running(Leader(theirs.pid, theirs.start_ticks))
         if not identity.is_earlier(before, beat.place, beat.start_ticks, is_running):
             return False
-        if not heartbeats.begin(self.connection, beat, lease_s, before):
-            return False
-        put_back = chunks.release_life(self.connection, beat.worker_id, theirs.incarnation)
+        # Both or nothing: with the name taken and its leases left to run out, its requests would count a death.
+        with self.connection.atomic():
+            if not heartbeats.begin(self.connection, beat, lease_s, before):
+                return False
+            put_back = chunks.release_life(self.connection, beat.worker_id, theirs.incarnation)
         log.warning("name_taken_back", worker_id=beat.worker_id, life=str(theirs.incarnation), put_back=put_back)
         return True
 

@@ -160,6 +160,17 @@ def test_a_file_that_changes_is_told_from_a_connection_that_breaks(
     expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text(told)
 
 
+def test_a_folder_is_not_a_file_that_changed(page: Page, site: Site, tmp_path: Path) -> None:
+    """A folder that is dropped is refused as a folder."""
+    sign_in(page, site)
+    devtools = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(tmp_path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
+    expect(page.get_by_text("A folder cannot be submitted: drop a file.")).to_be_visible()
+    expect(page.get_by_role("dialog")).to_be_hidden()
+
+
 def test_results_are_text(page: Page, site: Site, ended: str) -> None:
     """Markup in names, metadata and results is shown as it is, and never becomes part of the page."""
     sign_in(page, site, view=f"#/batches/{ended}")

@@ -82,7 +82,8 @@ def test_a_dead_session_keeps_no_name(stack: Stack, client: Client) -> None:
 
 def test_a_restored_heartbeat_ends_nobody(stack: Stack, client: Client) -> None:
     """A worker that finds the heartbeat and the leases of an earlier life, as after a restore, takes its name back and
-    runs what that held; no request counts a death. It leaves the name to a life that came after it."""
+    runs what that held, once both can be written; no request counts a death. It leaves the name to a life that came
+    after it."""
     stack.gateway()
     worker = stack.worker()
     stack.wait_until_accepting()
@@ -92,11 +93,12 @@ def test_a_restored_heartbeat_ends_nobody(stack: Stack, client: Client) -> None:
     worker.kill()
     worker.start()
     until(lambda: len(worker.events("identity_locked")) == 2, "the next life")
-    run_sql(
-        stack,
-        "DELETE FROM chunks; INSERT INTO chunks SELECT * FROM held;"
-        "DELETE FROM heartbeats; INSERT INTO heartbeats SELECT * FROM beats",
-    )
+    run_sql(stack, "DELETE FROM chunks; INSERT INTO chunks SELECT * FROM held")
+    with psycopg2.connect(stack.database_url) as restoring, restoring.cursor() as cursor:
+        cursor.execute("SELECT FROM chunks FOR UPDATE")
+        run_sql(stack, "DELETE FROM heartbeats; INSERT INTO heartbeats SELECT * FROM beats")
+        until(lambda: "timeout" in str(worker.events("database_away")), "the leases to be waited for in vain")
+    restoring.close()
     [taken] = until(lambda: worker.events("name_taken_back"), "the name to be taken back")
     first, second = worker.events("identity_locked")
     assert (taken["life"], taken["incarnation"]) == (first["incarnation"], second["incarnation"])

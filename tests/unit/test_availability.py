@@ -162,6 +162,19 @@ def test_what_is_refused_while_all_else_is_answered() -> None:
     assert [event["event"] for event in events] == ["database_away", "database_back"]
 
 
+def test_what_may_be_about_one_row_is_told_to_nobody_else() -> None:
+    """What a trigger of others says, and what Postgres says of data, is in the log; the cause has only its type."""
+    made = type("RaiseException", (psycopg2.DatabaseError,), {"pgcode": "P0001"})
+    raised = DatabaseAwayError("S3 is not audited")
+    raised.__cause__ = made("S3 is not audited")
+    for error, shown in ((raised, "RaiseException"), (errors.CheckViolation("S3 is too long"), "CheckViolation")):
+        with capture_logs() as events:
+            log = AvailabilityLog(structlog.get_logger())
+            log.away(error)
+        assert log.cause == f"{shown}, with more in the log"
+        assert events[0]["cause"] == str(error)
+
+
 def test_an_outage_logs_a_bounded_number_of_causes() -> None:
     """Causes that never repeat, such as those that name a port, do not fill the log."""
     with capture_logs() as events:

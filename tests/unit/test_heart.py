@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.db import chunks
 from service.db.availability import DatabaseAwayError
@@ -68,6 +69,15 @@ def test_the_name_is_waited_for_as_long_as_postgres_is_away(monkeypatch: pytest.
     with pytest.raises(IdentityTakenError, match="another process runs"):
         heart.wait_for_identity(0)
     heart.stop(10)
+
+
+def test_a_beat_that_is_refused_again_and_again_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its traceback is logged with the first, and the end once one is taken."""
+    with capture_logs() as events:
+        heart = beating(monkeypatch, *[RuntimeError("refused")] * 5)
+        heart.wait_for_identity(0)
+        heart.stop(10)
+    assert [event["event"] for event in events] == ["beat_failed", "database_refused", "database_back"]
 
 
 def test_a_rest_that_fails_stops_no_beats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,32 +1,37 @@
 """What a server that is no worker reads of workers, and how often."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from service import machine
 from service.db.availability import DatabaseAwayError
 from service.db.connection import check_schema
+from service.db.heartbeats import Beat, SeenBeat
+from service.errors import ApiError
 from service.insight import presence as presence_module
 from service.insight.presence import RARELY_S, Presence
-from service.insight.routing import Freshness
+from service.insight.routing import Contact, Freshness, LinkState
 
 
 @dataclass
 class Postgres:
-    """Answers each reading with nothing, and notes whether it was of everything. Its time is what a test says."""
+    """Answers each reading with the same, and notes whether it was of everything. Its time is what a test says."""
 
     now_s: float = 0.0
+    found: Freshness = field(default_factory=Freshness)
     readings: list[bool] = field(default_factory=list)
 
     def run(self, function: Callable[..., Any], *given: Any) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
         if len(given) == 2:
             self.readings.append(given[1] is None)
-        answer.set_result(Freshness())
+        answer.set_result(self.found)
         return answer
 
     read = run
@@ -70,6 +75,44 @@ def test_a_reading_that_hangs_tells_an_outage(monkeypatch: pytest.MonkeyPatch) -
 
     asyncio.run(look())
     assert "did not answer" in presence.freshness.failure
+
+
+class Connecting:
+    """Channels to workers that never answer."""
+
+    @asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator[None]:
+        yield await asyncio.get_running_loop().create_future()
+
+    async def close(self, address: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("health", LinkState)
+def test_which_link_outlives_the_heartbeat(health: LinkState) -> None:
+    """The link to a worker whose heartbeat is too old is kept while it is SERVING, until the heartbeat is forgotten. No
+    new work goes there."""
+    stub = Postgres()
+    there: Any = stub
+    channels: Any = Connecting()
+    presence = Presence(there, channels, there, 60.0, ignore, machine.here())
+    seen = SeenBeat(Beat("a:worker", uuid4(), "127.0.0.1:1", "ready", 1, place=machine.here()), 1.0)
+
+    async def look() -> None:
+        stub.found = Freshness([seen])
+        await presence.look()
+        presence._links.contacts["127.0.0.1:1"] = Contact(health)
+        stub.found = Freshness([replace(seen, age_s=61.0)])
+        await presence.look()
+        assert ("127.0.0.1:1" in presence.now().contacts) is (health is LinkState.SERVING)
+        with pytest.raises(ApiError):
+            presence.live()
+        stub.found = Freshness()
+        await presence.look()
+        assert not presence.now().contacts
+        await presence._links.close()
+
+    asyncio.run(look())
 
 
 def test_the_schema_is_there_once_it_was_found() -> None:

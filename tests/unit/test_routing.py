@@ -207,7 +207,7 @@ def test_a_worker_that_never_said_its_models_is_forgotten() -> None:
         (
             known(seen(age_s=72), health={"w": LinkState.SERVING}),
             "WORKER_OFFLINE",
-            "worker w works, but has not written its heartbeat to Postgres for 72s: `database_away` of its heart",
+            "worker w works, but has not written its heartbeat to Postgres for 72s: see `database_away` in",
         ),
         (
             replace(known(seen("v", age_s=72)), unreachable=[seen()]),

@@ -199,17 +199,21 @@ def test_variables_of_libraries(env_file: Path, monkeypatch: pytest.MonkeyPatch)
     assert config.fingerprint_now() != before
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "link to a folder"])
-def test_what_is_no_file(kind: str, env_file: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "pipe", "output of a command", "link to nothing", "link to a folder"])
+def test_what_is_no_file(kind: str, env_file: Path, request: pytest.FixtureRequest) -> None:
     """What stands in the place of `.env` and is no file stops the start, instead of counting as an empty one."""
     if kind == "folder":
         # As container engines make one for a file that is to be mounted and is missing.
         env_file.mkdir()
     elif kind == "pipe":
         os.mkfifo(env_file)
+    elif kind == "output of a command":
+        output = os.popen("echo BATCH_MODEL=another")
+        request.addfinalizer(output.close)
+        env_file.symlink_to(f"/dev/fd/{output.fileno()}")
     else:
         env_file.symlink_to(env_file.parent if kind == "link to a folder" else "nothing")
-    what = "a pipe" if kind == "pipe" else "a folder"
+    what = "a folder" if "folder" in kind else "a pipe"
     told = "a link to nothing" if kind == "link to nothing" else f"it is {what}, and must be a file"
     assert variables.read_file(env_file) == ({}, [f"{env_file}: {told}"])
     with pytest.raises(SystemExit):

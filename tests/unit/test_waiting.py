@@ -265,6 +265,19 @@ def freshness_of(seen: SeenBeat, contact: Contact) -> Freshness:
     return Freshness([seen], read_at_s=1000.0, contacts=contacts)
 
 
+def test_a_link_to_a_successor_says_nothing_of_the_one_before() -> None:
+    """A worker that is gone is offline, and serves no model, though another one answers at its address."""
+    gone, there = (
+        SeenBeat(Beat(name, uuid4(), "10.0.0.1:1", "ready", 1, (model,)), age_s)
+        for name, model, age_s in (("pod-1:worker", "tiny", 20.0), ("pod-2:worker", "other", 1.0))
+    )
+    known = replace(freshness_of(gone, SERVING), beats=[gone, there])
+    found = workers_of(known, 1000.0, 60.0)
+    assert [each.condition for each in found] == [Condition.OFFLINE, Condition.READY]
+    assert is_unserved(TINY, found)
+    assert workers_of(replace(known, given_up=frozenset({"pod-1:worker"})), 1000.0, 60.0)[0].condition == "gave_up"
+
+
 def test_a_worker_brings_why_it_failed_and_who_watches() -> None:
     """Cause and advice of its engine, and a watchdog that is gone, are there; a worker forgotten for a day is not."""
     detail = {"cause": "no memory", "advice": "Take less."}

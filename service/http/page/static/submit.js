@@ -39,7 +39,10 @@ export function listen(told) {
     if (!isFile(event)) return;
     event.preventDefault();
     const [file, other] = event.dataTransfer.files;
-    if (other) tell("One file at a time.");
+    // While the event lasts; reading one would fail as reading a file does that is gone.
+    const isFolder = [...event.dataTransfer.items].some((item) => item.webkitGetAsEntry()?.isDirectory);
+    if (isFolder) tell("A folder cannot be submitted: drop a file.");
+    else if (other) tell("One file at a time.");
     else if (file) send(file);
   });
 }
