@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,16 @@ def test_each_script_finds_the_others_over_a_link(script: str, tmp_path: Path) -
     assert (done.returncode, done.stdout, done.stderr) == (0, "found\n", "")
 
 
-def test_a_checkout_over_a_link_has_the_shipped_configuration(tmp_path: Path) -> None:
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for sockets, unlike pytest's."""
+    with tempfile.TemporaryDirectory(prefix="vb-") as made:
+        yield Path(made).resolve()
+
+
+def test_a_checkout_over_a_link_has_the_shipped_configuration(short: Path) -> None:
     """A checkout that is called over a link keeps its supervisord.conf, which another home would get a copy of."""
-    real, link = tmp_path / "real", tmp_path / "link"
+    real, link = short / "real", short / "link"
     link.symlink_to(real)
     for name in ("scripts", "service", "client/vllm_batch"):
         shutil.copytree(ROOT / name, real / name)
