@@ -199,10 +199,13 @@ def first_line(error: Exception) -> str:
 
 def _of_no_row(error: Exception, cause: str) -> str:
     """The cause; only its type where it may be about one row, and quote what is in that."""
-    if isinstance(error, DatabaseAwayError) and not is_foreign(error):
-        return cause
     original = error.__cause__ if isinstance(error, DatabaseAwayError) else error
-    return f"{type(getattr(original, 'orig', None) or original).__name__}, with more in the log"
+    original = getattr(original, "orig", None) or original
+    # A trigger may raise with any code. Postgres says then in which function it was.
+    is_of_function = bool(getattr(getattr(original, "diag", None), "context", None))
+    if isinstance(error, DatabaseAwayError) and not is_foreign(error) and not is_of_function:
+        return cause
+    return f"{type(original).__name__}, with more in the log"
 
 
 # Distinct causes logged in one outage. A cause that names a port or a time would never repeat.

@@ -1,6 +1,7 @@
 """How each Postgres error is treated: one decision for every class."""
 
 import inspect
+from types import SimpleNamespace
 
 import peewee
 import psycopg2
@@ -164,10 +165,14 @@ def test_what_is_refused_while_all_else_is_answered() -> None:
 
 def test_what_may_be_about_one_row_is_told_to_nobody_else() -> None:
     """What a trigger of others says, and what Postgres says of data, is in the log; the cause has only its type."""
-    made = type("RaiseException", (psycopg2.DatabaseError,), {"pgcode": "P0001"})
-    raised = DatabaseAwayError("S3 is not audited")
-    raised.__cause__ = made("S3 is not audited")
-    for error, shown in ((raised, "RaiseException"), (errors.CheckViolation("S3 is too long"), "CheckViolation")):
+    tried: list[tuple[Exception, str]] = [(errors.CheckViolation("S3 is too long"), "CheckViolation")]
+    for name, code in (("RaiseException", "P0001"), ("InsufficientPrivilege", "42501")):
+        of_function = SimpleNamespace(context="PL/pgSQL function audit() line 3 at RAISE")
+        made = type(name, (psycopg2.DatabaseError,), {"pgcode": code, "diag": of_function})
+        raised = DatabaseAwayError("S3 is not audited")
+        raised.__cause__ = made("S3 is not audited")
+        tried.append((raised, name))
+    for error, shown in tried:
         with capture_logs() as events:
             log = AvailabilityLog(structlog.get_logger())
             log.away(error)
