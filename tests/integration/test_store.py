@@ -37,6 +37,7 @@ from service.db.output import read as read_output
 from service.db.results import Result, Span
 from service.machine import Place
 from tests.support.plans import looked_at
+from tests.support.queue import queued
 from tests.support.store import answers, count, holder, stored
 from tests.support.waiting import until
 from vllm_batch import output
@@ -638,6 +639,34 @@ def test_a_batch_that_is_newer_than_its_statistics(database: Database) -> None:
     [[plan]] = database.call(lambda db: db.execute_sql(query, {"chunk": chunk.id}).fetchone())
     assert plan["Plan"]["Actual Rows"] == chunk.count == len(database.call(chunks.unanswered, chunk))
     assert plan["Plan"]["Shared Hit Blocks"] < 10 * chunk.count
+
+
+def test_a_claim_in_a_large_batch_that_is_newer_than_its_statistics(database: Database) -> None:
+    """A claim reads no more of a batch that is twenty times as large, whatever Postgres believes of its chunks."""
+    mine, other = holder(), holder("other")
+
+    def sql(statement: str) -> None:
+        database.call(lambda db: db.execute_sql(statement))
+
+    def blocks(chunks_of_batch: int) -> int:
+        """Read by a claim in a batch of which others hold chunks."""
+        sql("UPDATE chunks SET state = 'done', worker_id = NULL, incarnation = NULL, lease_until = NULL")
+        sql("DELETE FROM queue_changes")
+        sql("DELETE FROM queue")
+        queued(database, chunks_of_batch)
+        assert len(database.call(chunks.claim, other, ["tiny"], 20)) == 20
+        query = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM take_turns(ARRAY['tiny'], 1, %s, %s::uuid, 60)"
+        who = (mine.worker_id, str(mine.incarnation))
+        [[plan]] = database.call(lambda db: db.execute_sql(query, who).fetchone())
+        assert plan["Plan"]["Actual Rows"] == 1
+        return int(plan["Plan"]["Shared Hit Blocks"])
+
+    sql("ALTER TABLE chunks SET (autovacuum_enabled = false)")
+    queued(database, 1000)
+    # Half of what Postgres knows is leased, so that few chunks of any other batch seem to be fewer.
+    database.call(chunks.claim, other, ["tiny"], 500)
+    sql("ANALYZE")
+    assert blocks(20_000) < 2 * blocks(1_000)
 
 
 @pytest.mark.parametrize("are_missing", [True, False], ids=["no-statistics", "statistics-of-before"])
