@@ -130,6 +130,13 @@ def _sqlstate(error: BaseException | None) -> str | None:
     return getattr(getattr(error, "orig", None) or error, "pgcode", None)
 
 
+def _unwrapped(error: BaseException | None) -> BaseException | None:
+    """The error of psycopg2 behind one of peewee or of ours; None for one of ours that has no cause."""
+    if isinstance(error, DatabaseAwayError):
+        error = error.__cause__
+    return getattr(error, "orig", None) or error
+
+
 def is_away(error: Exception) -> bool:
     """True if the operation should be retried later."""
     return meaning_of(error) is Meaning.AWAY
@@ -140,8 +147,7 @@ def is_cut(error: Exception) -> bool:
 
     `error`: of a call that Postgres did not serve.
     """
-    cause = error.__cause__ if isinstance(error, DatabaseAwayError) else error
-    if cause is None:
+    if (cause := _unwrapped(error)) is None:
         return False
     sqlstate = _sqlstate(cause)
     # 57P01 and its neighbours: the server ends the session, and says so.
@@ -157,8 +163,7 @@ def is_foreign(error: Exception) -> bool:
 
     `error`: of a call that Postgres did not serve.
     """
-    cause = error.__cause__ if isinstance(error, DatabaseAwayError) else error
-    return (_sqlstate(cause) or "").startswith(FOREIGN)
+    return (_sqlstate(_unwrapped(error)) or "").startswith(FOREIGN)
 
 
 def is_read_only(error: Exception) -> bool:
@@ -199,8 +204,7 @@ def first_line(error: Exception) -> str:
 
 def _of_no_row(error: Exception, cause: str) -> str:
     """The cause; only its type where it may be about one row, and quote what is in that."""
-    original = error.__cause__ if isinstance(error, DatabaseAwayError) else error
-    original = getattr(original, "orig", None) or original
+    original = _unwrapped(error)
     # A trigger may raise with any code. Postgres says then in which function it was.
     is_of_function = bool(getattr(getattr(original, "diag", None), "context", None))
     if isinstance(error, DatabaseAwayError) and not is_foreign(error) and not is_of_function:

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -26,9 +25,7 @@ def guarded() -> Iterator[Fleet]:
     with fleet(3) as made:
         if not made.can_cut:
             pytest.skip("lines between hosts can be cut only where network namespaces can be made")
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda host: host.supervised(simulated_request_s=1, simulated_window=8), made.hosts))
-        made.wait_until_accepting()
+        made.supervise_all(simulated_request_s=1, simulated_window=8)
         yield made
 
 

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -91,9 +90,7 @@ def test_a_whole_host_loses_power_and_comes_back() -> None:
     60 s, its watchdog restarts nothing, and the others report that it is back."""
     with fleet(3) as made:
         a, b, _ = made.hosts
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(Host.supervised, made.hosts))
-        made.wait_until_accepting()
+        made.supervise_all()
         # Nobody is judged before Postgres has been up for as long as a heartbeat may be old.
         up = "SELECT 1 WHERE pg_postmaster_start_time() < clock_timestamp() - interval '60 s'"
         until(lambda: made.sql(up), "Postgres to be up for a minute")

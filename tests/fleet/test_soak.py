@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -127,9 +126,7 @@ def test_nobody_who_lives_is_taken_for_lost() -> None:
     with fleet(4) as made:
         if not made.can_cut:
             pytest.skip("lines between hosts can be cut only where network namespaces can be made")
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda host: host.supervised(simulated_request_s=1, simulated_window=8), made.hosts))
-        made.wait_until_accepting()
+        made.supervise_all(simulated_request_s=1, simulated_window=8)
         pids = {host.name: host.worker_pid for host in made.hosts}
         trouble = Trouble(made, dice)
 

@@ -222,6 +222,12 @@ class Fleet:
             cursor.execute(statement, params or None)
             return cursor.fetchall() if cursor.description else []
 
+    def supervise_all(self, **settings: object) -> None:
+        """Starts the stack under supervisord on all hosts at once, and waits until all accept new work."""
+        with ThreadPoolExecutor(len(self.hosts)) as pool:
+            list(pool.map(lambda host: host.supervised(**settings), self.hosts))
+        self.wait_until_accepting()
+
     def wait_until_accepting(self) -> None:
         """Waits until each gateway that runs accepts new work, and each worker that runs is ready."""
         for host in self.hosts:
